@@ -1,0 +1,237 @@
+"""What all parties of a task agree on, checked as a whole before anything is spent. PURE.
+
+    TaskSpec        the public part: everything but the required accuracy, which stays behind a commitment until M7
+    TaskFile        a publisher's task file: TaskSpec and the required accuracy
+    PublishedTask   TaskSpec bound to a task id, a publisher and a validation set; its keccak is on chain (M1)
+
+Errors: InvalidTask, which names every wrong field, its value and what would be right.
+"""
+
+import json
+import math
+import tomllib
+from typing import Any, Literal, Self
+
+from eth_utils.crypto import keccak
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from contracts.messages import Address, Bytes32, Frozen, TaskId
+
+PPM = 1_000_000
+MAX_WEIGHT_SUM = 2**16
+# Recovery takes about sqrt(bound) steps a coordinate beyond the table: above this the aggregator would wait for hours.
+MAX_RECOVERY_BOUND = 2**32
+
+
+class InvalidTask(ValueError):
+    """The task file does not describe a task that could run; one line for each field that is wrong."""
+
+
+class Money(Frozen):
+    reward_wei: int = Field(gt=0, lt=2**96, description="the whole reward, locked in the escrow by M1")
+    aggregator_share: float = Field(ge=0, le=0.5, description="part of the reward for the drawn aggregator")
+    minimum_stake_wei: int = Field(gt=0, lt=2**96, description="stake a miner needs to register")
+
+
+class Participants(Frozen):
+    miners_min: int = Field(ge=4, le=200, description="fewer admitted miners end the task in M2")
+    miners_max: int = Field(ge=4, le=200)
+    submissions_min: int = Field(ge=3, le=200, description="fewer accepted submissions of others end the round")
+    tolerated_faults: float = Field(ge=0, le=0.5, description="share of voters that may be silent or object")
+    weight_levels: int = Field(ge=1, le=256, description="largest weight y; also the largest ratio of two weights")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.miners_max < self.miners_min:
+            raise ValueError(f"miners_max = {self.miners_max} is below miners_min = {self.miners_min}: raise it")
+        if self.submissions_min > self.miners_min - 1:
+            raise ValueError(
+                f"submissions_min = {self.submissions_min} cannot be reached by the {self.miners_min - 1} miners beside "
+                f"the aggregator: at most miners_min - 1 = {self.miners_min - 1}"
+            )
+        return self
+
+
+class Rounds(Frozen):
+    max_rounds: int = Field(ge=1, le=10_000)
+    contribution_timeout_s: float = Field(gt=0, description="M3: later submissions are refused")
+    attestation_timeout_s: float = Field(gt=0, description="M5: later votes do not count")
+
+
+class Windows(Frozen):
+    """Seconds of chain time."""
+
+    deadline_s: int = Field(ge=60, le=10 * 365 * 86_400, description="from publication to the last moment for a block")
+    publisher_reveal_s: int = Field(ge=1, le=90 * 86_400)
+    aggregator_reveal_s: int = Field(ge=1, le=90 * 86_400)
+    score_reveal_s: int = Field(ge=1, le=90 * 86_400)
+
+
+class DatasetRequirement(Frozen):
+    name: str = Field(min_length=1, max_length=64, description="a ready data set, or a name for the parties' own data")
+    classes: int = Field(ge=2, le=10_000)
+    input_shape: tuple[int, ...] = Field(min_length=1, max_length=4)
+    samples_min: int = Field(ge=1, description="a miner with fewer samples is refused")
+    challenged_leaves: int = Field(ge=1, le=256, description="leaves of the dataset proof that the publisher opens")
+    class_names: tuple[str, ...] = Field(default=(), description="folder names in class order, for image folders")
+    transform: Literal["linear", "log", "sqrt"] = Field(
+        default="linear", description="applied to tabular features first"
+    )
+    low: tuple[float, ...] = Field(default=(), description="per feature: mapped to -1; public constants")
+    high: tuple[float, ...] = Field(default=(), description="per feature: mapped to 1; public constants")
+
+    @field_validator("input_shape")
+    @classmethod
+    def _positive(cls, shape: tuple[int, ...]) -> tuple[int, ...]:
+        if min(shape) < 1:
+            raise ValueError(f"every dimension must be positive, got {shape}")
+        return shape
+
+    @model_validator(mode="after")
+    def _constants_fit(self) -> Self:
+        features = 1
+        for size in self.input_shape:
+            features *= size
+        for name in ("low", "high"):
+            constants = getattr(self, name)
+            if constants and len(constants) != features:
+                raise ValueError(f"{name} has {len(constants)} numbers for {features} features: give one each, or none")
+        if bool(self.low) != bool(self.high) or any(a >= b for a, b in zip(self.low, self.high, strict=True)):
+            raise ValueError("low and high go together, and every low is below its high")
+        return self
+
+
+class Model(Frozen):
+    name: str
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class Training(Frozen):
+    local_epochs: int = Field(ge=1, le=1000)
+    batch_size: int = Field(ge=1)
+    learning_rate: float = Field(gt=0)
+    momentum: float = Field(ge=0, lt=1)
+    weight_decay: float = Field(default=0.0, ge=0)
+    proximal: float = Field(default=0.0, ge=0, description="FedProx: pull towards the global model")
+
+
+class Compression(Frozen):
+    density: float = Field(gt=0, le=1, description="share of coordinates sent, after warm-up; sparsity is 1 - density")
+    warmup_rounds: int = Field(ge=0)
+    explore_share: float = Field(ge=0, le=1, description="part of the support drawn at random")
+    momentum: float = Field(ge=0, lt=1)
+    clip_norm: float = Field(gt=0, description="largest L2 norm of a local update")
+    value_limit: float = Field(gt=0, description="largest |coordinate| sent in one round; the excess waits")
+    bits: int = Field(ge=2, le=24, description="bits of a fixed-point coordinate, sign included")
+
+    @model_validator(mode="after")
+    def _resolves(self) -> Self:
+        if self.scale < 1:
+            raise ValueError(f"value_limit = {self.value_limit} does not fit {self.bits} bits: at most {self.bound}")
+        return self
+
+    @property
+    def bound(self) -> int:
+        """Largest |quantized coordinate|."""
+        return int(2 ** (self.bits - 1) - 1)
+
+    @property
+    def scale(self) -> int:
+        """Fixed point: a value v is sent as round(v * scale), so that value_limit stays within the bound."""
+        return math.floor(self.bound / self.value_limit)
+
+
+class Aggregation(Frozen):
+    server_step: Literal["fedavg", "fedadam"]
+    options: dict[str, float] = Field(default_factory=dict)
+
+
+class Voting(Frozen):
+    open_validation: bool = Field(description="voters receive the validation set and reproduce the accuracy")
+    tolerance: float = Field(ge=0, le=1, description="local accuracy may fall by this much before a miner objects")
+    spot_checks: int = Field(ge=1, le=4096, description="random chunks of the opening that a miner checks per round")
+    chunk_coordinates: int = Field(default=1024, ge=16, le=65_536)
+
+
+class TaskSpec(Frozen):
+    """The public terms of a task. Every limit that a signature, a contract or a recovery relies on is checked here."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{1,40}$", description="becomes the beginning of the task id")
+    seed: int = Field(ge=0, lt=2**63, description="public: initial model and the support's exploring part")
+    money: Money
+    participants: Participants
+    rounds: Rounds
+    windows: Windows
+    dataset: DatasetRequirement
+    model: Model
+    training: Training
+    compression: Compression
+    aggregation: Aggregation
+    voting: Voting
+
+    @model_validator(mode="after")
+    def _recoverable(self) -> Self:
+        bound = self.recovery_bound(self.participants.miners_max * self.participants.weight_levels)
+        if bound > MAX_RECOVERY_BOUND:
+            raise ValueError(
+                f"compression.bits = {self.compression.bits}, participants.weight_levels = "
+                f"{self.participants.weight_levels} and participants.miners_max = {self.participants.miners_max} allow "
+                f"sums up to {bound}, beyond what recovery can search ({MAX_RECOVERY_BOUND}): lower one of them"
+            )
+        return self
+
+    def recovery_bound(self, weight_sum: int) -> int:
+        """Largest |<x, y>| by construction: every |x| <= bound, so the sum is at most bound * sum of weights."""
+        return self.compression.bound * weight_sum
+
+
+class TaskFile(TaskSpec):
+    """What a publisher writes. The required accuracy leaves its host only as a commitment, until it is revealed."""
+
+    required_accuracy: float = Field(gt=0, le=1)
+
+    @property
+    def required_accuracy_ppm(self) -> int:
+        return round(self.required_accuracy * PPM)
+
+    def spec(self) -> TaskSpec:
+        return TaskSpec(**{name: getattr(self, name) for name in TaskSpec.model_fields})
+
+
+class PublishedTask(Frozen):
+    """The terms as published: what `spec_hash` on chain is the hash of."""
+
+    task_id: TaskId
+    publisher: Address
+    validation_sha256: Bytes32
+    spec: TaskSpec
+
+    def encode(self) -> bytes:
+        """Canonical JSON: sorted keys, no spaces."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":")).encode()
+
+    def spec_hash(self) -> Bytes32:
+        return "0x" + bytes(keccak(self.encode())).hex()
+
+
+def load_task_file(text: str, **overrides: Any) -> TaskFile:
+    """A task file in TOML. Raises InvalidTask naming each wrong field, its value and what would be right."""
+    try:
+        fields = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise InvalidTask(f"not a TOML file: {error}") from error
+    try:
+        return TaskFile.model_validate({**fields, **overrides})
+    except ValidationError as error:
+        raise InvalidTask("\n".join(_sentence(problem) for problem in error.errors())) from error
+
+
+def _sentence(problem: Any) -> str:
+    field = ".".join(str(part) for part in problem["loc"]) or "task"
+    value = problem["input"]
+    shown = "" if isinstance(value, dict) or problem["type"] == "missing" else f" = {value!r}"
+    remedy = {
+        "missing": "is missing: add it",
+        "extra_forbidden": "is not a field of a task: remove it or correct its name",
+    }.get(problem["type"], problem["msg"].removeprefix("Value error, "))
+    return f"{field}{shown}: {remedy}"
