@@ -1,0 +1,138 @@
+"""Where bytes are: a store that is not trusted. What comes out is checked by whoever relies on it.
+
+Each owner (an address) has a folder of its own: ``blobs/<sha256>`` for content named by its digest, and
+``records/<path>`` for small signed records under an agreed name, each written once.
+
+Errors: MissingArtifact, TamperedArtifact, AlreadyPosted; OSError (disk full, no permission) passes through.
+"""
+
+import hashlib
+import os
+import re
+import secrets
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from prefect.blocks.core import Block
+from pydantic import Field
+
+MAX_RECORD_BYTES = 256 * 1024
+_OWNER = re.compile(r"^0x[0-9a-fA-F]{40}$")
+_PATH = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*$")
+_SHA256 = re.compile(r"^0x[0-9a-f]{64}$")
+
+
+class MissingArtifact(LookupError):
+    """Nothing is stored under this name."""
+
+
+class TamperedArtifact(ValueError):
+    """What is stored is not what its digest names."""
+
+
+class AlreadyPosted(ValueError):
+    """Another record is stored under this name, and records are written once."""
+
+
+@dataclass(frozen=True)
+class ArtifactRef:
+    """Bytes in the store: who put them there, and their SHA-256."""
+
+    owner: str
+    sha256: str
+    size_bytes: int
+
+    @property
+    def uri(self) -> str:
+        return f"artifact:{self.owner}/{self.sha256}"
+
+
+def sha256_hex(data: bytes) -> str:
+    return "0x" + hashlib.sha256(data).hexdigest()
+
+
+class ArtifactStore(Block):
+    """A directory as artifact store."""
+
+    _block_type_name = "HealChain artifact store"
+    _block_type_slug = "healchain-artifacts"
+    _description = "The directory that holds ciphertexts, models and signed records, each named by its digest."
+
+    root: str = Field(description="the directory; one folder per owner below it")
+
+    def put(self, owner: str, data: bytes) -> ArtifactRef:
+        """Store bytes under their SHA-256. Putting the same bytes again changes nothing."""
+        digest = sha256_hex(data)
+        target = self._blob(owner, digest)
+        with suppress(FileExistsError):
+            _write_once(target, data)
+        return ArtifactRef(owner=owner, sha256=digest, size_bytes=len(data))
+
+    def get(self, owner: str, sha256: str, *, max_bytes: int | None = None) -> bytes:
+        """The bytes that the digest names. Raises MissingArtifact or TamperedArtifact."""
+        data = self._read(self._blob(owner, sha256), f"artifact {sha256} of {owner}", max_bytes)
+        if sha256_hex(data) != sha256:
+            raise TamperedArtifact(f"artifact {sha256} of {owner} has digest {sha256_hex(data)}: truncated or changed")
+        return data
+
+    def post(self, owner: str, path: str, data: bytes) -> None:
+        """Store a record under an agreed name, once. Posting the same bytes again changes nothing."""
+        target = self._record(owner, path)
+        if len(data) > MAX_RECORD_BYTES:
+            raise ValueError(f"record {path} has {len(data)} bytes, at most {MAX_RECORD_BYTES}: put it as an artifact")
+        try:
+            _write_once(target, data)
+        except FileExistsError as error:
+            if target.read_bytes() != data:
+                raise AlreadyPosted(f"{owner} has posted another record {path}: a record is written once") from error
+
+    def find(self, owner: str, path: str) -> bytes | None:
+        """The record's bytes, or None. Nothing about them is checked here but their size."""
+        try:
+            return self._read(self._record(owner, path), f"record {path} of {owner}", MAX_RECORD_BYTES)
+        except MissingArtifact:
+            return None
+
+    def list_records(self, owner: str) -> list[str]:
+        """Paths of all records of one owner, in order."""
+        folder = self._owner(owner) / "records"
+        return sorted(str(found.relative_to(folder)) for found in folder.rglob("*.json"))
+
+    def _read(self, target: Path, what: str, max_bytes: int | None) -> bytes:
+        try:
+            size = target.stat().st_size
+            if max_bytes is not None and size > max_bytes:
+                raise TamperedArtifact(f"{what} has {size} bytes, at most {max_bytes} are allowed")
+            return target.read_bytes()
+        except FileNotFoundError as error:
+            raise MissingArtifact(f"{what} is not in the store") from error
+
+    def _owner(self, owner: str) -> Path:
+        if not _OWNER.match(owner):
+            raise ValueError(f"owner {owner!r} is not an address")
+        return Path(self.root) / owner.lower()
+
+    def _blob(self, owner: str, sha256: str) -> Path:
+        if not _SHA256.match(sha256):
+            raise ValueError(f"digest {sha256!r} is not 0x and 64 lower-case hex digits")
+        return self._owner(owner) / "blobs" / sha256[2:4] / sha256[2:]
+
+    def _record(self, owner: str, path: str) -> Path:
+        if not _PATH.match(path):
+            raise ValueError(f"record path {path!r} may hold letters, digits, '.', '_', '-' and single slashes")
+        return self._owner(owner) / "records" / path
+
+
+def _write_once(target: Path, data: bytes) -> None:
+    """Write all of `data` or nothing, durably. Raises FileExistsError when the target is there already."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = target.parent / f".{target.name}.{secrets.token_hex(8)}"
+    try:
+        with draft.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(draft, target)
+    finally:
+        draft.unlink(missing_ok=True)

@@ -1,0 +1,128 @@
+"""Where money and the last word are: an Ethereum chain and the four contracts on it.
+
+    rpc   "local:<path>"   the journaled chain in this process (blocks.local_chain)
+          "http://..."     a node
+
+Errors: NotYet (a moment that lies further ahead than the caller may wait), those of contracts.bindings.
+"""
+
+import time
+from functools import lru_cache
+from pathlib import Path
+from typing import TypeVar
+
+from eth_account.signers.local import LocalAccount
+from prefect.blocks.core import Block
+from pydantic import Field
+from web3 import HTTPProvider, Web3
+
+from blocks.local_chain import LocalChainProvider
+from contracts import bindings
+from contracts.messages import Domain
+
+POLL_S = 1.0
+Event = TypeVar("Event")
+
+
+class NotYet(RuntimeError):
+    """The chain's time is before `moment_s`; come back then."""
+
+    def __init__(self, what: str, moment_s: int) -> None:
+        super().__init__(f"{what} is not before {time.strftime('%F %T', time.gmtime(moment_s))} UTC of chain time")
+        self.moment_s = moment_s
+
+
+class Chain(Block):
+    """A chain, the addresses of the contracts, and how many blocks make a transaction final."""
+
+    _block_type_name = "HealChain chain"
+    _block_type_slug = "healchain-chain"
+    _description = "RPC address of the chain and the contracts' addresses."
+
+    rpc: str = Field(description="local:<path of the journal> or the http(s) address of a node")
+    confirmations: int = Field(default=1, ge=1, description="blocks, its own included, that make a transaction final")
+    patience_s: float = Field(default=30, ge=0, description="longest wait for a moment of chain time inside one step")
+    chain_id: int = 0
+    escrow_address: str = ""
+    stakes_address: str = ""
+    publisher_address: str = ""
+    rewards_address: str = ""
+    deployed_in_block: int = 0
+
+    @property
+    def web3(self) -> Web3:
+        return Web3(_provider(self.rpc))
+
+    @property
+    def deployment(self) -> bindings.Deployment:
+        return bindings.Deployment(
+            chain_id=self.chain_id,
+            escrow=self.escrow_address,
+            stakes=self.stakes_address,
+            publisher=self.publisher_address,
+            rewards=self.rewards_address,
+            block_number=self.deployed_in_block,
+        )
+
+    @property
+    def domain(self) -> Domain:
+        """What every signed message is bound to: this chain and this BlockPublisher."""
+        return Domain(chain_id=self.chain_id, verifying_contract=self.publisher_address)
+
+    def contracts(self, account: LocalAccount | None = None) -> bindings.Contracts:
+        """The four contracts; without an account only their views."""
+        return bindings.connect(self.web3, self.deployment, account)
+
+    def transactions(self, task_id: str) -> list[bindings.TransactionRecord]:
+        """Every transaction about a task, in the order of the chain."""
+        return bindings.task_events(self.web3, self.deployment, task_id)
+
+    def events(self, task_id: str, kind: type[Event]) -> list[Event]:
+        """The events of one kind about a task, in the order of the chain."""
+        return bindings.find_events(self.web3, self.deployment, task_id, kind)
+
+    def now_s(self) -> int:
+        """Unix seconds of the latest block: the only clock that the contracts know."""
+        return int(self.web3.eth.get_block("latest")["timestamp"])
+
+    def wait_until(self, moment_s: int, what: str) -> None:
+        """Return when chain time has reached `moment_s`. A local chain's clock is moved there; a node is waited for.
+
+        Raises NotYet when the moment is more than `patience_s` away.
+        """
+        provider = _provider(self.rpc)
+        if isinstance(provider, LocalChainProvider):
+            provider.advance_to(moment_s)
+        if moment_s - self.now_s() > self.patience_s:
+            raise NotYet(what, moment_s)
+        while self.now_s() < moment_s:
+            time.sleep(POLL_S)
+
+    def wait_for_block(self, number: int) -> None:
+        """Return when block `number` is mined. A local chain mines it."""
+        provider = _provider(self.rpc)
+        while self.web3.eth.block_number < number:
+            if isinstance(provider, LocalChainProvider):
+                provider.mine()
+            else:
+                time.sleep(POLL_S)
+
+    def confirm(self, transaction: str) -> None:
+        """Return when the transaction is as deep as `confirmations` asks, and still there."""
+        receipt = self.web3.eth.wait_for_transaction_receipt(transaction)
+        self.wait_for_block(receipt["blockNumber"] + self.confirmations - 1)
+        self.web3.eth.get_transaction_receipt(transaction)
+
+    def close(self) -> None:
+        """Let go of a local chain's journal."""
+        provider = _provider(self.rpc)
+        if isinstance(provider, LocalChainProvider):
+            provider.close()
+            _provider.cache_clear()
+
+
+@lru_cache(maxsize=8)
+def _provider(rpc: str) -> LocalChainProvider | HTTPProvider:
+    if rpc.startswith("local:"):
+        return LocalChainProvider(Path(rpc.removeprefix("local:")))
+    return HTTPProvider(rpc)

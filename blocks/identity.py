@@ -1,0 +1,146 @@
+"""Who I am: one actor's home folder, with its encrypted keys, its data and its private state.
+
+    keystore/wallet.json, keystore/encryption.json   Ethereum keystore files (scrypt, AES-128-CTR, keccak MAC)
+    passphrase                                       opens both; mode 0600; may be elsewhere (a mounted secret)
+    data.npz or any path in data.link                the actor's own samples
+    private/<task>/...                               what must survive a restart: residual, salts, prepared updates
+
+The keys do not leave this module: it signs, agrees on shared secrets and opens what was sealed to the actor.
+Errors: WrongPassphrase, InvalidHome.
+"""
+
+import json
+import os
+import secrets
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+from eth_account import Account
+from eth_account.signers.local import LocalAccount
+from prefect.blocks.core import Block
+from pydantic import Field
+
+from contracts.messages import Address, Bytes, Domain, Message, sign
+from tasks.crypto import ecies, ndd_fe
+
+# scrypt work factor: the passphrase that `create_home` makes has 256 random bits, so stretching adds little.
+SCRYPT_N = 2**13
+
+
+class InvalidHome(ValueError):
+    """The home folder lacks something; the message says what."""
+
+
+class WrongPassphrase(ValueError):
+    """The passphrase does not open the keystore."""
+
+
+class Identity(Block):
+    """An actor's home folder."""
+
+    _block_type_name = "HealChain identity"
+    _block_type_slug = "healchain-identity"
+    _description = "The path of an actor's home folder on its own host. Holds no key."
+
+    home: str = Field(description="the actor's home folder on its own host")
+
+    @property
+    def address(self) -> Address:
+        return str(self.account.address)
+
+    @property
+    def account(self) -> LocalAccount:
+        """Signs transactions and messages."""
+        return _open_keystore(self.home, "wallet")
+
+    @property
+    def encryption_key(self) -> Bytes:
+        """Public encryption key: 33 bytes, compressed."""
+        return "0x" + ecies.public_key(self._scalar).hex()
+
+    @property
+    def _scalar(self) -> int:
+        return int.from_bytes(_open_keystore(self.home, "encryption").key, "big")
+
+    def sign(self, message: Message, domain: Domain) -> Bytes:
+        return sign(message, domain, bytes(self.account.key))
+
+    def mask_key(self, peer: Bytes, role: Literal["publisher", "aggregator"], label: ndd_fe.Label, salt: Bytes) -> bytes:
+        """K_iP or K_iA: known to this actor and the owner of the public key `peer` only."""
+        return ndd_fe.mask_key(self._shared_secret(bytes.fromhex(peer[2:])), role, label, bytes.fromhex(salt[2:]))
+
+    def open_sealed(self, sealed: bytes, context: bytes) -> bytes:
+        """What somebody sealed to this actor. Raises ecies.Unopenable."""
+        own = bytes.fromhex(self.encryption_key[2:])
+        return ecies.open_sealed(sealed, self._shared_secret, recipient_key=own, context=context)
+
+    def _shared_secret(self, peer: bytes) -> bytes:
+        return ecies.shared_secret(self._scalar, peer)
+
+    def data_path(self) -> Path:
+        """The actor's samples: the path written in `data.link`, or `data.npz` in the home."""
+        link = Path(self.home) / "data.link"
+        path = Path(link.read_text().strip()) if link.exists() else Path(self.home) / "data.npz"
+        if not path.exists():
+            raise InvalidHome(f"{path}: no such file or folder. Put the actor's data there, or its path into {link}")
+        return path
+
+    def read_private(self, name: str) -> bytes | None:
+        path = Path(self.home) / "private" / name
+        return path.read_bytes() if path.exists() else None
+
+    def write_private(self, name: str, data: bytes) -> None:
+        """Replace the file as a whole, durably: a kill leaves the old or the new one."""
+        path = Path(self.home) / "private" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+        try:
+            with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            draft.replace(path)
+        finally:
+            draft.unlink(missing_ok=True)
+
+
+def create_home(home: Path) -> Identity:
+    """A home with two fresh keys and a passphrase file; an existing one is left as it is."""
+    (home / "keystore").mkdir(parents=True, exist_ok=True)
+    home.chmod(0o700)
+    passphrase_file = home / "passphrase"
+    if not passphrase_file.exists():
+        _write_secret(passphrase_file, secrets.token_hex(32))
+    for name in ("wallet", "encryption"):
+        keystore = home / "keystore" / f"{name}.json"
+        if not keystore.exists():
+            account = Account.create(secrets.token_hex(32))
+            encrypted = account.encrypt(passphrase_file.read_text(), kdf="scrypt", iterations=SCRYPT_N)
+            _write_secret(keystore, json.dumps(encrypted))
+    return Identity(home=str(home))
+
+
+@lru_cache(maxsize=256)
+def _open_keystore(home: str, name: str) -> LocalAccount:
+    keystore = Path(home) / "keystore" / f"{name}.json"
+    passphrase = Path(home) / "passphrase"
+    for needed in (keystore, passphrase):
+        if not needed.exists():
+            raise InvalidHome(f"{needed} is missing: restore it from a backup, or make a new home")
+    try:
+        key = Account.decrypt(keystore.read_text(), passphrase.read_text())
+    except ValueError as error:
+        raise WrongPassphrase(f"{passphrase} does not open {keystore}: {error}") from error
+    account: LocalAccount = Account.from_key(key)
+    return account
+
+
+def _write_secret(path: Path, text: str) -> None:
+    draft = path.with_name(f".{path.name}.draft")
+    draft.unlink(missing_ok=True)
+    with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
