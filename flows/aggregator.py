@@ -1,0 +1,30 @@
+"""What the drawn aggregator does beside its work as a miner: aggregate (M4), publish (M6), reveal in P's stead (M7)."""
+
+from prefect import flow
+
+from tasks import aggregate as aggregating
+from tasks import settle
+
+
+@flow(name="collect", flow_run_name="M4 collect · {task_id} · round {round_number} · {actor}", persist_result=False)
+def collect(task_id: str, round_number: int, actor: str) -> dict[str, str]:
+    """M4. Check the submissions, close the round, ask for its functional key."""
+    return aggregating.collect_submissions(task_id, round_number, actor)
+
+
+@flow(name="aggregate", flow_run_name="M4 aggregate · {task_id} · round {round_number} · {actor}", persist_result=False)
+def aggregate(task_id: str, round_number: int, actor: str) -> dict[str, str]:
+    """M4. Open the weighted sum, make the next model, evaluate it, propose a block if it is good enough."""
+    return aggregating.open_round(task_id, round_number, actor)
+
+
+@flow(name="publish-block", flow_run_name="M6 publish block · {task_id} · {actor}", persist_result=False)
+def publish_block(task_id: str, round_number: int, actor: str) -> dict[str, str]:
+    """M6. Publish the candidate with the votes for it."""
+    return settle.publish_voted_block(task_id, round_number, actor)
+
+
+@flow(name="reveal-accuracy-instead", flow_run_name="M7 reveal accuracy · {task_id} · {actor}", persist_result=False)
+def reveal_accuracy_instead(task_id: str, round_number: int, actor: str) -> dict[str, str]:
+    """M7. Open the publisher's commitment when the publisher stays silent."""
+    return settle.open_accuracy_instead(task_id, actor)

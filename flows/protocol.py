@@ -1,0 +1,40 @@
+"""One task from publication to payment: the only place where the order of the steps is written."""
+
+from prefect import flow
+
+from contracts.messages import ZERO32
+from contracts.task_spec import TaskSpec
+from tasks.dispatch import ask, ask_each, conclude, give_up_after, reachable, task_states
+
+
+@flow(name="run-task", flow_run_name="{task_id}", persist_result=False)
+def run_task(task_id: str, publisher: str, spec: TaskSpec) -> str:
+    """M1..M7. Returns where the task's money ended: PAID, REFUNDED or REFUNDABLE."""
+    limit, vote_limit = spec.rounds.contribution_timeout_s, spec.rounds.attestation_timeout_s
+    ask(publisher, "publish", task_id=task_id, spec=spec)  # M1
+
+    with task_states(task_id):
+        applicants = ask_each(reachable("miner"), "register", task_id=task_id, timeout_s=limit)  # M2
+        ask(publisher, "challenge", task_id=task_id)
+        ask_each([one.miner for one in applicants], "prove-dataset", task_id=task_id, timeout_s=limit)
+        cohort = ask(publisher, "form-cohort", task_id=task_id)  # M2, 2.1, 2.3
+        miners, aggregator = cohort.miners, cohort.aggregator
+
+        for r in range(1, spec.rounds.max_rounds + 1):
+            ask_each(miners, "contribute", task_id=task_id, round_number=r, timeout_s=limit)  # M3
+            ask(aggregator, "collect", task_id=task_id, round_number=r)  # M4
+            ask(publisher, "derive-key", task_id=task_id, round_number=r)  # 2.2
+            result = ask(aggregator, "aggregate", task_id=task_id, round_number=r)  # M4
+            if result.candidate != ZERO32:
+                ask(publisher, "open-validation", task_id=task_id, round_number=r)  # M5
+                ask_each(miners, "attest", task_id=task_id, round_number=r, timeout_s=vote_limit)  # M5
+                ask(aggregator, "publish-block", task_id=task_id, round_number=r)  # M6
+                ask_each([publisher], "reveal-accuracy", task_id=task_id, timeout_s=vote_limit)  # M7
+                ask_each([aggregator], "reveal-accuracy-instead", task_id=task_id, timeout_s=vote_limit)
+                ask_each(miners, "reveal-score", task_id=task_id, timeout_s=vote_limit)
+                ask_each([publisher, *miners], "withdraw", task_id=task_id, timeout_s=vote_limit)
+                return conclude(task_id)
+        give_up_after(task_id, spec.rounds.max_rounds)
+
+    ask_each([publisher], "refund", task_id=task_id, timeout_s=vote_limit)  # M7
+    return conclude(task_id)

@@ -1,0 +1,388 @@
+"""M4 and 2.2. Collect, derive the functional key for exactly those who submitted, open the sum, step, evaluate.
+
+Algorithms 4 and 2.2 of the protocol. The publisher derives one functional key for a round, ever: what it derived for is
+in its home before the key leaves, so that a second key for other submissions is refused, after a restart too.
+"""
+
+import json
+import secrets
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from prefect import task
+from prefect.artifacts import create_table_artifact
+from prefect.cache_policies import NO_CACHE
+
+from blocks.artifacts import MissingArtifact, TamperedArtifact, sha256_hex
+from contracts.messages import (
+    AbortReason,
+    Address,
+    Candidate,
+    Cohort,
+    Delivery,
+    KeyGrant,
+    KeyRequest,
+    Registration,
+    RoundResult,
+    Submission,
+    ZERO32,
+    accuracy_commit,
+    struct_hash,
+)
+from contracts.task_spec import PPM, PublishedTask
+from tasks.cohort import delivery_context
+from tasks.contribute import chunk_digests, label_of, read_chunk
+from tasks.crypto import ecies, ndd_fe
+from tasks.dispatch import report_progress
+from tasks.global_model import (
+    accepted,
+    build_network,
+    encode_opening,
+    initial_model,
+    model_after,
+    next_model,
+    round_support,
+    weights_of,
+)
+from tasks.learning.datasets import Dataset, decode_npz
+from tasks.learning.models import encode_parameters
+from tasks.learning.training import Evaluation, evaluate
+from tasks.records import BadRecord, Station, give_up, station
+from tasks.samples import parse_proof
+
+Points = npt.NDArray[np.uint64]
+
+
+class KeyRefused(RuntimeError):
+    """The publisher does not derive this functional key: it would say more than the task announces."""
+
+
+@task(persist_result=False, cache_policy=NO_CACHE)
+def collect_submissions(task_id: str, round_number: int, actor: str) -> dict[str, str]:
+    """M4, the aggregator: check every submission, drop what is wrong with the reason, ask for the functional key."""
+    st = station(actor)
+    if said := st.said(KeyRequest, task_id, round_number):
+        return said
+    terms, cohort = st.task(task_id), st.cohort(task_id)
+    spec = terms.spec
+    base = base_model_sha256(st, terms, cohort, round_number)
+    model = model_after(st, spec, cohort, round_number - 1)
+    coordinates = len(round_support(spec, model, round_number))
+
+    good: dict[Address, Submission] = {}
+    refused: dict[Address, str] = {}
+    for miner in cohort.miners:
+        try:
+            good[miner] = check_submission(st, terms, miner, round_number, base, coordinates)
+        except BadRecord as error:
+            refused[miner] = str(error)
+    show_submissions(task_id, round_number, cohort, refused)
+    others = [miner for miner in good if miner != cohort.aggregator]
+    if len(others) < spec.participants.submissions_min:
+        detail = (
+            f"round {round_number}: {len(others)} submissions beside the aggregator's own, at least "
+            f"{spec.participants.submissions_min} are needed; refused: {refused or 'none'}"
+        )
+        return give_up(st, task_id, round_number, "collect", AbortReason.NOT_ENOUGH_SUBMISSIONS, detail[:2000])
+    return st.post(
+        KeyRequest(
+            task_id=task_id,
+            round_number=round_number,
+            aggregator=st.address,
+            miners=tuple(good),
+            submissions=tuple(struct_hash(submission) for submission in good.values()),
+            refused=tuple(refused),
+            reasons=tuple(refused.values()),
+        )
+    )
+
+
+def check_submission(
+    st: Station, terms: PublishedTask, miner: Address, round_number: int, base: str, coordinates: int
+) -> Submission:
+    """The miner's submission, its ciphertext decoded once. Raises BadRecord with the reason."""
+    task_id, size = terms.task_id, terms.spec.voting.chunk_coordinates
+    submission = st.find(Submission, miner, task_id, round_number)
+    if submission is None:
+        raise BadRecord("nothing submitted in time")
+    if submission.base_model_sha256 != base:
+        raise BadRecord(f"trained from model {submission.base_model_sha256}, the round starts from {base}")
+    if submission.coordinates != coordinates:
+        raise BadRecord(f"{submission.coordinates} coordinates, the round's support has {coordinates}")
+    if len(submission.salt) != 2 + 2 * 16:
+        raise BadRecord(f"salt {submission.salt} is not 16 bytes")
+    for earlier in range(1, round_number):
+        before = st.find(Submission, miner, task_id, earlier)
+        if before is not None and before.salt == submission.salt:
+            raise BadRecord(f"salt {submission.salt} was used in round {earlier} already")
+    registered = registered_samples(st, miner, task_id)
+    if submission.sample_count != registered:
+        raise BadRecord(f"sample_count = {submission.sample_count}, registered are {registered}")
+    digests = chunk_digests(st, submission, size)
+    for index in range(len(digests)):
+        read_chunk(st, submission, digests, index, size)
+    return submission
+
+
+def registered_samples(st: Station, miner: Address, task_id: str) -> int:
+    registration = st.need(Registration, miner, task_id)
+    try:
+        return parse_proof(st.store.get(miner, registration.dataset_proof_sha256)).sample_count
+    except (MissingArtifact, TamperedArtifact, ValueError) as error:
+        raise BadRecord(f"dataset proof of {miner}: {error}") from error
+
+
+def base_model_sha256(st: Station, terms: PublishedTask, cohort: Cohort, round_number: int) -> str:
+    """Digest of W_{r-1}, from which round r trains."""
+    if round_number == 1:
+        return initial_model(terms.spec).sha256
+    return st.need(RoundResult, cohort.aggregator, terms.task_id, round_number - 1).model_sha256
+
+
+@task(persist_result=False, cache_policy=NO_CACHE)
+def derive_round_key(task_id: str, round_number: int, actor: str) -> dict[str, str]:
+    """2.2, the publisher: the functional key of the round, for exactly the requested submissions, sealed to A."""
+    st = station(actor)
+    terms, cohort = st.task(task_id), st.cohort(task_id)
+    request = accepted(st, cohort, round_number)
+    name = struct_hash(request)
+    if granted := st.mine(KeyGrant, task_id, round_number):
+        if granted.request == name:
+            return st.reference(granted)
+        raise KeyRefused(f"round {round_number} has a key for request {granted.request}; none is derived for {name}")
+    try:
+        submissions = submissions_for_key(st, terms, cohort, request)
+        claim_round(st, task_id, round_number, name)
+    except (BadRecord, KeyRefused) as error:
+        return give_up(st, task_id, round_number, "derive-key", AbortReason.KEY_REFUSED, str(error))
+
+    label = label_of(st, task_id, round_number)
+    keys = dict(zip(cohort.miners, encryption_keys(st, cohort), strict=True))
+    masks = [st.me.mask_key(keys[one.miner], "publisher", label, one.salt) for one in submissions]
+    functional_key = ndd_fe.derive_key(masks, weights_of(cohort, request), submissions[0].coordinates)
+    sealed = ecies.seal(
+        ndd_fe.encode_scalars(functional_key),
+        bytes.fromhex(cohort.aggregator_key[2:]),
+        ephemeral_seed=secrets.token_bytes(48),
+        context=key_context(task_id, round_number, name),
+    )
+    return st.post(
+        KeyGrant(
+            task_id=task_id,
+            round_number=round_number,
+            publisher=st.address,
+            request=name,
+            sealed_sha256=st.store.put(st.address, sealed).sha256,
+        )
+    )
+
+
+def submissions_for_key(
+    st: Station, terms: PublishedTask, cohort: Cohort, request: KeyRequest
+) -> list[Submission]:
+    """The requested submissions, each signed by its miner. Raises KeyRefused when a key would single somebody out."""
+    others = [miner for miner in request.miners if miner != cohort.aggregator]
+    least = terms.spec.participants.submissions_min
+    if len(others) < least:
+        raise KeyRefused(f"{len(others)} submissions beside the aggregator's own: at least {least} hide each other")
+    weights = weights_of(cohort, request)
+    cap = terms.spec.participants.weight_levels
+    if not all(1 <= weight <= cap for weight in weights):
+        raise KeyRefused(f"weights {weights} are not all in [1, {cap}]")
+    submissions = []
+    for miner, name in zip(request.miners, request.submissions, strict=True):
+        submission = st.need(Submission, miner, request.task_id, request.round_number)
+        if struct_hash(submission) != name:
+            raise KeyRefused(f"{miner} did not sign submission {name}")
+        submissions.append(submission)
+    if len({submission.coordinates for submission in submissions}) != 1:
+        raise KeyRefused("the submissions differ in length")
+    return submissions
+
+
+def claim_round(st: Station, task_id: str, round_number: int, request: str) -> None:
+    """Remember, before a key is derived, for which request it is. Raises KeyRefused when it was another one."""
+    path = f"{task_id}/{round_number:05d}/functional-key-for"
+    before = st.me.read_private(path)
+    if before is None:
+        st.me.write_private(path, request.encode())
+    elif before.decode() != request:
+        raise KeyRefused(
+            f"round {round_number} already has a key for request {before.decode()}: two keys of one round would "
+            "reveal a single miner's update by subtraction"
+        )
+
+
+def encryption_keys(st: Station, cohort: Cohort) -> list[str]:
+    """Public encryption keys of the cohort's miners, in its order, as they registered them."""
+    keys = []
+    for miner, name in zip(cohort.miners, cohort.registrations, strict=True):
+        registration = st.need(Registration, miner, cohort.task_id)
+        if struct_hash(registration) != name:
+            raise BadRecord(f"the registration of {miner} is not the one in the cohort")
+        keys.append(registration.encryption_key)
+    return keys
+
+
+def key_context(task_id: str, round_number: int, request: str) -> bytes:
+    return f"functional key|{task_id}|{round_number}|{request}".encode()
+
+
+@task(persist_result=False, cache_policy=NO_CACHE)
+def open_round(task_id: str, round_number: int, actor: str) -> dict[str, str]:
+    """M4, the aggregator: decrypt, recover, check, step, evaluate; propose a block when the accuracy is met."""
+    st = station(actor)
+    if said := st.said(RoundResult, task_id, round_number):
+        return said
+    terms, cohort = st.task(task_id), st.cohort(task_id)
+    spec = terms.spec
+    request = accepted(st, cohort, round_number)
+    weights = weights_of(cohort, request)
+
+    def stop(reason: AbortReason, error: object) -> dict[str, str]:
+        return give_up(st, task_id, round_number, "aggregate", reason, f"round {round_number}: {error}"[:2000])
+
+    try:
+        functional_key = read_functional_key(st, terms, request)
+    except (BadRecord, MissingArtifact, TamperedArtifact, ValueError) as error:
+        return stop(AbortReason.DECRYPT_FAILED, error)
+    submissions = [st.need(Submission, miner, task_id, round_number) for miner in request.miners]
+    label = label_of(st, task_id, round_number)
+    keys = dict(zip(cohort.miners, encryption_keys(st, cohort), strict=True))
+    masks = [st.me.mask_key(keys[one.miner], "aggregator", label, one.salt) for one in submissions]
+    ciphertexts = [whole_ciphertext(st, submission, spec.voting.chunk_coordinates) for submission in submissions]
+    try:
+        weighted_sum, blinding = ndd_fe.open_sum(
+            functional_key,
+            masks,
+            ciphertexts,
+            weights,
+            bound=spec.recovery_bound(sum(weights)),
+            progress=lambda done, total: report_progress(done / total, "recovering the sum"),
+        )
+    except ndd_fe.OutOfBound as error:
+        return stop(AbortReason.RECOVERY_FAILED, error)
+    if failing := ndd_fe.failing_coordinates(ciphertexts, weights, weighted_sum, blinding):
+        return stop(AbortReason.REENCODING_MISMATCH, f"coordinates {failing[:10]} do not re-encode")
+
+    model = next_model(spec, model_after(st, spec, cohort, round_number - 1), round_number, weighted_sum, sum(weights))
+    required_ppm, _ = delivered_requirement(st, terms)
+    judged = evaluate(build_network(spec), model.parameters, delivered_validation(st, terms, 0))
+    model_ref = st.store.put(st.address, encode_parameters(model.parameters))
+    opening_ref = st.store.put(st.address, encode_opening(weighted_sum, blinding))
+    candidate_name = ZERO32
+    if judged.correct * PPM >= required_ppm * judged.total:
+        candidate = propose(st, cohort, round_number, model_ref.uri, model.sha256, opening_ref.sha256, judged)
+        st.post(candidate)
+        candidate_name = struct_hash(candidate)
+    return st.post(
+        RoundResult(
+            task_id=task_id,
+            round_number=round_number,
+            aggregator=st.address,
+            request=struct_hash(request),
+            opening_sha256=opening_ref.sha256,
+            model_sha256=model.sha256,
+            correct=judged.correct,
+            total=judged.total,
+            loss_micro=min(round(judged.loss * 1e6), 2**32 - 1),
+            candidate=candidate_name,
+        )
+    )
+
+
+def read_functional_key(st: Station, terms: PublishedTask, request: KeyRequest) -> npt.NDArray[np.uint64]:
+    """The publisher's functional key for exactly this request, unsealed. Raises BadRecord, Unopenable."""
+    grant = st.need(KeyGrant, terms.publisher, terms.task_id, request.round_number)
+    name = struct_hash(request)
+    if grant.request != name:
+        raise BadRecord(f"the functional key is for request {grant.request}, not for {name}")
+    sealed = st.store.get(terms.publisher, grant.sealed_sha256)
+    context = key_context(terms.task_id, request.round_number, name)
+    return ndd_fe.decode_scalars(st.me.open_sealed(sealed, context))
+
+
+def whole_ciphertext(st: Station, submission: Submission, chunk_coordinates: int) -> Points:
+    digests = chunk_digests(st, submission, chunk_coordinates)
+    chunks = [read_chunk(st, submission, digests, index, chunk_coordinates) for index in range(len(digests))]
+    return np.concatenate(chunks)
+
+
+def delivered_fields(st: Station, terms: PublishedTask, round_number: int) -> tuple[Delivery, dict[str, Any]]:
+    """What the publisher sealed to me: the content key; for the aggregator also the opening of the commitment."""
+    delivery = st.need(Delivery, terms.publisher, terms.task_id, round_number, about=st.address)
+    sealed = st.store.get(terms.publisher, delivery.sealed_sha256)
+    return delivery, json.loads(st.me.open_sealed(sealed, delivery_context(terms.task_id)))
+
+
+def delivered_validation(st: Station, terms: PublishedTask, round_number: int) -> Dataset:
+    """The validation set that the publisher sealed to me. Raises BadRecord when it is not the committed one."""
+    delivery, fields = delivered_fields(st, terms, round_number)
+    context = delivery_context(terms.task_id)
+    secret = int(fields["content_secret"], 16)
+    content = ecies.open_sealed(
+        st.store.get(terms.publisher, delivery.content_sha256),
+        lambda public: ecies.shared_secret(secret, public),
+        recipient_key=ecies.public_key(secret),
+        context=context,
+    )
+    if sha256_hex(content) != terms.validation_sha256:
+        raise BadRecord("the delivered validation set is not the one that the task committed to")
+    return decode_npz(content, "validation", terms.spec.dataset.classes)
+
+
+def delivered_requirement(st: Station, terms: PublishedTask) -> tuple[int, str]:
+    """The required accuracy in ppm and the salt, sealed to me as aggregator. Raises BadRecord unless they open the commitment."""
+    _, fields = delivered_fields(st, terms, 0)
+    accuracy_ppm, salt = int(fields["accuracy_ppm"]), str(fields["salt"])
+    on_chain = st.chain.contracts().escrow.get_task(terms.task_id).accuracy_commit
+    if accuracy_commit(accuracy_ppm, bytes.fromhex(salt)) != on_chain:
+        raise BadRecord("the delivered accuracy and salt do not open the commitment on chain")
+    return accuracy_ppm, salt
+
+
+def propose(
+    st: Station,
+    cohort: Cohort,
+    round_number: int,
+    model_uri: str,
+    model_sha256: str,
+    opening_sha256: str,
+    judged: Evaluation,
+) -> Candidate:
+    """The block: everybody whose submission counted in some round, with its latest score commitment."""
+    commits = latest_score_commits(st, cohort, round_number)
+    return Candidate(
+        task_id=cohort.task_id,
+        round_number=round_number,
+        model_sha256=model_sha256,
+        model_uri=model_uri,
+        correct=judged.correct,
+        total=judged.total,
+        aggregator=st.address,
+        participants=tuple(commits),
+        score_commits=tuple(commits.values()),
+        opening_sha256=opening_sha256,
+    )
+
+
+def latest_score_commits(st: Station, cohort: Cohort, round_number: int) -> dict[Address, str]:
+    """Score commitments of the latest accepted submission of each miner, in address order."""
+    commits: dict[Address, str] = {}
+    for number in range(1, round_number + 1):
+        request = accepted(st, cohort, number)
+        for miner, name in zip(request.miners, request.submissions, strict=True):
+            submission = st.need(Submission, miner, cohort.task_id, number)
+            if struct_hash(submission) != name:
+                raise BadRecord(f"round {number}: {miner} did not sign the accepted submission {name}")
+            commits[miner] = submission.score_commit
+    return {miner: commits[miner] for miner in sorted(commits, key=str.lower)}
+
+
+def show_submissions(task_id: str, round_number: int, cohort: Cohort, refused: dict[Address, str]) -> None:
+    create_table_artifact(
+        [{"miner": miner, "submission": refused.get(miner, "accepted")} for miner in cohort.miners],
+        key=f"submissions-{task_id}",
+        description=f"Submissions of round {round_number}",
+    )

@@ -1,0 +1,167 @@
+"""M5. Each miner checks the candidate on its own host and signs its verdict (Algorithm 5).
+
+What is checked, in this order: the aggregator's signature over the candidate; this miner's score commitment; for every
+round not yet verified, the opening against random chunks of the cohort's ciphertexts; W_r as W_{r-1} plus the server
+step of exactly the opened sums; the model on a few local samples; and, where the task opens its validation set, the
+accuracy, reproduced exactly.
+"""
+
+import secrets
+
+import numpy as np
+from prefect import task
+from prefect.artifacts import create_table_artifact
+from prefect.cache_policies import NO_CACHE
+
+from blocks.artifacts import MissingArtifact, TamperedArtifact
+from contracts.messages import Announcement, Attestation, Candidate, Cohort, RoundResult, Submission, struct_hash
+from contracts.task_spec import PublishedTask
+from tasks.aggregate import delivered_validation, encryption_keys, latest_score_commits
+from tasks.cohort import deliver
+from tasks.contribute import chunk_digests, read_chunk, read_prepared, score_at
+from tasks.crypto import ndd_fe
+from tasks.crypto.ecies import Unopenable
+from tasks.global_model import accepted, build_network, decode_opening, model_after, weights_of
+from tasks.learning.training import Diverged, evaluate
+from tasks.publish import secrets_of
+from tasks.records import BadRecord, Station, station
+from tasks.samples import load_samples
+
+LOCAL_SAMPLES = 256
+
+
+class Objection(ValueError):
+    """Why this miner does not accept the candidate."""
+
+
+@task(persist_result=False, cache_policy=NO_CACHE)
+def open_validation_to_voters(task_id: str, round_number: int, actor: str) -> dict[str, str]:
+    """M5, the publisher: where the task says so, every voter receives the validation set, sealed to it."""
+    st = station(actor)
+    terms, cohort = st.task(task_id), st.cohort(task_id)
+    if terms.spec.voting.open_validation:
+        content_secret = {"content_secret": secrets_of(st, task_id)["content_secret"]}
+        for miner, key in zip(cohort.miners, encryption_keys(st, cohort), strict=True):
+            deliver(st, terms, round_number, miner, key, dict(content_secret))
+    announced = st.need(Announcement, st.address, task_id)
+    return st.receipt(task_id, round_number, "open-validation", announced.transaction)
+
+
+@task(persist_result=False, cache_policy=NO_CACHE)
+def judge_candidate(task_id: str, round_number: int, actor: str) -> dict[str, str]:
+    """M5, a miner: check everything, sign VALID or INVALID with the reason."""
+    st = station(actor)
+    if posted := st.mine(Attestation, task_id, round_number):
+        return st.reference(posted)
+    terms, cohort = st.task(task_id), st.cohort(task_id)
+    candidate = st.need(Candidate, cohort.aggregator, task_id, round_number)
+    try:
+        check_candidate(st, terms, cohort, candidate)
+        reason = ""
+    except (Objection, BadRecord, Diverged, MissingArtifact, TamperedArtifact, Unopenable) as objection:
+        reason = str(objection) or type(objection).__name__
+    return st.post(
+        Attestation(
+            task_id=task_id,
+            round_number=round_number,
+            candidate=struct_hash(candidate),
+            accepted=not reason,
+            reason=reason[:1000],
+        )
+    )
+
+
+def check_candidate(st: Station, terms: PublishedTask, cohort: Cohort, candidate: Candidate) -> None:
+    """Return if the candidate is right. Raises Objection or BadRecord with what is wrong."""
+    number = candidate.round_number
+    result = st.need(RoundResult, cohort.aggregator, terms.task_id, number)
+    same = ("model_sha256", "opening_sha256", "correct", "total")
+    if any(getattr(result, name) != getattr(candidate, name) for name in same):
+        raise Objection("the candidate is not the result that the aggregator published for the round")
+    check_score_commits(st, cohort, candidate)
+    for earlier in range(1, number + 1):
+        check_opening_once(st, terms, cohort, earlier)
+    model = model_after(st, terms.spec, cohort, number)
+    if model.sha256 != candidate.model_sha256:
+        raise Objection(f"the candidate names model {candidate.model_sha256}, the opened sums give {model.sha256}")
+
+    network = build_network(terms.spec)
+    own = load_samples(st.me, terms.spec.dataset, "train")
+    few = own.take(np.arange(0, len(own), max(1, len(own) // LOCAL_SAMPLES)))
+    before = model_after(st, terms.spec, cohort, number - 1)
+    was = evaluate(network, before.parameters, few)
+    now = evaluate(network, model.parameters, few)
+    if now.correct + terms.spec.voting.tolerance * now.total < was.correct:
+        raise Objection(
+            f"on {now.total} local samples the model got worse, from {was.correct} to {now.correct} correct: more than "
+            f"the tolerance {terms.spec.voting.tolerance}"
+        )
+    if terms.spec.voting.open_validation:
+        judged = evaluate(network, model.parameters, delivered_validation(st, terms, number))
+        if (judged.correct, judged.total) != (candidate.correct, candidate.total):
+            raise Objection(
+                f"the candidate claims {candidate.correct} of {candidate.total} correct, here it is "
+                f"{judged.correct} of {judged.total}"
+            )
+
+
+def check_score_commits(st: Station, cohort: Cohort, candidate: Candidate) -> None:
+    """Raise Objection unless the block lists the latest accepted commitments, this miner's own among them."""
+    expected = latest_score_commits(st, cohort, candidate.round_number)
+    listed = dict(zip(candidate.participants, candidate.score_commits, strict=False))
+    if list(listed.items()) != list(expected.items()) or len(candidate.score_commits) != len(expected):
+        raise Objection("the score commitments are not those of the latest accepted submissions")
+    own = [
+        score_at(prepared, cohort.task_id, st.address)
+        for number in range(1, candidate.round_number + 1)
+        if (prepared := read_prepared(st, cohort.task_id, number)) is not None
+        and st.address in accepted(st, cohort, number).miners
+    ]
+    if own and listed.get(st.address) != own[-1]:
+        raise Objection("my own score commitment is not listed")
+
+
+def check_opening_once(st: Station, terms: PublishedTask, cohort: Cohort, round_number: int) -> None:
+    """Spot-check the opening of one round, unless this miner has done so. Raises Objection or BadRecord."""
+    result = st.need(RoundResult, cohort.aggregator, terms.task_id, round_number)
+    name = f"{terms.task_id}/{round_number:05d}/opening-checked"
+    if st.me.read_private(name) == result.opening_sha256.encode():
+        return
+    check_opening(st, terms, cohort, result)
+    st.me.write_private(name, result.opening_sha256.encode())
+
+
+def check_opening(st: Station, terms: PublishedTask, cohort: Cohort, result: RoundResult) -> None:
+    """Check (m, rho) of random chunks against the commitments that the miners signed: it opens them, or it is a lie.
+
+    Which chunks is drawn here, unknown to the aggregator; it cannot open a commitment in two ways.
+    """
+    number, size = result.round_number, terms.spec.voting.chunk_coordinates
+    request = accepted(st, cohort, number)
+    if result.request != struct_hash(request):
+        raise Objection(f"round {number}: the result is for other submissions than the published list")
+    weighted_sum, blinding = decode_opening(st.store.get(cohort.aggregator, result.opening_sha256))
+    submissions = []
+    for miner, name in zip(request.miners, request.submissions, strict=True):
+        submission = st.need(Submission, miner, terms.task_id, number)
+        if struct_hash(submission) != name or submission.coordinates != len(weighted_sum):
+            raise Objection(f"round {number}: the submission of {miner} is not the one in the list")
+        submissions.append((submission, chunk_digests(st, submission, size)))
+    chunks = range(-(-len(weighted_sum) // size))
+    for index in secrets.SystemRandom().sample(chunks, min(len(chunks), terms.spec.voting.spot_checks)):
+        part = slice(index * size, (index + 1) * size)
+        ciphertexts = [read_chunk(st, submission, digests, index, size) for submission, digests in submissions]
+        failing = ndd_fe.failing_coordinates(
+            ciphertexts, weights_of(cohort, request), weighted_sum[part], blinding[part]
+        )
+        if failing:
+            first = index * size + failing[0]
+            raise Objection(f"round {number}: the published sum does not open the ciphertexts at coordinate {first}")
+
+
+def show_votes(task_id: str, votes: dict[str, str]) -> None:
+    create_table_artifact(
+        [{"miner": miner, "verdict": verdict} for miner, verdict in votes.items()],
+        key=f"votes-{task_id}",
+        description="Verdicts on the candidate",
+    )

@@ -1,0 +1,305 @@
+"""M2. Registration with dataset proof and stake, the publisher's challenge, the cohort, the draw, the delivery.
+
+Algorithms 2, 2.1 and 2.3 of the protocol. The draw is computed by the contract from the hash of a block mined after
+registration closed, and recomputed here (`draw`), as anybody can.
+"""
+
+import hashlib
+import json
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from prefect import task
+from prefect.artifacts import create_table_artifact
+from prefect.cache_policies import NO_CACHE
+
+from blocks.artifacts import MissingArtifact, TamperedArtifact, sha256_hex
+from contracts import bindings
+from contracts.bindings import Registered
+from contracts.messages import (
+    AbortReason,
+    Address,
+    Announcement,
+    Challenge,
+    ChallengeAnswer,
+    Cohort,
+    Delivery,
+    Registration,
+    draw_seed,
+    struct_hash,
+)
+from contracts.task_spec import PublishedTask, TaskSpec
+from tasks.crypto import ecies
+from tasks.learning.aggregation import public_weights
+from tasks.learning.datasets import encode_npz
+from tasks.publish import content_key, secrets_of, validation_set
+from tasks.records import BadRecord, Station, give_up, station
+from tasks.samples import DatasetMismatch, DatasetProof, check_opening, check_proof, load_samples, open_leaves, parse_proof, prove
+
+MAX_PROOF_BYTES = 1 << 20
+FULL = "the cohort is full: miners who registered earlier come first"
+
+
+@dataclass(frozen=True)
+class Applicant:
+    """A miner who registered on chain, with its registration and proof, or the reason why it is refused."""
+
+    miner: Address
+    registration: Registration | None
+    proof: DatasetProof | None
+    refused: str = ""
+
+
+def draw(seed: bytes, cohort: Sequence[Address], stakes_wei: Sequence[int]) -> Address:
+    """The aggregator: drawn in proportion to stake, from the candidates in address order (2.1)."""
+    ticket = int.from_bytes(seed, "big") % sum(stakes_wei)
+    for miner, stake in zip(cohort, stakes_wei, strict=True):
+        if ticket < stake:
+            return miner
+        ticket -= stake
+    raise ValueError("no stake to draw from")
+
+
+def fixed_weights(spec: TaskSpec, sample_counts: Sequence[int]) -> tuple[int, ...]:
+    """Public weights y from the registered sample counts; their ratio is capped by weight_levels."""
+    levels = spec.participants.weight_levels
+    return tuple(public_weights(list(sample_counts), levels, levels))
+
+
+@task(persist_result=False, cache_policy=NO_CACHE)
+def apply_for_task(task_id: str, actor: str) -> dict[str, str]:
+    """M2, a miner: check its own data, stake what the task asks for, register with the dataset proof."""
+    st = station(actor)
+    spec = st.task(task_id).spec
+    dataset = load_samples(st.me, spec.dataset, "train")
+    proof = prove(st.me, task_id, spec.dataset, dataset)
+    reference = st.store.put(st.address, proof.model_dump_json().encode())
+    registration = Registration(
+        task_id=task_id,
+        round_number=0,
+        miner=st.address,
+        encryption_key=st.me.encryption_key,
+        dataset_proof_sha256=reference.sha256,
+    )
+    posted = st.post(registration)
+
+    stakes = st.chain.contracts(st.me.account).stakes
+    if stakes.registration_of(task_id, st.address) is None:
+        missing = spec.money.minimum_stake_wei - stakes.available_stake(st.address)
+        if missing > 0:
+            stakes.deposit_stake(amount_wei=missing)
+        stakes.register(task_id, struct_hash(registration))
+    return posted
+
+
+@task(persist_result=False, cache_policy=NO_CACHE)
+def challenge_applicants(task_id: str, actor: str) -> dict[str, str]:
+    """M2, the publisher: choose leaves of every applicant's proof, now that the roots are fixed."""
+    st = station(actor)
+    spec = st.task(task_id).spec
+    for applicant in applicants(st, task_id, spec):
+        if applicant.proof is None or applicant.registration is None:
+            continue
+        if st.mine(Challenge, task_id, about=applicant.miner) is None:
+            count = applicant.proof.sample_count
+            asked = min(count, spec.dataset.challenged_leaves)
+            leaves = sorted(secrets.SystemRandom().sample(range(count), asked))
+            st.post(
+                Challenge(
+                    task_id=task_id,
+                    round_number=0,
+                    publisher=st.address,
+                    miner=applicant.miner,
+                    registration=struct_hash(applicant.registration),
+                    leaves=tuple(leaves),
+                ),
+                about=applicant.miner,
+            )
+    announced = st.need(Announcement, st.address, task_id)
+    return st.receipt(task_id, 0, "challenge", announced.transaction)
+
+
+@task(persist_result=False, cache_policy=NO_CACHE)
+def answer_challenge(task_id: str, actor: str) -> dict[str, str]:
+    """M2, a miner: open the challenged leaves; hash paths, not samples."""
+    st = station(actor)
+    terms = st.task(task_id)
+    challenge = st.need(Challenge, terms.publisher, task_id, about=st.address)
+    dataset = load_samples(st.me, terms.spec.dataset, "train")
+    paths = st.store.put(st.address, open_leaves(st.me, task_id, dataset, challenge.leaves))
+    return st.post(
+        ChallengeAnswer(
+            task_id=task_id,
+            round_number=0,
+            miner=st.address,
+            challenge=struct_hash(challenge),
+            paths_sha256=paths.sha256,
+        )
+    )
+
+
+@task(persist_result=False, cache_policy=NO_CACHE)
+def admit_and_draw(task_id: str, actor: str) -> dict[str, str]:
+    """M2 and 2.1, the publisher: admit whoever proved fitting data, close, draw, publish the cohort."""
+    st = station(actor)
+    if said := st.said(Cohort, task_id):
+        return said
+    terms = st.task(task_id)
+    rules = terms.spec.participants
+    stakes = st.chain.contracts(st.me.account).stakes
+
+    verified = [check_answer(st, task_id, applicant) for applicant in applicants(st, task_id, terms.spec)]
+    fitting = [applicant for applicant in verified if not applicant.refused]
+    admitted, surplus = fitting[: rules.miners_max], fitting[rules.miners_max :]
+    refused = {applicant.miner: applicant.refused for applicant in verified if applicant.refused}
+    refused |= {applicant.miner: FULL for applicant in surplus}
+    if len(admitted) < rules.miners_min:
+        reasons = "; ".join(f"{miner}: {reason}" for miner, reason in refused.items()) or "nobody else registered"
+        detail = f"{len(admitted)} of at least {rules.miners_min} miners qualified ({reasons})"
+        return give_up(st, task_id, 0, "form-cohort", AbortReason.NOT_ENOUGH_MINERS, detail[:2000])
+
+    # Smallest address first: every party must build the same sums from the same set.
+    admitted.sort(key=lambda applicant: applicant.miner.lower())
+    miners = tuple(applicant.miner for applicant in admitted)
+    if not stakes.get_cohort(task_id).miners:
+        stakes.close_registration(task_id, miners)
+    aggregator = drawn_aggregator(st, stakes, task_id)
+    on_chain = stakes.get_cohort(task_id)
+    if on_chain.miners != miners:
+        raise BadRecord(f"the chain closed registration with {on_chain.miners}, not with {miners}")
+
+    registrations = [applicant.registration for applicant in admitted if applicant.registration is not None]
+    weights = fixed_weights(terms.spec, [applicant.proof.sample_count for applicant in admitted if applicant.proof])
+    keys = dict(zip(miners, (registration.encryption_key for registration in registrations), strict=True))
+    create_table_artifact(
+        [{"miner": miner, "weight": weight} for miner, weight in zip(miners, weights, strict=True)],
+        key=f"cohort-{task_id}",
+        description=f"Admitted miners; drawn as aggregator: {aggregator}",
+    )
+    return st.post(
+        Cohort(
+            task_id=task_id,
+            round_number=0,
+            publisher=st.address,
+            publisher_key=st.me.encryption_key,
+            aggregator=aggregator,
+            aggregator_key=keys[aggregator],
+            miners=miners,
+            registrations=tuple(struct_hash(registration) for registration in registrations),
+            weights=weights,
+            draw_seed=stakes.get_draw(task_id).seed,
+            refused=tuple(refused),
+            reasons=tuple(refused.values()),
+        )
+    )
+
+
+@task(persist_result=False, cache_policy=NO_CACHE)
+def deliver_to_aggregator(task_id: str, actor: str) -> None:
+    """2.3, the publisher: accuracy, salt and validation set, sealed to the drawn aggregator."""
+    st = station(actor)
+    cohort = st.mine(Cohort, task_id)
+    if cohort is not None:
+        fields = secrets_of(st, task_id)
+        opening = {name: fields[name] for name in ("accuracy_ppm", "salt", "content_secret")}
+        deliver(st, st.task(task_id), 0, cohort.aggregator, cohort.aggregator_key, opening)
+
+
+def deliver(
+    st: Station, terms: PublishedTask, round_number: int, recipient: Address, key: str, fields: dict[str, object]
+) -> None:
+    """Seal the validation set's content key, and what else `fields` holds, to one recipient; once."""
+    if st.mine(Delivery, terms.task_id, round_number, about=recipient) is not None:
+        return
+    secret_fields = secrets_of(st, terms.task_id)
+    public = content_key(secret_fields)
+    context = delivery_context(terms.task_id)
+    validation = encode_npz(validation_set(st, terms))
+    if sha256_hex(validation) != terms.validation_sha256:
+        raise DatasetMismatch(f"the validation set is not the announced one {terms.validation_sha256}: restore it")
+    # A seed that depends on the content: sealed alike for all recipients, and no key ever meets two contents.
+    secret = bytes.fromhex(secret_fields["content_secret"])
+    seed = hashlib.sha512(secret + context + hashlib.sha256(validation).digest()).digest()[:48]
+    content = ecies.seal(validation, public, ephemeral_seed=seed, context=context)
+    sealed = ecies.seal(
+        json.dumps(fields).encode(),
+        bytes.fromhex(key[2:]),
+        ephemeral_seed=secrets.token_bytes(48),
+        context=context,
+    )
+    st.post(
+        Delivery(
+            task_id=terms.task_id,
+            round_number=round_number,
+            publisher=st.address,
+            recipient=recipient,
+            content_sha256=st.store.put(st.address, content).sha256,
+            sealed_sha256=st.store.put(st.address, sealed).sha256,
+        ),
+        about=recipient,
+    )
+
+
+def delivery_context(task_id: str) -> bytes:
+    return b"delivery|" + task_id.encode()
+
+
+def applicants(st: Station, task_id: str, spec: TaskSpec) -> list[Applicant]:
+    """Everybody who registered on chain, in that order, with what is wrong with the application."""
+    return [
+        _applicant(st, task_id, spec, event.miner, event.registration_hash)
+        for event in st.chain.events(task_id, Registered)
+    ]
+
+
+def _applicant(st: Station, task_id: str, spec: TaskSpec, miner: Address, registered: str) -> Applicant:
+    try:
+        registration = st.need(Registration, miner, task_id)
+        if struct_hash(registration) != registered:
+            return Applicant(miner, None, None, "the registration in the store is not the one on chain")
+        ecies.shared_secret(1, bytes.fromhex(registration.encryption_key[2:]))  # refuses what is no point
+        data = st.store.get(miner, registration.dataset_proof_sha256, max_bytes=MAX_PROOF_BYTES)
+        proof = parse_proof(data)
+        check_proof(spec.dataset, proof)
+    except (BadRecord, DatasetMismatch, MissingArtifact, TamperedArtifact, ValueError) as error:
+        return Applicant(miner, None, None, str(error))
+    return Applicant(miner, registration, proof)
+
+
+def check_answer(st: Station, task_id: str, applicant: Applicant) -> Applicant:
+    """The applicant, refused with the reason unless it opened exactly what was challenged."""
+    if applicant.refused or applicant.proof is None:
+        return applicant
+    try:
+        challenge = st.need(Challenge, st.address, task_id, about=applicant.miner)
+        answer = st.need(ChallengeAnswer, applicant.miner, task_id)
+        if answer.challenge != struct_hash(challenge):
+            raise DatasetMismatch("the answer is for another challenge")
+        data = st.store.get(applicant.miner, answer.paths_sha256, max_bytes=MAX_PROOF_BYTES)
+        check_opening(applicant.proof, challenge.leaves, data)
+    except (BadRecord, DatasetMismatch, MissingArtifact, TamperedArtifact) as error:
+        return Applicant(applicant.miner, applicant.registration, applicant.proof, str(error))
+    return applicant
+
+
+def drawn_aggregator(st: Station, stakes: bindings.StakeRegistry, task_id: str) -> Address:
+    """Have the contract draw, when its block has come, and recompute the draw."""
+    if stakes.aggregator_of(task_id) is None:
+        st.chain.wait_for_block(stakes.get_draw(task_id).seed_block + 1)
+        try:
+            stakes.draw_aggregator(task_id)
+        except bindings.Reverted as refusal:
+            if refusal.error != "SeedExpired":
+                raise
+            moved = stakes.move_seed(task_id).event.seed_block
+            st.chain.wait_for_block(moved + 1)
+            stakes.draw_aggregator(task_id)
+    drawn = stakes.aggregator_of(task_id)
+    result = stakes.get_draw(task_id)
+    on_chain = stakes.get_cohort(task_id)
+    block_hash = bytes(st.chain.web3.eth.get_block(result.seed_block)["hash"])
+    seed = draw_seed(task_id, block_hash)
+    if "0x" + seed.hex() != result.seed or draw(seed, on_chain.miners, on_chain.stakes_wei) != drawn:
+        raise BadRecord(f"the chain drew {drawn}, which the hash of block {result.seed_block} does not give")
+    return drawn

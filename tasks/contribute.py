@@ -1,0 +1,257 @@
+"""M3. Train, compress, score, encrypt, submit: a miner's part of a round (Algorithm 3).
+
+What the miner must not do twice is in its home before anything leaves the host: the quantised update, the salt and the
+score of a round (`prepared.npz`). A killed run finds them and encrypts the same values under the same salt, which gives
+the same ciphertext; it never trains again, and never puts one mask on two different updates.
+"""
+
+import json
+import secrets
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from blocks.artifacts import MissingArtifact, TamperedArtifact
+from contracts.messages import (
+    Bytes,
+    Bytes32,
+    Cohort,
+    KeyRequest,
+    RoundResult,
+    Submission,
+    score_commit,
+)
+from contracts.task_spec import TaskSpec
+from tasks.crypto import merkle, ndd_fe
+from tasks.dispatch import report_progress
+from tasks.global_model import build_network, initial_model, model_after, round_support
+from tasks.learning import compression
+from tasks.learning.compression import Memory
+from tasks.learning.datasets import decode_arrays, encode_arrays
+from tasks.learning.training import train
+from tasks.records import BadRecord, Station, station
+from tasks.samples import load_samples
+
+POINT_BYTES = 64
+MAX_CHUNK_LIST_BYTES = 16 << 20
+
+
+class TooLate(RuntimeError):
+    """The aggregator closed the round before this submission."""
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A miner's round before encryption. Secret. values: (k,) int64; score of this round alone and over the task."""
+
+    values: npt.NDArray[np.int64]
+    support: npt.NDArray[np.int64]
+    memory: Memory
+    salt: bytes
+    score_salt: bytes
+    round_score: int
+    score: int
+
+    def encode(self) -> bytes:
+        numbers = {"round_score": str(self.round_score), "score": str(self.score)}
+        texts = {"salt": self.salt.hex(), "score_salt": self.score_salt.hex(), **numbers}
+        arrays = {
+            "values": self.values,
+            "support": self.support,
+            "velocity": self.memory.velocity,
+            "residual": self.memory.residual,
+            "fields": np.frombuffer(json.dumps(texts).encode(), dtype=np.uint8),
+        }
+        return encode_arrays(arrays)
+
+    @classmethod
+    def decode(cls, data: bytes) -> "Prepared":
+        arrays = decode_arrays(data)
+        fields = json.loads(arrays["fields"].tobytes())
+        return cls(
+            values=arrays["values"],
+            support=arrays["support"],
+            memory=Memory(arrays["velocity"], arrays["residual"]),
+            salt=bytes.fromhex(fields["salt"]),
+            score_salt=bytes.fromhex(fields["score_salt"]),
+            round_score=int(fields["round_score"]),
+            score=int(fields["score"]),
+        )
+
+
+def read_prepared(st: Station, task_id: str, round_number: int) -> Prepared | None:
+    data = st.me.read_private(_prepared_name(task_id, round_number))
+    return None if data is None else Prepared.decode(data)
+
+
+def label_of(st: Station, task_id: str, round_number: int) -> ndd_fe.Label:
+    return ndd_fe.Label(domain=st.domain.digest(), task_id=task_id, round_number=round_number)
+
+
+def score_at(prepared: Prepared, task_id: str, miner: str) -> Bytes32:
+    return score_commit(prepared.score, prepared.score_salt, task_id, miner)
+
+
+@task(persist_result=False, cache_policy=NO_CACHE)
+def train_locally(task_id: str, round_number: int, actor: str) -> None:
+    """M3, first half: train from W_t, compress on the common support, quantise, score. Stays on this host."""
+    st = station(actor)
+    if read_prepared(st, task_id, round_number) is not None:
+        return
+    spec, cohort = st.task(task_id).spec, st.cohort(task_id)
+    if st.address not in cohort.miners:
+        raise BadRecord(f"{st.address} is not in the cohort of {task_id}")
+    model = model_after(st, spec, cohort, round_number - 1)
+    dataset = load_samples(st.me, spec.dataset, "train")
+
+    rules = spec.training
+    trained = train(
+        build_network(spec),
+        model.parameters,
+        dataset,
+        epochs=rules.local_epochs,
+        batch_size=rules.batch_size,
+        learning_rate=rules.learning_rate,
+        momentum=rules.momentum,
+        weight_decay=rules.weight_decay,
+        proximal=rules.proximal,
+        seed=_sample_order(spec, st.address, round_number),
+        on_epoch=lambda epoch, loss: report_progress(epoch / rules.local_epochs, f"epoch {epoch}, loss {loss:.3f}"),
+    )
+    memory, earlier_score = _memory_before(st, spec, cohort, round_number, model.parameters.size)
+    support = round_support(spec, model, round_number)
+    shrink = spec.compression
+    values, memory = compression.compress(
+        trained - model.parameters, memory, support, momentum=shrink.momentum, clip_norm=shrink.clip_norm
+    )
+    quantised, memory = compression.to_fixed_point(values, memory, support, scale=shrink.scale, bound=shrink.bound)
+    round_score = compression.score(quantised)
+    prepared = Prepared(
+        values=quantised,
+        support=support,
+        memory=memory,
+        salt=secrets.token_bytes(16),
+        score_salt=secrets.token_bytes(32),
+        round_score=round_score,
+        score=earlier_score + round_score,
+    )
+    st.me.write_private(_prepared_name(task_id, round_number), prepared.encode())
+
+
+@task(persist_result=False, cache_policy=NO_CACHE)
+def encrypt_and_submit(task_id: str, round_number: int, actor: str) -> dict[str, str]:
+    """M3, second half: encrypt, upload in chunks, sign, submit. Raises TooLate when the round is closed."""
+    st = station(actor)
+    if posted := st.mine(Submission, task_id, round_number):
+        return st.reference(posted)
+    spec, cohort = st.task(task_id).spec, st.cohort(task_id)
+    if st.find(KeyRequest, cohort.aggregator, task_id, round_number) is not None:
+        raise TooLate(f"round {round_number} was closed by the aggregator before this submission")
+    prepared = read_prepared(st, task_id, round_number)
+    if prepared is None:
+        raise MissingArtifact(f"round {round_number} of {task_id} is not prepared in {st.me.home}: train first")
+
+    salt: Bytes = "0x" + prepared.salt.hex()
+    label = label_of(st, task_id, round_number)
+    masks = (
+        st.me.mask_key(cohort.publisher_key, "publisher", label, salt),
+        st.me.mask_key(cohort.aggregator_key, "aggregator", label, salt),
+    )
+    size = spec.voting.chunk_coordinates
+    digests = []
+    for start in range(0, len(prepared.values), size):
+        piece = prepared.values[start : start + size]
+        points = ndd_fe.encrypt(piece, *masks, bound=spec.compression.bound, start=start)
+        digests.append(st.store.put(st.address, ndd_fe.encode_points(points)).sha256)
+        report_progress((start + len(piece)) / len(prepared.values), "encrypting")
+
+    base = (
+        st.need(RoundResult, cohort.aggregator, task_id, round_number - 1).model_sha256
+        if round_number > 1
+        else initial_model(spec).sha256
+    )
+    return st.post(
+        Submission(
+            task_id=task_id,
+            round_number=round_number,
+            miner=st.address,
+            base_model_sha256=base,
+            ciphertext_root=ciphertext_root(digests),
+            chunks_sha256=st.store.put(st.address, json.dumps(digests).encode()).sha256,
+            coordinates=len(prepared.values),
+            score_commit=score_at(prepared, task_id, st.address),
+            salt=salt,
+            sample_count=len(load_samples(st.me, spec.dataset, "train")),
+        )
+    )
+
+
+def ciphertext_root(chunk_digests: list[Bytes32]) -> Bytes32:
+    """Merkle root over the SHA-256 digests of a ciphertext's chunks; the miner signs it."""
+    return "0x" + merkle.root([merkle.leaf_hash(bytes.fromhex(digest[2:])) for digest in chunk_digests]).hex()
+
+
+def chunk_digests(st: Station, submission: Submission, chunk_coordinates: int) -> list[Bytes32]:
+    """Digests of a submission's chunks, checked against the root that its miner signed. Raises BadRecord."""
+    try:
+        data = st.store.get(submission.miner, submission.chunks_sha256, max_bytes=MAX_CHUNK_LIST_BYTES)
+        digests: Any = json.loads(data)
+        expected = -(-submission.coordinates // chunk_coordinates)
+        if not isinstance(digests, list) or len(digests) != expected:
+            raise BadRecord(f"the ciphertext of {submission.miner} does not have {expected} chunks")
+        if ciphertext_root(digests) != submission.ciphertext_root:
+            raise BadRecord(f"the chunks of {submission.miner} do not hash to the root that it signed")
+    except (MissingArtifact, TamperedArtifact, ValueError, TypeError) as error:
+        raise BadRecord(f"ciphertext of {submission.miner}: {error}") from error
+    return digests
+
+
+def read_chunk(
+    st: Station, submission: Submission, digests: list[Bytes32], index: int, chunk_coordinates: int
+) -> npt.NDArray[np.uint64]:
+    """One chunk's points, (n, 8), on the curve. Raises BadRecord."""
+    count = min(chunk_coordinates, submission.coordinates - index * chunk_coordinates)
+    try:
+        data = st.store.get(submission.miner, digests[index], max_bytes=count * POINT_BYTES)
+        points = ndd_fe.decode_points(data)
+    except (MissingArtifact, TamperedArtifact, ndd_fe.InvalidEncoding, ValueError) as error:
+        raise BadRecord(f"chunk {index} of {submission.miner}: {error}") from error
+    if len(points) != count:
+        raise BadRecord(f"chunk {index} of {submission.miner} has {len(points)} points, {count} are announced")
+    return points
+
+
+def _memory_before(
+    st: Station, spec: TaskSpec, cohort: Cohort, round_number: int, dimension: int
+) -> tuple[Memory, int]:
+    """The residual and velocity to start from, and the score of the rounds that counted.
+
+    A round whose submission was not accepted gave nothing: what it had sent goes back to the residual.
+    """
+    memory, score = Memory.zero(dimension), 0
+    for number in range(1, round_number):
+        prepared = read_prepared(st, cohort.task_id, number)
+        if prepared is None:
+            continue
+        memory = prepared.memory
+        request = st.find(KeyRequest, cohort.aggregator, cohort.task_id, number)
+        if request is not None and st.address in request.miners:
+            score += prepared.round_score
+        else:
+            residual = memory.residual.copy()
+            residual[prepared.support] += compression.dequantize(prepared.values, scale=spec.compression.scale)
+            memory = Memory(memory.velocity, residual)
+    return memory, score
+
+
+def _sample_order(spec: TaskSpec, miner: str, round_number: int) -> int:
+    """Seed of the order in which a miner sees its samples: repeatable, different for each miner and round."""
+    return int.from_bytes(merkle.leaf_hash(f"{spec.seed}|{miner}|{round_number}".encode())[:8], "big")
+
+
+def _prepared_name(task_id: str, round_number: int) -> str:
+    return f"{task_id}/{round_number:05d}/prepared.npz"

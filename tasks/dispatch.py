@@ -1,0 +1,257 @@
+"""Ask an actor to do its step: named actor in, signed record out. The only way from one actor to another.
+
+`ask` and `ask_each` run the actor's flow and take back the reference of the record it posted; the record is fetched from
+the store, its signature is checked, and it is remembered in the registry. References and scalars go in, a reference
+comes out: nothing large or secret passes through the scheduler. Here the actors take turns in this process, each step
+on a thread of its own, so that a timeout ends the wait for one that hangs.
+
+Errors: TaskAborted (the actor gave the task up, signed), BadRecord, and whatever stopped the step itself.
+"""
+
+import contextvars
+import importlib
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from prefect.logging import get_run_logger
+
+from blocks.artifacts import ArtifactStore
+from blocks.chain import Chain, NotYet
+from blocks.registry import Registry
+from contracts.bindings import Outcome, Status
+from contracts.messages import Abort, AbortReason, Announcement, Message
+from tasks.records import load_record, terms_path
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the protocol: its module (M1..M7) and the flow that does it, as a dotted entrypoint."""
+
+    module: str
+    entrypoint: str
+
+
+STEPS = {
+    "publish": Step("M1", "flows.publisher.publish"),
+    "register": Step("M2", "flows.miner.register"),
+    "challenge": Step("M2", "flows.publisher.challenge"),
+    "prove-dataset": Step("M2", "flows.miner.prove_dataset"),
+    "form-cohort": Step("M2", "flows.publisher.form_cohort"),
+    "contribute": Step("M3", "flows.miner.contribute"),
+    "collect": Step("M4", "flows.aggregator.collect"),
+    "derive-key": Step("M4", "flows.publisher.derive_key"),
+    "aggregate": Step("M4", "flows.aggregator.aggregate"),
+    "open-validation": Step("M5", "flows.publisher.open_validation"),
+    "attest": Step("M5", "flows.miner.attest"),
+    "publish-block": Step("M6", "flows.aggregator.publish_block"),
+    "reveal-accuracy": Step("M7", "flows.publisher.reveal_accuracy"),
+    "reveal-accuracy-instead": Step("M7", "flows.aggregator.reveal_accuracy_instead"),
+    "reveal-score": Step("M7", "flows.miner.reveal_score"),
+    "withdraw": Step("M7", "flows.miner.withdraw"),
+    "refund": Step("M7", "flows.publisher.refund"),
+}
+
+
+class TaskAborted(RuntimeError):
+    """The task ends without a block: an actor gave it up, or its rounds are used up."""
+
+
+@dataclass(frozen=True)
+class StepEvent:
+    """What a watcher of this process is told. kind: started, progress, ok, refused, failed, aborted or ended."""
+
+    kind: str
+    step: str
+    actor: str
+    task_id: str
+    round_number: int
+    seconds: float = 0.0
+    detail: str = ""
+    fraction: float = 0.0
+
+
+@dataclass
+class Watch:
+    """Who is told of steps in this process (a terminal, a test that kills it)."""
+
+    listeners: list[Callable[[StepEvent], None]] = field(default_factory=list)
+
+    def tell(self, event: StepEvent) -> None:
+        for listener in self.listeners:
+            listener(event)
+
+
+watch = Watch()
+_current: contextvars.ContextVar[tuple[str, str, str, int] | None] = contextvars.ContextVar("current_step", default=None)
+
+
+def ask(actor: str, step: str, *, task_id: str, round_number: int = 0, **references: Any) -> Any:
+    """Run one actor's step and return its signed record. `actor`: its name or address."""
+    registry = Registry.load("registry")
+    name = registry.find_actor(actor).name
+    try:
+        return _run(registry, name, step, task_id, round_number, references)
+    except TaskAborted:
+        raise
+    except Exception as error:
+        error.add_note(f"task {task_id}, round {round_number}, step {step} of {name}")
+        raise
+
+
+def ask_each(
+    actors: Sequence[str], step: str, *, task_id: str, timeout_s: float, round_number: int = 0, **references: Any
+) -> list[Any]:
+    """Run the step of several actors; return the records of those who did it within `timeout_s` each.
+
+    One that fails, or does not answer in time, is refused with the reason, and the others go on: whether enough are
+    left is for the next step to judge.
+    """
+    registry = Registry.load("registry")
+    answers = []
+    for actor in actors:
+        row = registry.find_actor(actor)
+
+        def refuse(reason: str, address: str = row.address) -> None:
+            registry.record_refusal(task_id, round_number, step, address, reason)
+
+        answer = _Answer(registry, row.name, step, task_id, round_number, references)
+        answer.start()
+        answer.join(timeout_s)
+        if answer.is_alive():
+            answer.when_late = refuse
+            refuse(f"no answer within {timeout_s:g} s")
+            watch.tell(StepEvent("refused", step, row.name, task_id, round_number, timeout_s, "no answer in time"))
+        elif answer.error is None:
+            answers.append(answer.record)
+        else:
+            refuse(_reason(answer.error))
+    return answers
+
+
+class _Answer(threading.Thread):
+    """One actor's step on a daemon thread: one that hangs does not keep the process alive."""
+
+    def __init__(self, *work: Any) -> None:
+        super().__init__(daemon=True, name=f"{work[2]} of {work[1]}")
+        self._work = work
+        self._context = contextvars.copy_context()
+        self.record: Any = None
+        self.error: Exception | None = None
+        self.when_late: Callable[[str], None] | None = None
+
+    def run(self) -> None:
+        try:
+            self.record = self._context.run(_run, *self._work)
+        except Exception as error:
+            self.error = error
+
+
+def _run(registry: Registry, name: str, step: str, task_id: str, round_number: int, references: Any) -> Message:
+    """Run the flow, fetch and check the record it names, remember it and how long it took."""
+    module, _, function = STEPS[step].entrypoint.rpartition(".")
+    flow = getattr(importlib.import_module(module), function)
+    started_s = time.time()
+    watch.tell(StepEvent("started", step, name, task_id, round_number))
+    token = _current.set((step, name, task_id, round_number))
+    outcome, detail = "failed", ""
+    try:
+        reference = flow(task_id=task_id, round_number=round_number, actor=name, **references)
+        chain = Chain.load("chain")
+        record = load_record(ArtifactStore.load("artifacts"), chain.domain, reference)
+        _remember(registry, record, reference)
+        outcome, detail = ("aborted", record.reason) if isinstance(record, Abort) else ("ok", _headline(record))
+    except Exception as error:
+        detail = _reason(error)
+        raise
+    finally:
+        _current.reset(token)
+        seconds = time.time() - started_s
+        registry.record_step(
+            task_id=task_id,
+            round_number=round_number,
+            step=step,
+            actor=name,
+            started_s=started_s,
+            seconds=seconds,
+            outcome=outcome,
+            detail=detail,
+        )
+        watch.tell(StepEvent(outcome, step, name, task_id, round_number, seconds, detail))
+    if isinstance(record, Abort):
+        raise TaskAborted(f"{record.reason}: {record.detail}")
+    return record
+
+
+def _remember(registry: Registry, record: Message, reference: dict[str, str]) -> None:
+    if isinstance(record, Announcement):
+        terms = ArtifactStore.load("artifacts").find(record.publisher, terms_path(record.task_id)) or b""
+        registry.record_task(record.task_id, record.publisher, record.spec_hash, terms.decode())
+    registry.record(record, signer=reference["owner"], path=reference["path"], sha256=reference["sha256"])
+    refused: Iterable[str] = getattr(record, "refused", ())
+    for address, reason in zip(refused, getattr(record, "reasons", ()), strict=True):
+        registry.record_refusal(record.task_id, record.round_number, type(record).__name__, address, reason)
+
+
+def report_progress(fraction: float, what: str) -> None:
+    """Tell the watchers how far the current step is; 0 <= fraction <= 1."""
+    current = _current.get()
+    if current is not None:
+        step, name, task_id, number = current
+        watch.tell(StepEvent("progress", step, name, task_id, number, 0.0, what, fraction))
+
+
+@contextmanager
+def task_states(task_id: str) -> Iterator[None]:
+    """Keep the task's status in the registry; an abort becomes the status FAILED with its reason and ends here."""
+    registry = Registry.load("registry")
+    registry.mark_task(task_id, "TRAINING")
+    try:
+        yield
+    except TaskAborted as aborted:
+        registry.mark_task(task_id, "FAILED", str(aborted))
+        get_run_logger().warning("task %s: %s", task_id, aborted)
+
+
+def give_up_after(task_id: str, rounds: int) -> None:
+    """End a task whose rounds are used up. Raises TaskAborted."""
+    raise TaskAborted(f"{AbortReason.MAX_ROUNDS}: task {task_id} had {rounds}")
+
+
+def reachable(role: str) -> list[str]:
+    """Names of the actors with this role that can be asked."""
+    return [row.name for row in Registry.load("registry").actors(role)]
+
+
+def conclude(task_id: str) -> str:
+    """The task's status as the chain has it: PAID, REFUNDED, PUBLISHED, REFUNDABLE or LOCKED; remembered, and returned."""
+    registry = Registry.load("registry")
+    chain = Chain.load("chain")
+    on_chain = chain.contracts().escrow.get_task(task_id)
+    row = registry.find_task(task_id)
+    reason = row.reason if row else ""
+    status = {Status.LOCKED: "REFUNDABLE", Status.NONE: "FAILED"}.get(on_chain.status, on_chain.status.name)
+    if on_chain.status is Status.SETTLED:
+        outcome = chain.contracts().rewards.get_settlement(task_id).outcome
+        status = "REFUNDED" if outcome is Outcome.UNMET else "PAID"
+    registry.mark_task(task_id, status, reason)
+    return status
+
+
+def _headline(record: Message) -> str:
+    total = getattr(record, "total", 0)
+    if total:
+        return f"{getattr(record, 'correct', 0)} of {total} correct"
+    accepted = getattr(record, "accepted", None)
+    if accepted is not None:
+        return "valid" if accepted else f"invalid: {getattr(record, 'reason', '')}"
+    return ""
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, NotYet | TaskAborted):
+        return str(error)
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

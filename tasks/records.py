@@ -1,0 +1,214 @@
+"""Signed records in the store: post one's own, find another's, believe neither store nor scheduler.
+
+A record is one message of `contracts.messages` with its signer's EIP-712 signature, as JSON under
+``<task>/<round>/<kind>.json`` in the signer's folder (where there are several of a kind, ``<kind>-<about>.json``: the
+recipient's address, or the step that a receipt is for).
+Whoever reads it checks the signature, the signer, the task and the round; a record that fails says why.
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from eth_utils.address import to_checksum_address
+from prefect.exceptions import ObjectNotFound
+from pydantic import ValidationError
+
+from blocks.artifacts import ArtifactStore, MissingArtifact, TamperedArtifact, sha256_hex
+from blocks.chain import Chain
+from blocks.identity import Identity
+from contracts import messages
+from contracts.messages import Address, Domain, Message
+from contracts.task_spec import PublishedTask
+
+M = TypeVar("M", bound=Message)
+
+
+class BadRecord(ValueError):
+    """A record that cannot be believed; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class RecordRef:
+    """What an actor's flow returns: which record it posted. A hundred bytes, nothing secret."""
+
+    owner: Address
+    kind: str
+    path: str
+    sha256: str
+
+    def as_json(self) -> dict[str, str]:
+        return {"owner": self.owner, "kind": self.kind, "path": self.path, "sha256": self.sha256}
+
+
+@dataclass(frozen=True)
+class Station:
+    """What a step works with: who I am, the chain, the store."""
+
+    me: Identity
+    chain: Chain
+    store: ArtifactStore
+
+    @property
+    def address(self) -> Address:
+        return self.me.address
+
+    @property
+    def domain(self) -> Domain:
+        return self.chain.domain
+
+    def post(self, message: Message, *, about: str | None = None) -> dict[str, str]:
+        """Sign and post a record; an equal one is there already after a retry (signatures are deterministic)."""
+        body = {"message": message.model_dump(mode="json"), "signature": self.me.sign(message, self.domain)}
+        data = json.dumps({"kind": type(message).__name__, **body}, sort_keys=True).encode()
+        path = record_path(type(message), message.task_id, message.round_number, about)
+        self.store.post(self.address, path, data)
+        return RecordRef(self.address, type(message).__name__, path, sha256_hex(data)).as_json()
+
+    def mine(self, kind: type[M], task_id: str, round_number: int = 0, *, about: str | None = None) -> M | None:
+        """The record I posted before a retry, or None."""
+        return self.find(kind, self.address, task_id, round_number, about=about)
+
+    def said(self, kind: type[Message], task_id: str, round_number: int = 0) -> dict[str, str] | None:
+        """The reference of my record of this kind, or of my word that I gave up: a retry repeats what was said."""
+        for candidate in (messages.Abort, kind):
+            if (found := self.mine(candidate, task_id, round_number)) is not None:
+                return self.reference(found)
+        return None
+
+    def find(
+        self, kind: type[M], signer: Address, task_id: str, round_number: int = 0, *, about: str | None = None
+    ) -> M | None:
+        """The signer's record, checked, or None when there is none. Raises BadRecord."""
+        path = record_path(kind, task_id, round_number, about)
+        try:
+            data = self.store.find(signer, path)
+        except TamperedArtifact as error:
+            raise BadRecord(str(error)) from error
+        return None if data is None else check_record(kind, data, self.domain, signer, task_id, round_number)
+
+    def need(
+        self, kind: type[M], signer: Address, task_id: str, round_number: int = 0, *, about: str | None = None
+    ) -> M:
+        """The signer's record, checked. Raises BadRecord, or MissingArtifact when there is none."""
+        found = self.find(kind, signer, task_id, round_number, about=about)
+        if found is None:
+            path = record_path(kind, task_id, round_number, about)
+            raise MissingArtifact(f"{signer} has not posted {path}")
+        return found
+
+    def reference(self, message: Message, *, about: str | None = None) -> dict[str, str]:
+        """The reference of a record of mine that is posted already."""
+        path = record_path(type(message), message.task_id, message.round_number, about)
+        data = self.store.find(self.address, path)
+        if data is None:
+            raise MissingArtifact(f"{self.address} has not posted {path}")
+        return RecordRef(self.address, type(message).__name__, path, sha256_hex(data)).as_json()
+
+    def receipt(
+        self, task_id: str, round_number: int, step: str, transaction: str, amount_wei: int = 0
+    ) -> dict[str, str]:
+        """Post the receipt of a step of mine, once: after a retry the first one stays."""
+        if before := self.mine(messages.Receipt, task_id, round_number, about=step):
+            return self.reference(before, about=step)
+        receipt = messages.Receipt(
+            task_id=task_id,
+            round_number=round_number,
+            actor=self.address,
+            step=step,
+            transaction=transaction,
+            amount_wei=str(amount_wei),
+        )
+        return self.post(receipt, about=step)
+
+    def task(self, task_id: str) -> PublishedTask:
+        """The terms as published. The chain names the publisher and the hash; the store only carries the bytes."""
+        on_chain = self.chain.contracts().escrow.get_task(task_id)
+        data = self.store.find(on_chain.publisher, terms_path(task_id))
+        if data is None:
+            raise MissingArtifact(f"the terms of {task_id} are not in the store of its publisher {on_chain.publisher}")
+        try:
+            task = PublishedTask.model_validate_json(data)
+        except ValidationError as error:
+            raise BadRecord(f"the terms of {task_id} do not parse: {error}") from error
+        if task.spec_hash() != on_chain.spec_hash or task.task_id != task_id:
+            raise BadRecord(f"the terms of {task_id} hash to {task.spec_hash()}, on chain it is {on_chain.spec_hash}")
+        return task
+
+    def cohort(self, task_id: str) -> messages.Cohort:
+        """The admitted miners, checked against what the contract recorded."""
+        publisher = self.chain.contracts().escrow.get_task(task_id).publisher
+        cohort = self.need(messages.Cohort, publisher, task_id)
+        stakes = self.chain.contracts().stakes
+        on_chain = tuple(stakes.get_cohort(task_id).miners)
+        if cohort.miners != on_chain or cohort.aggregator != stakes.aggregator_of(task_id):
+            raise BadRecord(f"the publisher's cohort of {task_id} is not the one on chain")
+        return cohort
+
+
+def give_up(
+    st: Station, task_id: str, round_number: int, step: str, reason: messages.AbortReason, detail: str
+) -> dict[str, str]:
+    """End the task, signed. The first reason given in a round stays, also after a retry."""
+    return st.said(messages.Abort, task_id, round_number) or st.post(
+        messages.Abort(
+            task_id=task_id, round_number=round_number, actor=st.address, step=step, reason=reason, detail=detail
+        )
+    )
+
+
+def station(actor: str) -> Station:
+    """Load an actor's blocks. Raises ValueError naming the block that is not registered."""
+    try:
+        return Station(Identity.load(actor), Chain.load("chain"), ArtifactStore.load("artifacts"))
+    except (ValueError, ObjectNotFound) as error:
+        raise ValueError(f"actor {actor!r}: {error}. Register the blocks first (healchain run does)") from error
+
+
+def record_path(kind: type[Message], task_id: str, round_number: int, about: str | None = None) -> str:
+    name = kind.__name__ if about is None else f"{kind.__name__}-{about.lower()}"
+    return f"{task_id}/{round_number:05d}/{name}.json"
+
+
+def terms_path(task_id: str) -> str:
+    return f"{task_id}/terms.json"
+
+
+def check_record(
+    kind: type[M], data: bytes, domain: Domain, signer: Address, task_id: str, round_number: int
+) -> M:
+    """Parse and check one record's bytes. Raises BadRecord with the reason."""
+    try:
+        envelope: dict[str, Any] = json.loads(data)
+        message = kind.model_validate(envelope["message"])
+        signature = str(envelope["signature"])
+        recovered = messages.signer_of(message, domain, signature)
+    except (ValidationError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise BadRecord(f"malformed {kind.__name__}: {_first_line(error)}") from error
+    if recovered != to_checksum_address(signer):
+        raise BadRecord(f"{kind.__name__} is signed by {recovered}, not by {signer} for this chain and contract")
+    if kind.SIGNED_BY is not None and getattr(message, kind.SIGNED_BY) != recovered:
+        raise BadRecord(f"{kind.__name__} of {recovered} speaks for {getattr(message, kind.SIGNED_BY)}")
+    if (message.task_id, message.round_number) != (task_id, round_number):
+        raise BadRecord(
+            f"{kind.__name__} was signed for {message.task_id} round {message.round_number}, "
+            f"not for {task_id} round {round_number}"
+        )
+    return message
+
+
+def load_record(store: ArtifactStore, domain: Domain, reference: dict[str, str]) -> Message:
+    """The record behind a flow's answer, checked. Raises BadRecord."""
+    ref = RecordRef(**reference)
+    kind = getattr(messages, ref.kind, None)
+    if not (isinstance(kind, type) and issubclass(kind, Message)):
+        raise BadRecord(f"{ref.kind!r} is not a kind of record")
+    data = store.find(ref.owner, ref.path)
+    if data is None or sha256_hex(data) != ref.sha256:
+        raise BadRecord(f"record {ref.path} of {ref.owner} is missing or is not the one that was announced")
+    task_id, number, _ = ref.path.split("/")
+    return check_record(kind, data, domain, ref.owner, task_id, int(number))
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,168 @@
+"""M6 and M7. Publish the block with its votes; reveal, distribute, withdraw; or refund.
+
+Algorithms 6 and 7 of the protocol. Every step asks the chain first whether it is done, so that a retry sends nothing a
+second time.
+"""
+
+import json
+
+from prefect import task
+from prefect.artifacts import create_table_artifact
+from prefect.cache_policies import NO_CACHE
+
+from contracts.bindings import InsufficientFunds, Outcome, Reverted, Settlement, Status
+from contracts.messages import AbortReason, Attestation, Candidate, Cohort, ZERO32, struct_hash
+from tasks.aggregate import delivered_requirement
+from tasks.attest import show_votes
+from tasks.contribute import read_prepared, score_at
+from tasks.publish import secrets_of
+from tasks.records import BadRecord, Station, give_up, record_path, station
+
+
+@task(persist_result=False, cache_policy=NO_CACHE)
+def publish_voted_block(task_id: str, round_number: int, actor: str) -> dict[str, str]:
+    """M6, the aggregator: the block with the accepting votes, once; or the reason why there is none."""
+    st = station(actor)
+    contracts = st.chain.contracts(st.me.account)
+    if contracts.publisher.get_block_meta(task_id) is not None:
+        return st.receipt(task_id, round_number, "publish-block", _sent(st, task_id, "publishBlock"))
+    cohort = st.cohort(task_id)
+    candidate = st.need(Candidate, st.address, task_id, round_number)
+    votes, verdicts = collect_votes(st, cohort, candidate)
+    show_votes(task_id, verdicts)
+    required = contracts.publisher.required_votes(task_id)
+    if len(votes) < required:
+        detail = f"{len(votes)} accepting votes, {required} are required: {verdicts}"
+        return give_up(st, task_id, round_number, "publish-block", AbortReason.CANDIDATE_REJECTED, detail[:2000])
+    try:
+        done = contracts.publisher.publish_block(candidate, votes)
+    except (Reverted, InsufficientFunds) as error:
+        late = isinstance(error, Reverted) and error.error == "DeadlinePast"
+        reason = AbortReason.DEADLINE_PASSED if late else AbortReason.PUBLISH_FAILED
+        return give_up(st, task_id, round_number, "publish-block", reason, str(error))
+    st.chain.confirm(done.transaction)
+    return st.receipt(task_id, round_number, "publish-block", done.transaction)
+
+
+def collect_votes(st: Station, cohort: Cohort, candidate: Candidate) -> tuple[list[str], dict[str, str]]:
+    """Signatures of the accepting votes of others in address order, and every verdict as a sentence."""
+    name = struct_hash(candidate)
+    signatures, verdicts = [], {}
+    for miner in cohort.miners:
+        try:
+            vote = st.find(Attestation, miner, candidate.task_id, candidate.round_number)
+        except BadRecord as error:
+            verdicts[miner] = f"refused: {error}"
+            continue
+        if vote is None:
+            verdicts[miner] = "no vote"
+        elif vote.candidate != name:
+            verdicts[miner] = "refused: for another candidate"
+        elif not vote.accepted:
+            verdicts[miner] = f"INVALID: {vote.reason}"
+        elif miner == cohort.aggregator:
+            verdicts[miner] = "VALID (its own candidate, not counted)"
+        else:
+            verdicts[miner] = "VALID"
+            path = record_path(Attestation, candidate.task_id, candidate.round_number)
+            signatures.append(json.loads(st.store.find(miner, path) or b"{}")["signature"])
+    return signatures, verdicts
+
+
+@task(persist_result=False, cache_policy=NO_CACHE)
+def open_accuracy(task_id: str, actor: str) -> dict[str, str]:
+    """M7, the publisher: open its commitment. Silence would gain nothing: the aggregator may open it instead."""
+    st = station(actor)
+    fields = secrets_of(st, task_id)
+    return _reveal_accuracy(st, task_id, fields["accuracy_ppm"], fields["salt"])
+
+
+@task(persist_result=False, cache_policy=NO_CACHE)
+def open_accuracy_instead(task_id: str, actor: str) -> dict[str, str]:
+    """M7, the aggregator: when the publisher's window has passed in silence, open its commitment."""
+    st = station(actor)
+    settlement = st.chain.contracts().rewards.get_settlement(task_id)
+    if settlement.outcome is Outcome.PENDING:
+        st.chain.wait_until(settlement.publisher_reveal_end_s + 1, "the aggregator's turn to reveal the accuracy")
+    accuracy_ppm, salt = delivered_requirement(st, st.task(task_id))
+    return _reveal_accuracy(st, task_id, accuracy_ppm, salt)
+
+
+def _reveal_accuracy(st: Station, task_id: str, accuracy_ppm: int, salt: str) -> dict[str, str]:
+    rewards = st.chain.contracts(st.me.account).rewards
+    if rewards.get_settlement(task_id).outcome is Outcome.PENDING:
+        rewards.reveal_accuracy(task_id, accuracy_ppm, bytes.fromhex(salt))
+    return st.receipt(task_id, 0, "reveal-accuracy", _sent(st, task_id, "revealAccuracy"))
+
+
+@task(persist_result=False, cache_policy=NO_CACHE)
+def open_score(task_id: str, actor: str) -> dict[str, str]:
+    """M7, a miner: open the score commitment that the block lists; once. Nothing to open when the publisher is refunded."""
+    st = station(actor)
+    contracts = st.chain.contracts(st.me.account)
+    settlement = contracts.rewards.get_settlement(task_id)
+    if settlement.outcome is Outcome.PENDING:
+        st.chain.wait_until(settlement.aggregator_reveal_end_s + 1, "the end of the windows for the accuracy")
+    listed = contracts.publisher.score_commit_of(task_id, st.address)
+    revealed = contracts.rewards.score_of(task_id, st.address)
+    if settlement.outcome is Outcome.UNMET or not listed.is_participant or revealed.is_revealed:
+        return st.receipt(task_id, 0, "reveal-score", _sent(st, task_id, "revealScore", by=st.address))
+    meta = contracts.publisher.get_block_meta(task_id)
+    for number in range(meta.round_number if meta else 0, 0, -1):
+        prepared = read_prepared(st, task_id, number)
+        if prepared is not None and score_at(prepared, task_id, st.address) == listed.score_commit:
+            done = contracts.rewards.reveal_score(task_id, prepared.score, prepared.score_salt)
+            return st.receipt(task_id, 0, "reveal-score", done.transaction)
+    raise BadRecord(f"no score in {st.me.home} opens the commitment {listed.score_commit} that the block lists for me")
+
+
+@task(persist_result=False, cache_policy=NO_CACHE)
+def distribute_and_withdraw(task_id: str, actor: str) -> dict[str, str]:
+    """M7, anybody: have the contract distribute as soon as it may, then take what it owes me."""
+    st = station(actor)
+    contracts = st.chain.contracts(st.me.account)
+    settlement = contracts.rewards.get_settlement(task_id)
+    if not settlement.is_settled:
+        participants = contracts.publisher.get_participants(task_id)
+        if settlement.revealed_count < len(participants):
+            st.chain.wait_until(last_reveal_s(st, task_id, settlement) + 1, "the end of the windows for the reveals")
+        contracts.rewards.distribute(task_id)
+    owed = contracts.rewards.balance_of(st.address)
+    transaction = contracts.rewards.withdraw().transaction if owed else ZERO32
+    return st.receipt(task_id, 0, "withdraw", transaction, owed)
+
+
+def last_reveal_s(st: Station, task_id: str, settlement: Settlement) -> int:
+    """The last second of chain time in which anybody may still reveal a score."""
+    window_s = st.chain.contracts().escrow.get_task(task_id).terms.score_reveal_window_s
+    if settlement.outcome is Outcome.PENDING:
+        return settlement.aggregator_reveal_end_s + window_s
+    return settlement.score_reveal_end_s
+
+
+@task(persist_result=False, cache_policy=NO_CACHE)
+def take_refund(task_id: str, actor: str) -> dict[str, str]:
+    """M7, the publisher: the reward back, when the deadline has passed without a block. Raises NotYet before."""
+    st = station(actor)
+    escrow = st.chain.contracts(st.me.account).escrow
+    found = escrow.get_task(task_id)
+    if found.status is Status.LOCKED:
+        st.chain.wait_until(found.terms.deadline_s + 1, "the refund")
+        escrow.refund_publisher(task_id)
+    return st.receipt(task_id, 0, "refund", _sent(st, task_id, "refundPublisher"), found.reward_wei)
+
+
+def show_rewards(task_id: str, rewards_wei: dict[str, int]) -> None:
+    create_table_artifact(
+        [{"account": account, "reward (wei)": str(amount)} for account, amount in rewards_wei.items()],
+        key=f"rewards-{task_id}",
+        description="What the contract paid",
+    )
+
+
+def _sent(st: Station, task_id: str, kind: str, by: str | None = None) -> str:
+    """The transaction of this kind about the task (by this sender), or zero when there is none."""
+    for done in st.chain.transactions(task_id):
+        if done.kind == kind and by in (None, done.sender):
+            return done.transaction
+    return ZERO32
