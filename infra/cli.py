@@ -1,0 +1,197 @@
+"""The command `healchain`. Modules that load Prefect, torch or numba are imported inside the commands that need them:
+Prefect reads where its server is when it is first imported, and `--help` should not wait for any of them.
+"""
+
+import json
+import os
+import secrets
+import sys
+import time
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from contracts.task_spec import InvalidTask, TaskFile, load_task_file
+
+if TYPE_CHECKING:
+    from infra.devstack import Stack
+
+READY = files("deployments") / "ready"
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Private, paid, verifiable federated learning.")
+console = Console(highlight=False)
+
+TaskArgument = Annotated[str, typer.Argument(metavar="TASK.toml", help="a task file, or the name of a ready one")]
+
+
+@app.command()
+def run(
+    task: TaskArgument,
+    miners: Annotated[int, typer.Option(min=1, help="how many miners take part; one is drawn as aggregator")] = 5,
+    seed: Annotated[int | None, typer.Option(help="public seed of model and data split; default: the task's")] = None,
+    out: Annotated[Path, typer.Option(help="folder of the run: homes, store, chain, report")] = Path("build/run"),
+    data: Annotated[list[str], typer.Option(help="NAME=PATH: an actor's own .npz or image folder; repeat it")] = [],  # noqa: B006
+    again: Annotated[bool, typer.Option("--again", help="move a finished run aside and start a new task")] = False,
+) -> None:
+    """Run one task M1..M7 with all parties in this process. The same command after a kill resumes the same task."""
+    file = _load(task, {} if seed is None else {"seed": seed})
+    folder = out.resolve()
+    note = folder / "run.json"
+    if again and (folder / "report.json").exists():
+        moved = _archive(folder)
+        console.print(f"the finished run was moved to {moved}")
+    wanted = {"task_file": file.model_dump(mode="json"), "miners": miners, "data": sorted(data)}
+    if not note.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        fresh = {**wanted, "task_id": f"{file.name}-{secrets.token_hex(4)}", "started_s": time.time()}
+        _write(note, json.dumps(fresh, indent=1))
+    begun = json.loads(note.read_text())
+    if {name: begun[name] for name in wanted} != wanted:
+        _fail(f"{folder} holds another task, {begun['task_id']}: give --again, or another --out")
+
+    use_temporary_prefect(folder)
+    report = _run(folder, file, begun)
+    sys.exit(0 if report["task"]["status"] in ("PAID", "REFUNDED") else 1)
+
+
+def _run(folder: Path, file: TaskFile, begun: dict[str, Any]) -> dict[str, Any]:
+    """Set up, run or resume, report."""
+    with console.status("setting up: homes, chain, contracts, data"):
+        from infra import devstack
+        from infra.watching import Watcher
+        from tasks.dispatch import watch
+        from tasks.publish import require_accuracy
+
+        try:
+            data = dict(_name_and_path(pair) for pair in begun["data"])
+            stack = devstack.set_up(folder, file.dataset, begun["miners"], file.seed, data)
+        except ValueError as error:
+            _fail(str(error))
+        require_accuracy(stack.identity("publisher"), begun["task_id"], file.required_accuracy_ppm)
+    console.print(f"task [bold]{begun['task_id']}[/bold]: {begun['miners']} miners, folder {folder}")
+    watcher = Watcher(console)
+    watch.listeners.append(watcher.tell)
+    reason = ""
+    try:
+        with watcher:
+            reason = run_flow(stack, begun["task_id"], file)
+    finally:
+        watch.listeners.remove(watcher.tell)
+    return write_report(stack, folder, file, begun, reason)
+
+
+def run_flow(stack: "Stack", task_id: str, file: TaskFile) -> str:
+    """Run the task's flow with the blocks of this stack; return why there is no task, or an empty string."""
+    from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+
+    from flows.protocol import run_task
+    from tasks.publish import DepositFailed
+
+    # Heartbeats tell a server that a distant process is alive; in this process they only cost a second a flow.
+    with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
+        stack.register()
+        try:
+            run_task(task_id=task_id, publisher="publisher", spec=file.spec())
+        except DepositFailed as error:
+            return str(error)
+    return ""
+
+
+def write_report(stack: "Stack", folder: Path, file: TaskFile, begun: dict[str, Any], reason: str) -> dict[str, Any]:
+    """Write report.json and report.html, print the summary."""
+    from infra import facts, report
+
+    gathered = facts.gather(
+        stack, begun["task_id"], file, started_s=begun["started_s"], finished_s=time.time(), reason=reason
+    )
+    _write(folder / "report.json", json.dumps(gathered, indent=1))
+    _write(folder / "report.html", report.render_html(gathered))
+    report.print_summary(gathered, console, folder)
+    return gathered
+
+
+@app.command()
+def check(task: TaskArgument) -> None:
+    """Validate a task file as a whole, without spending anything."""
+    file = _load(task, {})
+    from tasks.publish import check_runnable
+
+    try:
+        dimension = check_runnable(file.spec())
+    except ValueError as error:
+        _fail(f"model: {error}")
+    bound = file.recovery_bound(file.participants.miners_max * file.participants.weight_levels)
+    console.print(f"{file.name}: in order. {dimension} parameters, sums up to {bound} to recover, reward {file.money.reward_wei} wei")
+
+
+@app.command()
+def tasks() -> None:
+    """List the ready tasks."""
+    for entry in sorted(READY.iterdir(), key=lambda found: found.name):
+        if entry.name.endswith(".toml"):
+            file = load_task_file(entry.read_text())
+            console.print(f"{file.name:16} {file.dataset.classes} classes, {file.model.name}, accuracy {file.required_accuracy}")
+
+
+def use_temporary_prefect(folder: Path) -> None:
+    """Point Prefect at its own temporary server with its database under `folder`; before prefect is imported.
+
+    A server named by PREFECT_API_URL is used instead.
+    """
+    os.environ.setdefault("PREFECT_HOME", str(folder / "prefect"))
+    os.environ.setdefault("PREFECT_SERVER_ALLOW_EPHEMERAL_MODE", "true")
+    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "ERROR")
+
+
+def _load(task: str, overrides: dict[str, Any]) -> TaskFile:
+    ready = READY / f"{task}.toml"
+    path = Path(task)
+    if path.is_file():
+        text = path.read_text()
+    elif ready.is_file():
+        text = ready.read_text()
+    else:
+        names = ", ".join(sorted(entry.name.removesuffix(".toml") for entry in READY.iterdir() if ".toml" in entry.name))
+        _fail(f"{task}: no such file, and no ready task of this name (ready are {names})")
+    try:
+        return load_task_file(text, **overrides)
+    except InvalidTask as error:
+        _fail(f"{task} is not a valid task:\n{error}")
+
+
+def _name_and_path(pair: str) -> tuple[str, Path]:
+    name, equals, path = pair.partition("=")
+    if not equals:
+        raise ValueError(f"--data {pair}: expected NAME=PATH, for example miner-1=/data/xrays")
+    return name, Path(path)
+
+
+def _archive(folder: Path) -> Path:
+    begun = json.loads((folder / "run.json").read_text())
+    target = folder.with_name(f"{folder.name}-{begun['task_id']}")
+    folder.rename(target)
+    return target
+
+
+def _write(path: Path, text: str) -> None:
+    draft = path.with_name(f".{path.name}")
+    draft.write_text(text)
+    draft.replace(path)
+
+
+def _fail(message: str) -> Any:
+    Console(stderr=True, highlight=False).print(f"[red]{escape(message)}[/red]")
+    raise typer.Exit(2)
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""All parties of a task on one machine, each in a home of its own: for development, tests and a first look.
+
+    DIR/actors/<name>/      homes: keys, data, private state
+    DIR/store/              artifacts and signed records
+    DIR/chain.journal       the in-process chain, replayed on every start
+    DIR/registry.sqlite     the index
+    DIR/prefect/            Prefect's own temporary server keeps its database here
+
+Setting up twice changes nothing: a run that was killed finds its parties, its chain and its money as they were.
+"""
+
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from eth_account import Account
+from web3 import Web3
+
+from blocks.artifacts import ArtifactStore
+from blocks.chain import Chain
+from blocks.identity import Identity, create_home
+from blocks.local_chain import GENESIS_KEYS
+from blocks.registry import Registry
+from contracts import bindings
+from contracts.task_spec import DatasetRequirement
+from deployments.register import register_blocks
+from tasks.learning.datasets import Dataset, dirichlet_partition, encode_npz, load_ready, split
+
+READY_DATASETS = ("breast-cancer", "digits")
+VALIDATION_SHARE = 0.3
+LABEL_SKEW_ALPHA = 0.5
+ALLOWANCE_WEI = 10**19
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A set-up folder: its blocks, and each actor's home by name; the publisher is `publisher`."""
+
+    folder: Path
+    chain: Chain
+    artifacts: ArtifactStore
+    registry: Registry
+    homes: dict[str, Path]
+
+    def identity(self, name: str) -> Identity:
+        return Identity(home=str(self.homes[name]))
+
+    def register(self) -> None:
+        """Save the blocks with the Prefect server in use."""
+        register_blocks(self.chain, self.artifacts, self.registry, self.homes)
+
+
+def set_up(folder: Path, requirement: DatasetRequirement, miners: int, seed: int, data: dict[str, Path]) -> Stack:
+    """Homes with keys and data, a chain with the contracts, money for everybody, an empty registry.
+
+    data: paths of the parties' own data by actor name; without any, a ready data set is split among them.
+    Raises ValueError naming the actor whose data is missing.
+    """
+    names = ["publisher", *(f"miner-{number}" for number in range(1, miners + 1))]
+    folder.mkdir(parents=True, exist_ok=True)
+    homes = {name: folder / "actors" / name for name in names}
+    identities = {name: create_home(home) for name, home in homes.items()}
+    _give_data(homes, requirement, seed, data)
+
+    chain = _deploy(folder)
+    _fund(chain, [identity.address for identity in identities.values()])
+    store = ArtifactStore(root=str(folder / "store"))
+    registry = Registry(url=f"sqlite:///{folder / 'registry.sqlite'}")
+    for name, identity in identities.items():
+        registry.record_actor(name, identity.address, "publisher" if name == "publisher" else "miner")
+    return Stack(folder, chain, store, registry, homes)
+
+
+def _give_data(homes: dict[str, Path], requirement: DatasetRequirement, seed: int, data: dict[str, Path]) -> None:
+    """Write each actor's samples, or the path of its own, into its home; only where there is none yet."""
+    if unknown := sorted(set(data) - set(homes)):
+        raise ValueError(f"--data {unknown[0]}=...: no such actor; there are {', '.join(homes)}")
+    for name, path in data.items():
+        if not path.exists():
+            raise ValueError(f"--data {name}={path}: no such file or folder")
+        (homes[name] / "data.link").write_text(str(path.resolve()))
+    without = [name for name, home in homes.items() if not (home / "data.link").exists()]
+    if not without or all((homes[name] / "data.npz").exists() for name in without):
+        return
+    if requirement.name not in READY_DATASETS:
+        raise ValueError(
+            f"dataset.name = {requirement.name!r} is no ready data set ({', '.join(READY_DATASETS)}): give every actor "
+            f"its own by --data NAME=PATH; missing for {', '.join(without)}"
+        )
+    if data:
+        raise ValueError(f"--data is given for {', '.join(data)} but not for {', '.join(without)}: give all or none")
+    for name, part in split_among(load_ready(requirement.name), requirement, len(homes) - 1, seed).items():
+        draft = homes[name] / ".data.npz"
+        draft.write_bytes(encode_npz(part))
+        draft.replace(homes[name] / "data.npz")
+
+
+def split_among(dataset: Dataset, requirement: DatasetRequirement, miners: int, seed: int) -> dict[str, Dataset]:
+    """A validation set for the publisher and label-skewed (Dirichlet) parts for the miners, by actor name."""
+    train, validation = split(dataset, VALIDATION_SHARE, seed)
+    parts = dirichlet_partition(train.labels, miners, LABEL_SKEW_ALPHA, seed, requirement.samples_min)
+    named = {f"miner-{number}": train.take(indices) for number, indices in enumerate(parts, start=1)}
+    return {"publisher": validation, **named}
+
+
+def _deploy(folder: Path) -> Chain:
+    """The chain of this folder with the contracts on it; deployed once, checked every time."""
+    rpc, note = f"local:{folder / 'chain.journal'}", folder / "deployment.json"
+    if note.exists():
+        deployment = bindings.Deployment(**json.loads(note.read_text()))
+        bindings.check_deployment(Chain(rpc=rpc).web3, deployment)
+    else:
+        deployment = bindings.deploy(Chain(rpc=rpc).web3, Account.from_key(GENESIS_KEYS[0]))
+        draft = folder / ".deployment.json"
+        draft.write_text(json.dumps(asdict(deployment)))
+        draft.replace(note)
+    return Chain(
+        rpc=rpc,
+        chain_id=deployment.chain_id,
+        escrow_address=deployment.escrow,
+        stakes_address=deployment.stakes,
+        publisher_address=deployment.publisher,
+        rewards_address=deployment.rewards,
+        deployed_in_block=deployment.block_number,
+    )
+
+
+def _fund(chain: Chain, addresses: list[str]) -> None:
+    """Give every new wallet its allowance of the local chain's own coins."""
+    web3, faucet = chain.web3, Account.from_key(GENESIS_KEYS[1])
+    for address in addresses:
+        account = Web3.to_checksum_address(address)
+        if web3.eth.get_balance(account) == 0 and web3.eth.get_transaction_count(account) == 0:
+            bindings.send(web3, faucet, b"", to=address, value_wei=ALLOWANCE_WEI)
+
+
+def archive(folder: Path, name: str) -> Path:
+    """Move a finished run aside, beside its folder. Returns where it is now."""
+    target = folder.with_name(f"{folder.name}-{name}")
+    number = 1
+    while target.exists():
+        number += 1
+        target = folder.with_name(f"{folder.name}-{name}-{number}")
+    shutil.move(folder, target)
+    return target
