@@ -176,15 +176,42 @@ class Submission(Message):
     sample_count: Uint32
 
 
-class KeyRequest(Message):
-    """The submissions the aggregator accepted, by struct hash, and whom it refused and why (M4).
+class Collection(Message):
+    """The submissions whose form is right, by struct hash, and whom the aggregator refused and why (M4).
 
-    The functional key is derived for exactly the accepted ones (2.2).
+    It closes the round: what comes later is late. The audit vectors are drawn after it.
     """
 
     SIGNED_BY: ClassVar[str | None] = "aggregator"
 
     aggregator: Address
+    miners: Addresses
+    submissions: Bytes32s
+    refused: Addresses
+    reasons: Strings
+
+
+class AuditGrant(Message):
+    """Keys for the announced audit projections of each collected submission, sealed to the aggregator (M4).
+
+    The +-1 vectors follow from the hash of block `block_number`, mined after the collection was signed.
+    """
+
+    SIGNED_BY: ClassVar[str | None] = "publisher"
+
+    publisher: Address
+    collection: Bytes32
+    block_number: Uint32
+    sealed_sha256: Bytes32
+
+
+class KeyRequest(Message):
+    """The submissions that passed the audit; the functional key is derived for exactly these (M4, 2.2)."""
+
+    SIGNED_BY: ClassVar[str | None] = "aggregator"
+
+    aggregator: Address
+    collection: Bytes32
     miners: Addresses
     submissions: Bytes32s
     refused: Addresses

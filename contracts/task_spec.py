@@ -113,6 +113,7 @@ class Training(Frozen):
     momentum: float = Field(ge=0, lt=1)
     weight_decay: float = Field(default=0.0, ge=0)
     proximal: float = Field(default=0.0, ge=0, description="FedProx: pull towards the global model")
+    feedback: float = Field(default=1.0, ge=0, le=1, description="rate at which what is not sent is kept for later")
 
 
 class Compression(Frozen):
@@ -151,6 +152,12 @@ class Voting(Frozen):
     tolerance: float = Field(ge=0, le=1, description="local accuracy may fall by this much before a miner objects")
     spot_checks: int = Field(ge=1, le=4096, description="random chunks of the opening that a miner checks per round")
     chunk_coordinates: int = Field(default=1024, ge=16, le=65_536)
+    audit_projections: int = Field(
+        default=2,
+        ge=1,
+        le=64,
+        description="random +-1 projections of each update that the aggregator opens, to name a malformed ciphertext",
+    )
 
 
 class TaskSpec(Frozen):
@@ -179,6 +186,10 @@ class TaskSpec(Frozen):
                 f"sums up to {bound}, beyond what recovery can search ({MAX_RECOVERY_BOUND}): lower one of them"
             )
         return self
+
+    def projection_bound(self, coordinates: int) -> int:
+        """Largest |<x, a>| of one miner for a vector a of +-1."""
+        return self.compression.bound * coordinates
 
     def recovery_bound(self, weight_sum: int) -> int:
         """Largest |<x, y>| by construction: every |x| <= bound, so the sum is at most bound * sum of weights."""

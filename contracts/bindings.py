@@ -1,0 +1,1081 @@
+"""Typed Python for the four contracts: one method per function, plain values in, dataclasses out, one error type.
+
+    Deployment            the four addresses on one chain; `deploy` makes one, `check_deployment` verifies one
+    HealChainEscrow, StakeRegistry, BlockPublisher, RewardDistribution
+                          methods named like the Solidity functions, in snake case
+    Mined[Event]          a mined transaction and the event it is about
+    Reverted              the contract (or the chain) refused: the custom error, its arguments, and what to do about it
+    InsufficientFunds     the sender cannot pay value and gas
+
+A transaction is simulated first, so that a refusal costs nothing; then signed here with the account's key and sent raw
+(EIP-1559). All amounts are wei, all times unix seconds, all hashes lower-case 0x hex, all addresses checksummed.
+"""
+
+import ast
+import json
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from enum import Enum, IntEnum
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar, get_args, get_origin, get_type_hints
+
+import rlp
+from eth_abi.abi import decode
+from eth_abi.exceptions import DecodingError
+from eth_account.signers.local import LocalAccount
+from eth_utils.abi import function_abi_to_4byte_selector
+from eth_utils.address import to_checksum_address
+from eth_utils.crypto import keccak
+from web3 import EthereumTesterProvider, Web3
+from web3.exceptions import ContractLogicError
+
+from contracts.messages import ZERO32, Address, Bytes, Bytes32, Candidate, TaskId
+
+BUILD = Path(__file__).parent / "build"
+CONTRACTS = ("HealChainEscrow", "StakeRegistry", "BlockPublisher", "RewardDistribution")
+ZERO_ADDRESS: Address = "0x" + "00" * 20
+
+# How many blocks one eth_getLogs asks for: public nodes refuse more.
+LOG_BLOCKS = 10_000
+
+# What to do about each error of the contracts.
+HINTS = {
+    "AccuracyAlreadyRevealed": "The outcome is recorded; read it with get_settlement.",
+    "AggregatorVote": "The aggregator has no vote on its own candidate; leave its signature out.",
+    "AlreadyDistributed": "The reward is credited; everyone paid can withdraw.",
+    "AlreadyDrawn": "The aggregator is drawn; read it with aggregator_of.",
+    "AlreadyRegistered": "This miner is registered for the task; nothing is left to do.",
+    "AlreadySlashed": "This aggregator was slashed for this task before; nothing is left to do.",
+    "CohortSize": "Close registration with a number of miners between the task's minimum and maximum.",
+    "CohortWithoutStake": "Nobody in the cohort has a stake to be drawn by; choose miners with stake.",
+    "DeadlineNotReached": "Wait until the deadline has passed; until then a block may still be published.",
+    "DeadlinePast": "The deadline has passed: choose a later one; of a task on chain, the publisher takes its refund.",
+    "DuplicateTask": "A task of this name exists on chain already; choose another name.",
+    "EmptyRegistration": "Register with the hash of the signed registration message, not with zero.",
+    "InsufficientStake": "Deposit more stake (deposit_stake) or cancel a requested withdrawal, then try again.",
+    "InvalidAccuracy": "The candidate must have tested at least one sample, and at most all of them correctly.",
+    "InvalidRecipient": "Name a recipient other than the zero address.",
+    "InvalidReveal": "Value and salt do not open the commitment, or the accuracy exceeds 1; reveal what you committed.",
+    "InvalidShortString": "The contracts were built wrongly; deploy the committed build.",
+    "InvalidTaskID": "A task id has 1 to 64 bytes.",
+    "InvalidTerms": "Correct the named field of the terms; the limits are in contracts/README.md.",
+    "InvalidVote": "The vote at this index is not a signature; ask its miner to sign again, or leave it out.",
+    "LengthMismatch": "Give one score commitment per participant, in the same order.",
+    "NoBlock": "No block is published for this task; wait for the aggregator, or refund after the deadline.",
+    "NoEquivocation": "The proof is two candidates of one task and round, both signed by the drawn aggregator.",
+    "NotAggregator": "Only the aggregator drawn for the task may do this, and the candidate must name it.",
+    "NotAscending": "Sort by address, and give every address once.",
+    "NotDrawn": "Draw the aggregator first (draw_aggregator).",
+    "NotEntitled": "Only the task's publisher, and after its window the aggregator, may reveal the accuracy.",
+    "NothingToWithdraw": "There is nothing to pay out to this account now.",
+    "NotInCohort": "This address is not in the cohort; a vote that recovers to it was signed for something else.",
+    "NotParticipant": "Only participants listed in the block have a score to reveal.",
+    "NotPublisher": "Only the task's publisher may do this; use its account.",
+    "NotRegistered": "Every member of the cohort must have registered on chain for this task first.",
+    "OnlyContract": "Only another contract of this deployment may call this.",
+    "OutcomePending": "Wait until the publisher or the aggregator reveals the accuracy, or both windows have passed.",
+    "PublisherCannotMine": "The publisher of a task cannot be one of its miners; use another account.",
+    "QuorumNotReached": "Collect more accepting attestations of the cohort for exactly this candidate.",
+    "ReentrancyGuardReentrantCall": "A contract called back while it was being paid; that is refused.",
+    "RegistrationIsClosed": "The cohort of this task is fixed; join another task.",
+    "RegistrationIsOpen": "The publisher has to close registration first (close_registration).",
+    "RequirementUnmet": "The model missed the required accuracy: the publisher was refunded and no scores are paid.",
+    "RevealTooEarly": "The publisher may still reveal; wait until its window has passed.",
+    "RevealTooLate": "The window for this reveal has passed; it cannot be made up for.",
+    "SafeCastOverflowedUintDowncast": "The amount is too large for the contract.",
+    "ScoreAlreadyRevealed": "This miner's score is revealed; nothing is left to do.",
+    "ScoresAlreadyOpen": "Scores can be revealed already; reveal or distribute.",
+    "ScoresStillOpen": "Wait until every participant has revealed or the window has passed.",
+    "ScoreTooLarge": "The score exceeds the task's maximum; it cannot be paid.",
+    "SeedAvailable": "The seed block's hash is still known; draw the aggregator now.",
+    "SeedExpired": "Nobody drew within 256 blocks; call move_seed, then draw again.",
+    "SeedNotMined": "Wait until the chain is past the seed block, then draw.",
+    "StakeLocked": "A task still holds this stake; withdraw after the time given.",
+    "StringTooLong": "The contracts were built wrongly; deploy the committed build.",
+    "TooFewParticipants": "The block needs at least the task's minimum number of participants.",
+    "TransferFailed": "The receiving account refused the payment; repair it or name another recipient.",
+    "WithdrawalTooEarly": "Wait until the withdrawal delay has passed.",
+    "WrongStatus": "The task is in another state (0 none, 1 locked, 2 published, 3 settled, 4 refunded); see get_task.",
+    "ZeroAmount": "Send an amount above zero.",
+    "ZeroReward": "Send the reward as the transaction's value.",
+    # Not errors of these contracts: Solidity's own, and the two of this module.
+    "Error": "The called contract refused with this message.",
+    "Panic": "An internal check of a contract failed; this should never happen.",
+    "UnknownError": "The contract at this address is not of this deployment's build, or the node gives no reason.",
+    "TransactionReverted": "The chain changed between simulation and mining; read the state, then decide again.",
+}
+
+
+class Reverted(Exception):
+    """A contract refused. `error` is the Solidity error's name, `arguments` its values, `hint` says what to do."""
+
+    def __init__(self, error: str, arguments: tuple[Any, ...] = (), hint: str = "") -> None:
+        self.error = error
+        self.arguments = arguments
+        self.hint = hint or HINTS.get(error, HINTS["UnknownError"])
+        super().__init__(error, arguments, self.hint)
+
+    def __str__(self) -> str:
+        return f"{self.error}({', '.join(map(str, self.arguments))}): {self.hint}"
+
+
+class InsufficientFunds(Exception):
+    """The sender's balance does not cover the value and the most that the gas can cost."""
+
+    def __init__(self, account: Address, balance_wei: int, needed_wei: int) -> None:
+        self.account = account
+        self.balance_wei = balance_wei
+        self.needed_wei = needed_wei
+        super().__init__(account, balance_wei, needed_wei)
+
+    def __str__(self) -> str:
+        return (
+            f"account {self.account} has {self.balance_wei} wei and needs {self.needed_wei} wei for value and gas; "
+            f"send it at least {self.needed_wei - self.balance_wei} wei"
+        )
+
+
+# What the contracts know
+
+
+class Status(IntEnum):
+    NONE = 0
+    LOCKED = 1
+    PUBLISHED = 2
+    SETTLED = 3
+    REFUNDED = 4
+
+
+class Outcome(IntEnum):
+    PENDING = 0
+    UNMET = 1
+    MET = 2
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What the publisher fixes for the whole task. The fields of the Solidity struct Terms, in its order."""
+
+    deadline_s: int
+    min_miners: int
+    max_miners: int
+    fault_rate_ppm: int
+    aggregator_share_ppm: int
+    publisher_reveal_window_s: int
+    aggregator_reveal_window_s: int
+    score_reveal_window_s: int
+    max_score: int
+    min_stake_wei: int
+
+
+@dataclass(frozen=True)
+class TaskOnChain:
+    """The escrow's record of a task; status NONE when there is no such task."""
+
+    publisher: Address
+    status: Status
+    reward_wei: int
+    accuracy_commit: Bytes32
+    spec_hash: Bytes32
+    terms: Terms
+
+
+@dataclass(frozen=True)
+class CohortOnChain:
+    """Addresses ascending, with the stakes recorded for the draw; both empty while registration is open."""
+
+    miners: tuple[Address, ...]
+    stakes_wei: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """seed_block is 0 while registration is open; seed is zero before the draw."""
+
+    seed_block: int
+    seed: Bytes32
+    total_wei: int
+
+
+@dataclass(frozen=True)
+class Withdrawal:
+    """A requested withdrawal of stake: payable from withdrawable_at_s on, once locked_until_s has passed."""
+
+    amount_wei: int
+    withdrawable_at_s: int
+    locked_until_s: int
+
+
+@dataclass(frozen=True)
+class BlockMeta:
+    """What the chain keeps of a published block."""
+
+    candidate_hash: Bytes32
+    model_sha256: Bytes32
+    aggregator: Address
+    published_at_s: int
+    round_number: int
+    correct: int
+    total: int
+    votes: int
+    block_number: int
+
+
+@dataclass(frozen=True)
+class Settlement:
+    """How far a task with a block is settled. Each `_end_s` is the last second in which the act is accepted."""
+
+    outcome: Outcome
+    is_share_forfeited: bool
+    is_settled: bool
+    publisher_reveal_end_s: int
+    aggregator_reveal_end_s: int
+    score_reveal_end_s: int
+    revealed_count: int
+    score_sum: int
+
+
+@dataclass(frozen=True)
+class Score:
+    is_revealed: bool
+    score: int
+
+
+@dataclass(frozen=True)
+class ScoreCommit:
+    is_participant: bool
+    score_commit: Bytes32
+    participant_count: int
+
+
+# Events. The fields of the Solidity events, in their order; `task_key` is keccak of the task id.
+
+
+@dataclass(frozen=True)
+class TaskPublished:
+    task_key: Bytes32
+    publisher: Address
+    task_id: str
+    reward_wei: int
+    accuracy_commit: Bytes32
+    spec_hash: Bytes32
+    deadline_s: int
+
+
+@dataclass(frozen=True)
+class PublisherRefunded:
+    task_key: Bytes32
+    publisher: Address
+    amount_wei: int
+
+
+@dataclass(frozen=True)
+class RewardReleased:
+    task_key: Bytes32
+    amount_wei: int
+
+
+@dataclass(frozen=True)
+class StakeDeposited:
+    miner: Address
+    amount_wei: int
+    stake_wei: int
+
+
+@dataclass(frozen=True)
+class WithdrawalRequested:
+    miner: Address
+    amount_wei: int
+    withdrawable_at_s: int
+
+
+@dataclass(frozen=True)
+class StakeWithdrawn:
+    miner: Address
+    amount_wei: int
+
+
+@dataclass(frozen=True)
+class CreditWithdrawn:
+    miner: Address
+    amount_wei: int
+
+
+@dataclass(frozen=True)
+class Registered:
+    task_key: Bytes32
+    miner: Address
+    registration_hash: Bytes32
+
+
+@dataclass(frozen=True)
+class RegistrationClosed:
+    task_key: Bytes32
+    miners: tuple[Address, ...]
+    stakes_wei: tuple[int, ...]
+    total_wei: int
+    seed_block: int
+
+
+@dataclass(frozen=True)
+class AggregatorDrawn:
+    task_key: Bytes32
+    aggregator: Address
+    seed_block: int
+    block_hash: Bytes32
+    seed: Bytes32
+
+
+@dataclass(frozen=True)
+class SeedMoved:
+    task_key: Bytes32
+    expired_block: int
+    seed_block: int
+
+
+@dataclass(frozen=True)
+class StakeSlashed:
+    task_key: Bytes32
+    aggregator: Address
+    amount_wei: int
+
+
+@dataclass(frozen=True)
+class CreditAdded:
+    task_key: Bytes32
+    miner: Address
+    amount_wei: int
+
+
+@dataclass(frozen=True)
+class BlockPublished:
+    task_key: Bytes32
+    aggregator: Address
+    candidate_hash: Bytes32
+    model_sha256: Bytes32
+    model_uri: str
+    correct: int
+    total: int
+    round_number: int
+
+
+@dataclass(frozen=True)
+class EquivocationReported:
+    task_key: Bytes32
+    aggregator: Address
+    reporter: Address
+    first: Bytes32
+    second: Bytes32
+
+
+@dataclass(frozen=True)
+class AccuracyRevealed:
+    """score_reveal_end_s is 0 when the outcome is UNMET."""
+
+    task_key: Bytes32
+    revealer: Address
+    accuracy_ppm: int
+    outcome: Outcome
+    score_reveal_end_s: int
+
+
+@dataclass(frozen=True)
+class ScoresOpened:
+    task_key: Bytes32
+    score_reveal_end_s: int
+
+
+@dataclass(frozen=True)
+class ScoreRevealed:
+    task_key: Bytes32
+    miner: Address
+    score: int
+
+
+@dataclass(frozen=True)
+class RewardCredited:
+    task_key: Bytes32
+    account: Address
+    amount_wei: int
+
+
+@dataclass(frozen=True)
+class Distributed:
+    """aggregator_share_wei includes the rounding residue; it is 0 when the share was forfeited."""
+
+    task_key: Bytes32
+    aggregator: Address
+    reward_wei: int
+    aggregator_share_wei: int
+    score_sum: int
+
+
+@dataclass(frozen=True)
+class Withdrawn:
+    account: Address
+    recipient: Address
+    amount_wei: int
+
+
+EVENTS: tuple[type, ...] = (
+    TaskPublished,
+    PublisherRefunded,
+    RewardReleased,
+    StakeDeposited,
+    WithdrawalRequested,
+    StakeWithdrawn,
+    CreditWithdrawn,
+    Registered,
+    RegistrationClosed,
+    AggregatorDrawn,
+    SeedMoved,
+    StakeSlashed,
+    CreditAdded,
+    BlockPublished,
+    EquivocationReported,
+    AccuracyRevealed,
+    ScoresOpened,
+    ScoreRevealed,
+    RewardCredited,
+    Distributed,
+    Withdrawn,
+)
+
+Event = TypeVar("Event")
+Record = TypeVar("Record")
+
+
+@dataclass(frozen=True)
+class Mined(Generic[Event]):
+    """A mined transaction: the event it is about, and everything else that it emitted, in order."""
+
+    transaction: Bytes32
+    block_number: int
+    gas_used: int
+    event: Event
+    events: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class TransactionRecord:
+    """One transaction found on chain. `kind` is the contract function's name, or its selector when it is not ours."""
+
+    kind: str
+    transaction: Bytes32
+    sender: Address
+    block_number: int
+    timestamp_s: int
+    gas_used: int
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """The four contracts of one deployment. `publisher` is the verifying contract of every signed message."""
+
+    chain_id: int
+    escrow: Address
+    stakes: Address
+    publisher: Address
+    rewards: Address
+    block_number: int
+
+    @property
+    def addresses(self) -> tuple[Address, ...]:
+        """In the order of CONTRACTS."""
+        return (self.escrow, self.stakes, self.publisher, self.rewards)
+
+
+class InvalidDeployment(ValueError):
+    """The addresses do not hold this build of the contracts, or the contracts do not know each other."""
+
+
+# Builds, and values between Solidity and Python
+
+
+@cache
+def load_build(name: str) -> dict[str, Any]:
+    """ABI, bytecode, deployedBytecode and immutableReferences of a contract."""
+    build: dict[str, Any] = json.loads((BUILD / f"{name}.json").read_text())
+    return build
+
+
+@cache
+def _entries(kind: str) -> dict[str, dict[str, Any]]:
+    """Every function, event or error of the four contracts, by selector or topic."""
+    entries = [entry for name in CONTRACTS for entry in load_build(name)["abi"] if entry["type"] == kind]
+    return {_selector(entry): entry for entry in entries}
+
+
+def _selector(entry: Mapping[str, Any]) -> str:
+    if entry["type"] == "event":
+        return "0x" + keccak(text=f"{entry['name']}({','.join(map(_abi_type, entry['inputs']))})").hex()
+    # The selector of an error is computed like that of a function.
+    return "0x" + function_abi_to_4byte_selector({**entry, "type": "function"}).hex()  # type: ignore[arg-type]
+
+
+def _abi_type(entry: Mapping[str, Any]) -> str:
+    if not entry["type"].startswith("tuple"):
+        return str(entry["type"])
+    return f"({','.join(map(_abi_type, entry['components']))}){entry['type'][5:]}"
+
+
+def _plain(value: Any, hint: Any) -> Any:
+    """One value of a contract as the type that a record's field announces."""
+    if get_origin(hint) is tuple:
+        return tuple(_plain(item, get_args(hint)[0]) for item in value)
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return hint(value)
+    if hasattr(hint, "__dataclass_fields__"):
+        return _record(hint, value)
+    if isinstance(value, bytes):
+        return "0x" + bytes(value).hex()
+    if isinstance(value, str) and re.fullmatch("0x[0-9a-fA-F]{40}", value):
+        return str(to_checksum_address(value))
+    return value
+
+
+def _record(kind: type[Record], values: Sequence[Any]) -> Record:
+    """The dataclass with these values in the order of its fields."""
+    hints = get_type_hints(kind)
+    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    return kind(*(_plain(value, hints[name]) for name, value in zip(names, values, strict=True)))
+
+
+def _decode_event(log: Mapping[str, Any]) -> Any | None:
+    """The dataclass of a log of ours, or None."""
+    topics = [bytes(topic) for topic in log["topics"]]
+    entry = _entries("event").get("0x" + topics[0].hex()) if topics else None
+    if entry is None:
+        return None
+    indexed = [_abi_type(field) for field in entry["inputs"] if field["indexed"]]
+    plain = [_abi_type(field) for field in entry["inputs"] if not field["indexed"]]
+    from_topics = iter([decode([kind], topic)[0] for kind, topic in zip(indexed, topics[1:], strict=True)])
+    from_data = iter(decode(plain, bytes(log["data"])))
+    values = [next(from_topics if field["indexed"] else from_data) for field in entry["inputs"]]
+    return _record(next(kind for kind in EVENTS if kind.__name__ == entry["name"]), values)
+
+
+def _reverted(data: bytes) -> Reverted:
+    """The error that revert data says."""
+    entry = _entries("error").get("0x" + data[:4].hex())
+    name, types = (entry["name"], [_abi_type(field) for field in entry["inputs"]]) if entry else ("UnknownError", [])
+    if data[:4] == keccak(text="Error(string)")[:4]:
+        name, types = "Error", ["string"]
+    if data[:4] == keccak(text="Panic(uint256)")[:4]:
+        name, types = "Panic", ["uint256"]
+    if name == "UnknownError":
+        return Reverted(name, ("0x" + data.hex(),))
+    try:
+        return Reverted(name, tuple(_plain(value, None) for value in decode(types, data[4:])))
+    except DecodingError:
+        return Reverted("UnknownError", ("0x" + data.hex(),))
+
+
+def _revert_data(error: Exception) -> bytes | None:
+    """The revert data inside a provider's exception. Nodes give hex, the in-process tester a Python literal."""
+    if isinstance(error, ContractLogicError):
+        data = error.data.get("data") if isinstance(error.data, dict) else error.data
+        found = re.search("0x([0-9a-fA-F]+)", str(data))
+        return bytes.fromhex(found[1]) if found else None
+    text = str(error).removeprefix("execution reverted: ")
+    return bytes(ast.literal_eval(text)) if re.match("b['\"]", text) else None
+
+
+def _is_revert(error: Exception) -> bool:
+    # The tester's class is known by name, so that a production install needs no tester.
+    return isinstance(error, ContractLogicError) or type(error).__name__ == "TransactionFailed"
+
+
+def task_key(task_id: TaskId) -> Bytes32:
+    """The contracts' key of a task: keccak of its id."""
+    return "0x" + keccak(text=task_id).hex()
+
+
+# Transactions
+
+
+def send(
+    web3: Web3,
+    account: LocalAccount,
+    data: bytes,
+    *,
+    to: Address | None,
+    value_wei: int = 0,
+    confirmations: int = 1,
+    timeout_s: float = 120,
+) -> Mapping[str, Any]:
+    """Simulate, sign, send, wait; the receipt. `to` None creates a contract. Raises Reverted or InsufficientFunds."""
+    latest = web3.eth.get_block("latest")
+    base_fee, gas_limit = latest.get("baseFeePerGas", 0), latest["gasLimit"]
+    tip = web3.eth.max_priority_fee
+    # Twice the base fee covers six full blocks in a row.
+    max_fee = 2 * base_fee + tip
+    transaction: dict[str, Any] = {
+        "from": account.address,
+        "value": value_wei,
+        "data": "0x" + data.hex(),
+        "chainId": web3.eth.chain_id,
+        "type": 2,
+        "maxFeePerGas": max_fee,
+        "maxPriorityFeePerGas": tip,
+    }
+    if to is not None:
+        transaction["to"] = to
+    # The cheapest transaction costs 21000 gas. Nodes answer an unpayable simulation each in their own way.
+    _check_funds(web3, account.address, value_wei + 21_000 * max_fee)
+    gas = _estimate(web3, transaction, gas_limit * max_fee)
+    gas = min(gas + gas // 5, gas_limit)
+    _check_funds(web3, account.address, value_wei + gas * max_fee)
+
+    nonce = web3.eth.get_transaction_count(account.address, "pending")
+    signed = account.sign_transaction({**transaction, "gas": gas, "nonce": nonce})
+    sent = web3.eth.send_raw_transaction(signed.raw_transaction)
+    receipt = web3.eth.wait_for_transaction_receipt(sent, timeout=timeout_s, poll_latency=0.1)
+    if receipt["status"] != 1:
+        raise Reverted("TransactionReverted", ("0x" + bytes(sent).hex(),))
+    deadline = time.monotonic() + timeout_s
+    while web3.eth.block_number < receipt["blockNumber"] + confirmations - 1:
+        if time.monotonic() > deadline:
+            raise TimeoutError(
+                f"transaction 0x{bytes(sent).hex()}: fewer than {confirmations} confirmations in {timeout_s} s"
+            )
+        time.sleep(0.1)
+    return receipt
+
+
+def _check_funds(web3: Web3, address: Address, needed_wei: int) -> None:
+    balance_wei = web3.eth.get_balance(to_checksum_address(address))
+    if balance_wei < needed_wei:
+        raise InsufficientFunds(address, balance_wei, needed_wei)
+
+
+def _estimate(web3: Web3, transaction: dict[str, Any], most_wei: int) -> int:
+    """Gas of a transaction that would succeed now. most_wei: what the gas of a whole block costs."""
+    # Without fees, a node does not ask whether the balance covers a whole block.
+    plain = {key: value for key, value in transaction.items() if key in ("from", "to", "value", "data")}
+    # The transaction will see the next block's number and time, not the last one's. (The tester does so unasked.)
+    block = () if isinstance(web3.provider, EthereumTesterProvider) else ("pending",)
+    try:
+        return web3.eth.estimate_gas(plain, *block)  # type: ignore[arg-type]
+    except Exception as error:
+        # The in-process tester does ask.
+        if re.search("cannot afford|insufficient funds", str(error)):
+            _check_funds(web3, transaction["from"], transaction["value"] + most_wei)
+        if not _is_revert(error):
+            raise
+        if data := _revert_data(error):
+            raise _reverted(data) from error
+        # The tester's estimate drops the selector of an error that begins with a string; its call does not.
+        _call(web3, plain)
+        raise Reverted("UnknownError", (str(error),)) from error
+
+
+def _call(web3: Web3, transaction: dict[str, Any]) -> bytes:
+    try:
+        return bytes(web3.eth.call(transaction))  # type: ignore[arg-type]
+    except Exception as error:
+        if not _is_revert(error):
+            raise
+        data = _revert_data(error)
+        raise (_reverted(data) if data else Reverted("UnknownError", (str(error),))) from error
+
+
+class Bound:
+    """One contract at one address. Without an account only the views can be used."""
+
+    name: ClassVar[str]
+
+    def __init__(
+        self,
+        web3: Web3,
+        address: Address,
+        account: LocalAccount | None = None,
+        *,
+        confirmations: int = 1,
+        timeout_s: float = 120,
+    ) -> None:
+        self.web3 = web3
+        self.address: Address = str(to_checksum_address(address))
+        self.account = account
+        self.confirmations = confirmations
+        self.timeout_s = timeout_s
+        self._contract = web3.eth.contract(address=to_checksum_address(address), abi=load_build(self.name)["abi"])
+
+    def _encode(self, function: str, *arguments: Any) -> bytes:
+        return bytes.fromhex(self._contract.encode_abi(function, args=list(arguments))[2:])
+
+    def _transact(self, event: type[Event], function: str, *arguments: Any, value_wei: int = 0) -> Mined[Event]:
+        if self.account is None:
+            raise ValueError(f"{self.name}.{function} sends a transaction: bind the contract to an account")
+        receipt = send(
+            self.web3,
+            self.account,
+            self._encode(function, *arguments),
+            to=self.address,
+            value_wei=value_wei,
+            confirmations=self.confirmations,
+            timeout_s=self.timeout_s,
+        )
+        events = tuple(decoded for log in receipt["logs"] if (decoded := _decode_event(log)) is not None)
+        return Mined(
+            transaction="0x" + bytes(receipt["transactionHash"]).hex(),
+            block_number=receipt["blockNumber"],
+            gas_used=receipt["gasUsed"],
+            event=next(found for found in events if isinstance(found, event)),
+            events=events,
+        )
+
+    def _read(self, function: str, *arguments: Any) -> tuple[Any, ...]:
+        """The return values of a view."""
+        transaction = {"to": self.address, "data": "0x" + self._encode(function, *arguments).hex()}
+        entry = next(entry for entry in load_build(self.name)["abi"] if entry.get("name") == function)
+        answer = _call(self.web3, transaction)
+        if not answer:
+            raise InvalidDeployment(f"no {self.name} at {self.address} on chain {self.web3.eth.chain_id}")
+        return tuple(decode([_abi_type(output) for output in entry["outputs"]], answer))
+
+    def _read_address(self, function: str, *arguments: Any) -> Address:
+        return str(to_checksum_address(self._read(function, *arguments)[0]))
+
+    def _read_bytes32(self, function: str, *arguments: Any) -> Bytes32:
+        return "0x" + bytes(self._read(function, *arguments)[0]).hex()
+
+
+class HealChainEscrow(Bound):
+    """Typed calls to contracts/src/HealChainEscrow.sol."""
+
+    name = "HealChainEscrow"
+
+    def publish_task(
+        self, task_id: TaskId, accuracy_commit: Bytes32, spec_hash: Bytes32, terms: Terms, *, reward_wei: int
+    ) -> Mined[TaskPublished]:
+        values = tuple(getattr(terms, field.name) for field in fields(terms))
+        arguments = (task_id, accuracy_commit, spec_hash, values)
+        return self._transact(TaskPublished, "publishTask", *arguments, value_wei=reward_wei)
+
+    def refund_publisher(self, task_id: TaskId) -> Mined[PublisherRefunded]:
+        return self._transact(PublisherRefunded, "refundPublisher", task_id)
+
+    def get_task(self, task_id: TaskId) -> TaskOnChain:
+        return _record(TaskOnChain, self._read("getTask", task_id)[0])
+
+    def block_publisher(self) -> Address:
+        return self._read_address("blockPublisher")
+
+    def reward_distribution(self) -> Address:
+        return self._read_address("rewardDistribution")
+
+
+class StakeRegistry(Bound):
+    """Typed calls to contracts/src/StakeRegistry.sol."""
+
+    name = "StakeRegistry"
+
+    def deposit_stake(self, *, amount_wei: int) -> Mined[StakeDeposited]:
+        return self._transact(StakeDeposited, "depositStake", value_wei=amount_wei)
+
+    def request_withdrawal(self, amount_wei: int) -> Mined[WithdrawalRequested]:
+        """Replaces an earlier request; 0 cancels it."""
+        return self._transact(WithdrawalRequested, "requestWithdrawal", amount_wei)
+
+    def withdraw_stake(self) -> Mined[StakeWithdrawn]:
+        return self._transact(StakeWithdrawn, "withdrawStake")
+
+    def withdraw_credit(self) -> Mined[CreditWithdrawn]:
+        return self._transact(CreditWithdrawn, "withdrawCredit")
+
+    def register(self, task_id: TaskId, registration_hash: Bytes32) -> Mined[Registered]:
+        return self._transact(Registered, "register", task_id, registration_hash)
+
+    def close_registration(self, task_id: TaskId, cohort: Sequence[Address]) -> Mined[RegistrationClosed]:
+        """The cohort strictly ascending by address (as numbers)."""
+        return self._transact(RegistrationClosed, "closeRegistration", task_id, list(cohort))
+
+    def draw_aggregator(self, task_id: TaskId) -> Mined[AggregatorDrawn]:
+        return self._transact(AggregatorDrawn, "drawAggregator", task_id)
+
+    def move_seed(self, task_id: TaskId) -> Mined[SeedMoved]:
+        """Only when the draw was missed for 256 blocks (SeedExpired)."""
+        return self._transact(SeedMoved, "moveSeed", task_id)
+
+    def stake_of(self, miner: Address) -> int:
+        return int(self._read("stakeOf", miner)[0])
+
+    def available_stake(self, miner: Address) -> int:
+        return int(self._read("availableStake", miner)[0])
+
+    def credit_of(self, miner: Address) -> int:
+        return int(self._read("creditOf", miner)[0])
+
+    def get_withdrawal(self, miner: Address) -> Withdrawal:
+        return _record(Withdrawal, self._read("getWithdrawal", miner))
+
+    def registration_of(self, task_id: TaskId, miner: Address) -> Bytes32 | None:
+        """The hash that the miner registered with, or None."""
+        found = self._read_bytes32("registrationOf", task_id, miner)
+        return None if found == ZERO32 else found
+
+    def get_cohort(self, task_id: TaskId) -> CohortOnChain:
+        return _record(CohortOnChain, self._read("getCohort", task_id))
+
+    def aggregator_of(self, task_id: TaskId) -> Address | None:
+        """The drawn aggregator, or None before the draw."""
+        found = self._read_address("aggregatorOf", task_id)
+        return None if found == ZERO_ADDRESS else found
+
+    def get_draw(self, task_id: TaskId) -> Draw:
+        return _record(Draw, self._read("getDraw", task_id))
+
+    def is_slashed(self, task_id: TaskId) -> bool:
+        return bool(self._read("isSlashed", task_id)[0])
+
+    def withdrawal_delay_s(self) -> int:
+        return int(self._read("withdrawalDelay_s")[0])
+
+    def escrow(self) -> Address:
+        return self._read_address("escrow")
+
+    def block_publisher(self) -> Address:
+        return self._read_address("blockPublisher")
+
+
+class BlockPublisher(Bound):
+    """Typed calls to contracts/src/BlockPublisher.sol."""
+
+    name = "BlockPublisher"
+
+    def publish_block(self, candidate: Candidate, signatures: Sequence[Bytes]) -> Mined[BlockPublished]:
+        """Signatures of the accepting attestations, in the ascending order of their signers' addresses."""
+        return self._transact(BlockPublished, "publishBlock", _candidate(candidate), list(signatures))
+
+    def report_equivocation(
+        self, first: Candidate, first_signature: Bytes, second: Candidate, second_signature: Bytes
+    ) -> Mined[EquivocationReported]:
+        arguments = (_candidate(first), first_signature, _candidate(second), second_signature)
+        return self._transact(EquivocationReported, "reportEquivocation", *arguments)
+
+    def candidate_hash(self, candidate: Candidate) -> Bytes32:
+        return self._read_bytes32("candidateHash", _candidate(candidate))
+
+    def required_votes(self, task_id: TaskId) -> int:
+        """0 while registration is open."""
+        return int(self._read("requiredVotes", task_id)[0])
+
+    def get_block_meta(self, task_id: TaskId) -> BlockMeta | None:
+        """The published block, or None."""
+        meta = _record(BlockMeta, self._read("getBlockMeta", task_id)[0])
+        return meta if meta.published_at_s else None
+
+    def get_participants(self, task_id: TaskId) -> tuple[Address, ...]:
+        return tuple(str(to_checksum_address(found)) for found in self._read("getParticipants", task_id)[0])
+
+    def get_score_commits(self, task_id: TaskId) -> tuple[Bytes32, ...]:
+        return tuple("0x" + found.hex() for found in self._read("getScoreCommits", task_id)[0])
+
+    def score_commit_of(self, task_id: TaskId, miner: Address) -> ScoreCommit:
+        return _record(ScoreCommit, self._read("scoreCommitOf", task_id, miner))
+
+    def candidate_typehash(self) -> Bytes32:
+        return self._read_bytes32("CANDIDATE_TYPEHASH")
+
+    def attestation_typehash(self) -> Bytes32:
+        return self._read_bytes32("ATTESTATION_TYPEHASH")
+
+    def escrow(self) -> Address:
+        return self._read_address("escrow")
+
+    def stake_registry(self) -> Address:
+        return self._read_address("stakeRegistry")
+
+
+class RewardDistribution(Bound):
+    """Typed calls to contracts/src/RewardDistribution.sol."""
+
+    name = "RewardDistribution"
+
+    def reveal_accuracy(self, task_id: TaskId, accuracy_ppm: int, salt: bytes) -> Mined[AccuracyRevealed]:
+        return self._transact(AccuracyRevealed, "revealAccuracy", task_id, accuracy_ppm, salt)
+
+    def open_scores(self, task_id: TaskId) -> Mined[ScoresOpened]:
+        """Optional: records the silence of publisher and aggregator, which reveal_score and distribute do as well."""
+        return self._transact(ScoresOpened, "openScores", task_id)
+
+    def reveal_score(self, task_id: TaskId, score: int, salt: bytes) -> Mined[ScoreRevealed]:
+        return self._transact(ScoreRevealed, "revealScore", task_id, score, salt)
+
+    def distribute(self, task_id: TaskId) -> Mined[Distributed]:
+        """`.events` has one RewardCredited per account paid."""
+        return self._transact(Distributed, "distribute", task_id)
+
+    def withdraw(self) -> Mined[Withdrawn]:
+        return self._transact(Withdrawn, "withdraw")
+
+    def withdraw_to(self, recipient: Address) -> Mined[Withdrawn]:
+        return self._transact(Withdrawn, "withdrawTo", recipient)
+
+    def balance_of(self, account: Address) -> int:
+        return int(self._read("balanceOf", account)[0])
+
+    def get_settlement(self, task_id: TaskId) -> Settlement:
+        """Raises Reverted("NoBlock") before a block is published."""
+        return _record(Settlement, self._read("getSettlement", task_id)[0])
+
+    def score_of(self, task_id: TaskId, miner: Address) -> Score:
+        return _record(Score, self._read("scoreOf", task_id, miner))
+
+    def escrow(self) -> Address:
+        return self._read_address("escrow")
+
+    def block_publisher(self) -> Address:
+        return self._read_address("blockPublisher")
+
+
+def _candidate(candidate: Candidate) -> tuple[Any, ...]:
+    return tuple(getattr(candidate, name) for name in Candidate.model_fields)
+
+
+# Deployment
+
+
+def deploy(web3: Web3, account: LocalAccount, *, withdrawal_delay_s: int = 3600) -> Deployment:
+    """Deploy the four contracts from one account, which has no power over them afterwards, and check the result.
+
+    They name each other in their constructors: an address follows from the deployer's nonce and is known before.
+    """
+    nonce = web3.eth.get_transaction_count(account.address, "pending")
+    escrow, stakes, publisher, rewards = (_create_address(account.address, nonce + i) for i in range(4))
+    arguments = {
+        "HealChainEscrow": (publisher, rewards),
+        "StakeRegistry": (escrow, publisher, withdrawal_delay_s),
+        "BlockPublisher": (escrow, stakes),
+        "RewardDistribution": (escrow, publisher),
+    }
+    first_block = None
+    for name, expected in zip(CONTRACTS, (escrow, stakes, publisher, rewards), strict=True):
+        build = load_build(name)
+        factory = web3.eth.contract(abi=build["abi"], bytecode=build["bytecode"])
+        receipt = send(
+            web3, account, bytes.fromhex(factory.constructor(*arguments[name]).data_in_transaction[2:]), to=None
+        )
+        if receipt["contractAddress"] != expected:
+            raise InvalidDeployment(
+                f"{name} is at {receipt['contractAddress']}, not {expected}: was the account used meanwhile?"
+            )
+        first_block = receipt["blockNumber"] if first_block is None else first_block
+    deployment = Deployment(web3.eth.chain_id, escrow, stakes, publisher, rewards, first_block or 0)
+    check_deployment(web3, deployment)
+    return deployment
+
+
+def check_deployment(web3: Web3, deployment: Deployment) -> None:
+    """Raise InvalidDeployment unless the addresses hold exactly this build, on this chain, and know each other."""
+    if web3.eth.chain_id != deployment.chain_id:
+        raise InvalidDeployment(f"deployed on chain {deployment.chain_id}, connected to chain {web3.eth.chain_id}")
+    for name, address in zip(CONTRACTS, deployment.addresses, strict=True):
+        build = load_build(name)
+        code = bytearray(web3.eth.get_code(to_checksum_address(address)))
+        expected = bytearray.fromhex(build["deployedBytecode"][2:])
+        if len(code) == len(expected):
+            for reference in build["immutableReferences"]:
+                start, end = reference["start"], reference["start"] + reference["length"]
+                code[start:end] = expected[start:end]
+        if code != expected:
+            raise InvalidDeployment(f"the code at {address} is not this build of {name}")
+    contracts = connect(web3, deployment)
+    wiring = {
+        "escrow.blockPublisher": (contracts.escrow.block_publisher(), deployment.publisher),
+        "escrow.rewardDistribution": (contracts.escrow.reward_distribution(), deployment.rewards),
+        "stakes.escrow": (contracts.stakes.escrow(), deployment.escrow),
+        "stakes.blockPublisher": (contracts.stakes.block_publisher(), deployment.publisher),
+        "publisher.escrow": (contracts.publisher.escrow(), deployment.escrow),
+        "publisher.stakeRegistry": (contracts.publisher.stake_registry(), deployment.stakes),
+        "rewards.escrow": (contracts.rewards.escrow(), deployment.escrow),
+        "rewards.blockPublisher": (contracts.rewards.block_publisher(), deployment.publisher),
+    }
+    for what, (found, expected_address) in wiring.items():
+        if found != expected_address:
+            raise InvalidDeployment(f"{what} is {found}, not {expected_address}")
+
+
+def _create_address(sender: Address, nonce: int) -> Address:
+    """Where a CREATE transaction of this sender puts the contract."""
+    return str(to_checksum_address(keccak(rlp.encode([bytes.fromhex(sender[2:]), nonce]))[12:]))
+
+
+@dataclass(frozen=True)
+class Contracts:
+    escrow: HealChainEscrow
+    stakes: StakeRegistry
+    publisher: BlockPublisher
+    rewards: RewardDistribution
+
+
+def connect(
+    web3: Web3, deployment: Deployment, account: LocalAccount | None = None, *, confirmations: int = 1
+) -> Contracts:
+    """The four contracts of a deployment, bound to one account."""
+    return Contracts(
+        HealChainEscrow(web3, deployment.escrow, account, confirmations=confirmations),
+        StakeRegistry(web3, deployment.stakes, account, confirmations=confirmations),
+        BlockPublisher(web3, deployment.publisher, account, confirmations=confirmations),
+        RewardDistribution(web3, deployment.rewards, account, confirmations=confirmations),
+    )
+
+
+# What happened on chain
+
+
+def task_events(web3: Web3, deployment: Deployment, task_id: TaskId) -> list[TransactionRecord]:
+    """Every transaction about a task, in the order of the chain."""
+    return _transactions(web3, _logs(web3, deployment, [task_key(task_id)]))
+
+
+def account_events(web3: Web3, deployment: Deployment, accounts: Sequence[Address]) -> list[TransactionRecord]:
+    """Every deposit and withdrawal of these accounts (stake, credit and rewards), in the order of the chain."""
+    return _transactions(
+        web3, _logs(web3, deployment, ["0x" + account[2:].lower().rjust(64, "0") for account in accounts])
+    )
+
+
+def find_events(web3: Web3, deployment: Deployment, task_id: TaskId, kind: type[Event]) -> list[Event]:
+    """The events of one kind about a task, in the order of the chain."""
+    decoded = (_decode_event(log) for log in _logs(web3, deployment, [task_key(task_id)]))
+    return [found for found in decoded if isinstance(found, kind)]
+
+
+def _logs(web3: Web3, deployment: Deployment, first_topics: Sequence[str]) -> Iterator[Any]:
+    """Logs of the four contracts whose first indexed value is one of these."""
+    if not first_topics:
+        return
+    latest = web3.eth.block_number
+    for start in range(deployment.block_number, latest + 1, LOG_BLOCKS):
+        yield from web3.eth.get_logs(
+            {
+                "fromBlock": start,
+                "toBlock": min(start + LOG_BLOCKS - 1, latest),
+                "address": [to_checksum_address(address) for address in deployment.addresses],
+                "topics": [None, list(first_topics)],
+            }
+        )
+
+
+def _transactions(web3: Web3, logs: Iterable[Any]) -> list[TransactionRecord]:
+    hashes = dict.fromkeys((log["blockNumber"], log["transactionIndex"], bytes(log["transactionHash"])) for log in logs)
+    records = []
+    for block_number, _, transaction_hash in sorted(hashes):
+        transaction = web3.eth.get_transaction(transaction_hash)  # type: ignore[arg-type]
+        selector = "0x" + bytes(transaction["input"])[:4].hex()
+        records.append(
+            TransactionRecord(
+                kind=_entries("function").get(selector, {"name": selector})["name"],
+                transaction="0x" + transaction_hash.hex(),
+                sender=str(to_checksum_address(transaction["from"])),
+                block_number=block_number,
+                timestamp_s=web3.eth.get_block(block_number)["timestamp"],
+                gas_used=web3.eth.get_transaction_receipt(transaction_hash)["gasUsed"],  # type: ignore[arg-type]
+            )
+        )
+    return records
