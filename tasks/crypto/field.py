@@ -1,0 +1,659 @@
+"""Arithmetic of secp256k1 on arrays: the portable backend, compiled with numba.
+
+    symbol      meaning
+    p, n        the field's prime 2**256 - 2**32 - 977, and the order of the group
+    element     four uint64 limbs, little-endian; any representative below 2**256 (`normal` gives the canonical one)
+    point       row of eight uint64: canonical x (4 limbs), canonical y (4 limbs); the all-zero row is infinity
+    reference   int32 naming a signed row of a table: 0 nothing, +r row r - 1, -r the negative of row r - 1
+
+The seam for a second backend (AVX-512 IFMA) is the set of public kernels at the end of this file, the functions that
+take and return arrays: `add_rows`, `recode`, `scalars_of`, `accumulate`, `reduce_scalars`, `project`, `first_invalid`,
+`insert_tags`, `search`. Their callers know nothing of limb multiplication; a backend with the same kernels and
+bit-identical results replaces this module. Arguments are C-contiguous, inputs may be read-only; kernels trust their
+arguments and release the GIL.
+
+All compiled code is in this one file on purpose: numba's cache is keyed on the file of the kernel, so an intrinsic
+edited in another file would leave the old machine code in use. Kernels index tables by secrets and branch on them:
+they are not constant time.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import numpy.typing as npt
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+Words = npt.NDArray[np.uint64]
+Element = tuple[np.uint64, np.uint64, np.uint64, np.uint64]
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+P = 2**256 - 2**32 - 977
+ORDER = 0xFFFFFFFF_FFFFFFFF_FFFFFFFF_FFFFFFFE_BAAEDCE6_AF48A03B_BFD25E8C_D0364141
+
+_FOLD = 2**256 - P  # 33 bits: 2**256 = _FOLD mod p
+_ORDER_FOLD = 2**256 - ORDER  # 129 bits: 2**256 = _ORDER_FOLD mod n
+_BATCH = 1024  # points that share one inversion; 64 KiB of tree stays in the second-level cache
+
+
+def limbs(value: int) -> Element:
+    """The four little-endian limbs of 0 <= value < 2**256."""
+    a, b, c, d = (np.uint64(value >> shift & 2**64 - 1) for shift in (0, 64, 128, 192))
+    return a, b, c, d
+
+
+def _compiled(function: _F) -> _F:
+    """A function for kernels to call; it is compiled into them."""
+    return cast(_F, njit(function))
+
+
+def _kernel(signature: Any) -> Callable[[_F], _F]:
+    """A kernel on arrays, compiled when this module is first imported and cached on disk from then on."""
+    return cast(Callable[[_F], _F], njit(signature, cache=True, nogil=True))
+
+
+def _operation(function: Callable[..., Any]) -> Any:
+    """An operation that writes its own LLVM instructions."""
+    return intrinsic(function)
+
+
+_ZERO = np.uint64(0)
+_ONE = np.uint64(1)
+_WORD = np.uint64(64)
+_ZERO_ELEMENT = limbs(0)
+_ONE_ELEMENT = limbs(1)
+_SEVEN_ELEMENT = limbs(7)
+_P_LIMBS = limbs(P)
+_ORDER_LIMBS = limbs(ORDER)
+_HALF_ORDER_LIMBS = limbs(ORDER // 2)
+
+# --- field elements: LLVM integers of 128 and 256 bits, which become mul / add / adc ---------------------------
+
+_ELEMENT = types.UniTuple(types.uint64, 4)
+_I1, _I64, _I128, _I256 = ir.IntType(1), ir.IntType(64), ir.IntType(128), ir.IntType(256)
+
+
+def _unpack(builder: Any, element: Any) -> list[Any]:
+    return [builder.extract_value(element, i) for i in range(4)]
+
+
+def _join(builder: Any, words: list[Any]) -> Any:
+    """One 256-bit integer from four limbs."""
+    value = builder.zext(words[0], _I256)
+    for i in range(1, 4):
+        value = builder.or_(value, builder.shl(builder.zext(words[i], _I256), _I256(64 * i)))
+    return value
+
+
+def _element(builder: Any, value: Any) -> Any:
+    """The element with the limbs of one 256-bit integer."""
+    words = [builder.trunc(builder.lshr(value, _I256(64 * i)), _I64) for i in range(4)]
+    return cgutils.pack_array(builder, words)
+
+
+def _if(builder: Any, condition: Any, value: int) -> Any:
+    return builder.select(condition, _I256(value), _I256(0))
+
+
+def _product(builder: Any, a: list[Any], b: list[Any]) -> list[Any]:
+    """The limbs of a * b, operand scanning.
+
+    Each step a_i b_j + r + carry is at most (2**64 - 1)**2 + 2 (2**64 - 1) = 2**128 - 1.
+    """
+    result = [_I64(0)] * (len(a) + len(b))
+    for i, a_i in enumerate(a):
+        carry = _I128(0)
+        for j, b_j in enumerate(b):
+            step = builder.mul(builder.zext(a_i, _I128), builder.zext(b_j, _I128))
+            step = builder.add(builder.add(step, builder.zext(result[i + j], _I128)), carry)
+            result[i + j] = builder.trunc(step, _I64)
+            carry = builder.lshr(step, _I128(64))
+        result[i + len(b)] = builder.trunc(carry, _I64)
+    return result
+
+
+@_operation
+def mul(typingctx: Any, a: Any, b: Any) -> Any:
+    """a * b mod p, below 2**256."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        wide = _product(builder, _unpack(builder, arguments[0]), _unpack(builder, arguments[1]))
+        # First fold: low + high * _FOLD < 2**256 + 2**289, so the carry out stays below 2**34.
+        carry, low = _I128(0), []
+        for i in range(4):
+            step = builder.mul(builder.zext(wide[4 + i], _I128), _I128(_FOLD))
+            step = builder.add(builder.add(step, builder.zext(wide[i], _I128)), carry)
+            low.append(builder.trunc(step, _I64))
+            carry = builder.lshr(step, _I128(64))
+        # Second fold: carry * _FOLD < 2**67. If that overflows 2**256, what is left is below 2**67: no third carry.
+        second = builder.zext(builder.mul(carry, _I128(_FOLD)), _I256)
+        value = _join(builder, low)
+        folded = builder.add(value, second)
+        overflow = builder.icmp_unsigned("<", folded, second)
+        folded = builder.add(folded, _if(builder, overflow, _FOLD))
+        return _element(builder, folded)
+
+    return _ELEMENT(_ELEMENT, _ELEMENT), generate
+
+
+@_operation
+def add(typingctx: Any, a: Any, b: Any) -> Any:
+    """a + b mod p, below 2**256."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        left, right = (_join(builder, _unpack(builder, argument)) for argument in arguments)
+        total = builder.add(left, right)
+        carry = builder.icmp_unsigned("<", total, left)
+        once = builder.add(total, _if(builder, carry, _FOLD))
+        # Both operands may be non-canonical: 2 (2**256 - 1) - 2**256 + _FOLD can pass 2**256 a second time.
+        again = builder.and_(carry, builder.icmp_unsigned("<", once, _I256(_FOLD)))
+        return _element(builder, builder.add(once, _if(builder, again, _FOLD)))
+
+    return _ELEMENT(_ELEMENT, _ELEMENT), generate
+
+
+@_operation
+def sub(typingctx: Any, a: Any, b: Any) -> Any:
+    """a - b mod p, below 2**256; b must be canonical."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        left, right = (_join(builder, _unpack(builder, argument)) for argument in arguments)
+        difference = builder.sub(left, right)
+        borrow = builder.icmp_unsigned("<", left, right)
+        # After a borrow a - b + 2**256 > 2**256 - p = _FOLD, because b < p: taking _FOLD off adds p, without a borrow.
+        return _element(builder, builder.sub(difference, _if(builder, borrow, _FOLD)))
+
+    return _ELEMENT(_ELEMENT, _ELEMENT), generate
+
+
+@_operation
+def normal(typingctx: Any, a: Any) -> Any:
+    """The canonical representative, below p. One subtraction is enough: 2**256 < 2 p."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        value = _join(builder, _unpack(builder, arguments[0]))
+        excess = builder.icmp_unsigned(">=", value, _I256(P))
+        return _element(builder, builder.sub(value, _if(builder, excess, P)))
+
+    return _ELEMENT(_ELEMENT), generate
+
+
+@_operation
+def negate_if(typingctx: Any, condition: Any, a: Any) -> Any:
+    """-a mod p if the condition holds, without a branch: signs of references are random. a canonical, 0 stays 0."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        value = _join(builder, _unpack(builder, arguments[1]))
+        flip = builder.and_(arguments[0], builder.icmp_unsigned("!=", value, _I256(0)))
+        value = builder.select(flip, builder.sub(_I256(P), value), value)
+        return _element(builder, value)
+
+    return _ELEMENT(types.boolean, _ELEMENT), generate
+
+
+@_operation
+def _prefetch(typingctx: Any, array: Any, row: Any) -> Any:
+    """Ask for the cache line where a row of a table begins."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        table = context.make_array(signature.args[0])(context, builder, arguments[0])
+        width = cgutils.unpack_tuple(builder, table.shape)[1]
+        place = builder.gep(table.data, [builder.mul(arguments[1], width)])
+        pointer = builder.bitcast(place, ir.IntType(8).as_pointer())
+        kind = ir.FunctionType(ir.VoidType(), [pointer.type, ir.IntType(32), ir.IntType(32), ir.IntType(32)])
+        prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(prefetch, [pointer, *(ir.IntType(32)(flag) for flag in (0, 3, 1))])
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64), generate
+
+
+@_operation
+def less(typingctx: Any, a: Any, b: Any) -> Any:
+    """a < b as 256-bit integers."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        left, right = (_join(builder, _unpack(builder, argument)) for argument in arguments)
+        return builder.icmp_unsigned("<", left, right)
+
+    return types.boolean(_ELEMENT, _ELEMENT), generate
+
+
+@_operation
+def minus(typingctx: Any, a: Any, b: Any) -> Any:
+    """a - b as 256-bit integers, for a >= b."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        left, right = (_join(builder, _unpack(builder, argument)) for argument in arguments)
+        return _element(builder, builder.sub(left, right))
+
+    return _ELEMENT(_ELEMENT, _ELEMENT), generate
+
+
+@_operation
+def reduce_wide(typingctx: Any, low: Any, high: Any) -> Any:
+    """(low + high * 2**256) mod n, canonical; high is one limb."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        value = _join(builder, _unpack(builder, arguments[0]))
+        fold = [_I64(_ORDER_FOLD >> 64 * i & 2**64 - 1) for i in range(3)]
+        # high * _ORDER_FOLD < 2**193. If adding it overflows, what is left is below 2**193: no second overflow.
+        folded = _join(builder, _product(builder, [arguments[1]], fold))
+        total = builder.add(value, folded)
+        overflow = builder.icmp_unsigned("<", total, value)
+        total = builder.add(total, _if(builder, overflow, _ORDER_FOLD))
+        excess = builder.icmp_unsigned(">=", total, _I256(ORDER))  # 2**256 < 2 n
+        return _element(builder, builder.sub(total, _if(builder, excess, ORDER)))
+
+    return _ELEMENT(_ELEMENT, types.uint64), generate
+
+
+@_operation
+def mul_add(typingctx: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
+    """(low, high) limbs of a * b + c + d, which is at most 2**128 - 1."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        wide_a, wide_b, wide_c, wide_d = (builder.zext(argument, _I128) for argument in arguments)
+        step = builder.add(builder.add(builder.mul(wide_a, wide_b), wide_c), wide_d)
+        words = [builder.trunc(step, _I64), builder.trunc(builder.lshr(step, _I128(64)), _I64)]
+        return cgutils.pack_array(builder, words)
+
+    return types.UniTuple(types.uint64, 2)(*[types.uint64] * 4), generate
+
+
+@_compiled
+def _is_zero(a: Element) -> bool:
+    """For canonical elements only."""
+    return (a[0] | a[1] | a[2] | a[3]) == _ZERO
+
+
+@_compiled
+def _equal(a: Element, b: Element) -> bool:
+    """For canonical elements only."""
+    return ((a[0] ^ b[0]) | (a[1] ^ b[1]) | (a[2] ^ b[2]) | (a[3] ^ b[3])) == _ZERO
+
+
+@_compiled
+def _load(array: Words, row: int, column: int) -> Element:
+    i = np.uint64(row)  # unsigned: no test for indices from the end
+    return array[i, column], array[i, column + 1], array[i, column + 2], array[i, column + 3]
+
+
+@_compiled
+def _store(array: Words, row: int, column: int, a: Element) -> None:
+    i = np.uint64(row)
+    array[i, column] = a[0]
+    array[i, column + 1] = a[1]
+    array[i, column + 2] = a[2]
+    array[i, column + 3] = a[3]
+
+
+@_compiled
+def _square_times(a: Element, count: int) -> Element:
+    for _ in range(count):
+        a = mul(a, a)
+    return a
+
+
+@_compiled
+def inverse(a: Element) -> Element:
+    """1 / a mod p, and 0 for 0: a**(p - 2), 255 squarings and 15 multiplications.
+
+    p - 2 in binary is 223 ones, 0, 22 ones, 0000101101; x_k is a**(2**k - 1).
+    """
+    x2 = mul(_square_times(a, 1), a)
+    x3 = mul(_square_times(x2, 1), a)
+    x6 = mul(_square_times(x3, 3), x3)
+    x9 = mul(_square_times(x6, 3), x3)
+    x11 = mul(_square_times(x9, 2), x2)
+    x22 = mul(_square_times(x11, 11), x11)
+    x44 = mul(_square_times(x22, 22), x22)
+    x88 = mul(_square_times(x44, 44), x44)
+    x176 = mul(_square_times(x88, 88), x88)
+    x220 = mul(_square_times(x176, 44), x44)
+    x223 = mul(_square_times(x220, 3), x3)
+    t = mul(_square_times(x223, 23), x22)
+    t = mul(_square_times(t, 5), a)
+    t = mul(_square_times(t, 3), x2)
+    return mul(_square_times(t, 2), a)
+
+
+@_compiled
+def _invert_leaves(tree: Words, size: int) -> None:
+    """Replace tree[size : 2 size], all nonzero, by their inverses: one inversion, 3 (size - 1) multiplications.
+
+    Montgomery's trick as a heap: node i is the product of nodes 2i and 2i + 1. Within a level the multiplications do
+    not wait for one another, which a running product would.
+    """
+    for i in range(size - 1, 0, -1):
+        _store(tree, i, 0, mul(_load(tree, 2 * i, 0), _load(tree, 2 * i + 1, 0)))
+    _store(tree, 1, 0, inverse(_load(tree, 1, 0)))
+    for i in range(1, size):
+        up = _load(tree, i, 0)
+        left = _load(tree, 2 * i, 0)
+        right = _load(tree, 2 * i + 1, 0)
+        _store(tree, 2 * i, 0, mul(up, right))
+        _store(tree, 2 * i + 1, 0, mul(up, left))
+
+
+@_compiled
+def _row(table: Words, reference: int) -> tuple[Element, Element]:
+    """The point named by a reference, (0, 0) for infinity."""
+    if reference == 0:
+        return _ZERO_ELEMENT, _ZERO_ELEMENT
+    row = abs(reference) - 1
+    return _load(table, row, 0), negate_if(reference < 0, _load(table, row, 4))
+
+
+# What an addition amounts to; only _CHORD is common.
+_CHORD, _TANGENT, _KEEP, _TAKE, _CANCEL = range(5)
+
+
+@_compiled
+def _kind(x1: Element, y1: Element, x2: Element, y2: Element) -> int:
+    # No point of the curve has y = 0 (the order is odd), so y tells infinity.
+    if _is_zero(y2):
+        return _KEEP
+    if _is_zero(y1):
+        return _TAKE
+    if not _equal(x1, x2):
+        return _CHORD
+    return _TANGENT if _equal(y1, y2) else _CANCEL
+
+
+# --- the kernels on arrays: the interface of a backend --------------------------------------------------------------
+
+_in_words = types.Array(types.uint64, 2, "C", readonly=True)
+_out_words = types.Array(types.uint64, 2, "C")
+_in_longs = types.Array(types.int64, 1, "C", readonly=True)
+_out_longs = types.Array(types.int64, 1, "C")
+_out_bytes = types.Array(types.uint8, 1, "C")
+_in_references = types.Array(types.int32, 2, "C", readonly=True)
+_out_references = types.Array(types.int32, 2, "C")
+_in_signs = types.Array(types.int8, 2, "C", readonly=True)
+
+
+@_kernel(types.void(_out_words, _in_words, _in_references))
+def add_rows(points: Words, table: Words, references: npt.NDArray[np.int32]) -> None:
+    """points[i] += sum over w of the row references[w, i] of the table. Correct for every input, infinity included.
+
+    points (m, 8) in place, table (rows, 8), references (w, m). Affine addition, EFD: lambda = (y2 - y1) / (x2 - x1) or
+    3 x1**2 / (2 y1), x3 = lambda**2 - x1 - x2, y3 = lambda (x1 - x3) - y1. A batch goes through all w additions before
+    the next batch starts and shares one inversion for each: about 5 multiplications and a squaring an addition.
+    """
+    tree = np.empty((2 * _BATCH, 4), np.uint64)
+    kinds = np.empty(_BATCH, np.uint8)
+    for first in range(0, len(points), _BATCH):
+        size = min(_BATCH, len(points) - first)
+        for w in range(len(references)):
+            divisions = 0
+            for i in range(size):
+                x1, y1 = _load(points, first + i, 0), _load(points, first + i, 4)
+                x2, y2 = _row(table, references[w, first + i])
+                kind = _kind(x1, y1, x2, y2)
+                kinds[i] = kind
+                if kind == _CHORD:
+                    _store(tree, size + i, 0, sub(x2, x1))
+                    divisions += 1
+                elif kind == _TANGENT:
+                    _store(tree, size + i, 0, add(y1, y1))
+                    divisions += 1
+                else:
+                    _store(tree, size + i, 0, _ONE_ELEMENT)
+            if divisions > 0:  # none when sums begin at infinity
+                _invert_leaves(tree, size)
+            for i in range(size):
+                if w + 1 < len(references):  # the next row arrives while this one is computed
+                    _prefetch(table, max(0, abs(references[w + 1, first + i]) - 1))
+                kind = kinds[i]
+                if kind == _KEEP:
+                    continue
+                if kind == _CANCEL:
+                    _store(points, first + i, 0, _ZERO_ELEMENT)
+                    _store(points, first + i, 4, _ZERO_ELEMENT)
+                    continue
+                x2, y2 = _row(table, references[w, first + i])
+                if kind == _TAKE:
+                    _store(points, first + i, 0, x2)
+                    _store(points, first + i, 4, y2)
+                    continue
+                x1, y1 = _load(points, first + i, 0), _load(points, first + i, 4)
+                if kind == _CHORD:
+                    numerator = sub(y2, y1)
+                else:
+                    square = mul(x1, x1)
+                    numerator = add(add(square, square), square)
+                slope = mul(numerator, _load(tree, size + i, 0))
+                x3 = normal(sub(sub(mul(slope, slope), x1), x2))
+                y3 = normal(sub(mul(slope, sub(x1, x3)), y1))
+                _store(points, first + i, 0, x3)
+                _store(points, first + i, 4, y3)
+
+
+@_kernel(types.void(_in_words, types.int64, _out_references))
+def recode(scalars: Words, window: int, references: npt.NDArray[np.int32]) -> None:
+    """Signed digits of scalars as references to a table of multiples: column i of references belongs to scalar i.
+
+    The table holds for each window j the multiples 1 .. 2**(window - 1) of 2**(window j) times the base. A scalar above
+    n / 2 is taken as the negative of n - scalar, so it is below 2**255 and the last digit of 256 bits cannot carry.
+    references (w, m) with w * window > bits of the largest |scalar|, or w * window >= 256.
+    """
+    half = np.uint64(1) << np.uint64(window - 1)
+    full = half << _ONE
+    for i in range(len(scalars)):
+        k = _load(scalars, i, 0)
+        negative = less(_HALF_ORDER_LIMBS, k)
+        if negative:
+            k = minus(_ORDER_LIMBS, k)
+        carry = _ZERO
+        for w in range(len(references)):
+            bit = w * window
+            word, shift = bit >> 6, np.uint64(bit & 63)
+            digit = k[word] >> shift if word < 4 else _ZERO
+            if word < 3 and shift != _ZERO:
+                digit |= k[word + 1] << (_WORD - shift)
+            digit = (digit & (full - _ONE)) + carry
+            carry = np.uint64(digit > half)
+            magnitude = full - digit if carry != _ZERO else digit
+            if magnitude == _ZERO:
+                references[w, i] = 0
+            else:
+                row = w * np.int64(half) + np.int64(magnitude)
+                references[w, i] = -row if negative != (carry != _ZERO) else row
+
+
+@_kernel(types.void(_in_longs, _out_words))
+def scalars_of(values: npt.NDArray[np.int64], scalars: Words) -> None:
+    """scalars[i] = values[i] mod n."""
+    for i in range(len(values)):
+        magnitude = np.uint64(values[i])
+        if values[i] < 0:
+            magnitude = ~magnitude + _ONE
+        k = (magnitude, _ZERO, _ZERO, _ZERO)
+        _store(scalars, i, 0, minus(_ORDER_LIMBS, k) if values[i] < 0 else k)
+
+
+@_kernel(types.void(_out_words, _in_words, types.uint64))
+def accumulate(sums: Words, scalars: Words, weight: np.uint64) -> None:
+    """sums[i] += weight * scalars[i] as plain integers: sums (m, 5), scalars (m, 4), reduced or not.
+
+    The caller keeps the sum of the weights below 2**64, so that a sum stays below 2**320.
+    """
+    for i in range(len(scalars)):
+        carry = _ZERO
+        for j in range(4):
+            low, carry = mul_add(weight, scalars[i, j], sums[i, j], carry)
+            sums[i, j] = low
+        sums[i, 4] += carry
+
+
+@_kernel(types.void(_in_words, _out_words))
+def reduce_scalars(sums: Words, scalars: Words) -> None:
+    """scalars[i] = sums[i] mod n, canonical: sums (m, 5), scalars (m, 4)."""
+    for i in range(len(sums)):
+        _store(scalars, i, 0, reduce_wide(_load(sums, i, 0), sums[i, 4]))
+
+
+@_kernel(types.void(_in_words, _in_signs, _out_words))
+def project(scalars: Words, signs: npt.NDArray[np.int8], sums: Words) -> None:
+    """sums[k] += sum over i of signs[k, i] * scalars[i]: scalars (d, 4) below n, signs (K, d) of +-1, sums (K, 5)."""
+    for k in range(len(signs)):
+        for i in range(len(scalars)):
+            term = _load(scalars, i, 0)
+            if signs[k, i] < 0:
+                term = minus(_ORDER_LIMBS, term)
+            carry = _ZERO
+            for j in range(4):
+                low, carry = mul_add(_ONE, term[j], sums[k, j], carry)
+                sums[k, j] = low
+            sums[k, 4] += carry
+
+
+@_kernel(types.int64(_in_words))
+def first_invalid(points: Words) -> int:
+    """Index of the first row that is not a canonical affine point (infinity included), or -1."""
+    for i in range(len(points)):
+        x, y = _load(points, i, 0), _load(points, i, 4)
+        if not (less(x, _P_LIMBS) and less(y, _P_LIMBS)):
+            return i
+        if not _equal(normal(mul(y, y)), normal(add(mul(mul(x, x), x), _SEVEN_ELEMENT))):
+            return i
+    return -1
+
+
+@_kernel(types.void(_out_words, _in_words, types.int64))
+def insert_tags(slots: Words, points: Words, first: int) -> None:
+    """Put points first * G, (first + 1) * G, ... into the hash table of baby steps.
+
+    slots (2**k, 2): the low limb of x, and 2 j + (y mod 2) for the point j * G; 0 there is a free slot. Linear probing.
+    """
+    mask = np.uint64(len(slots) - 1)
+    for i in range(len(points)):
+        slot = points[i, 0] & mask
+        while slots[slot, 1] != _ZERO:
+            slot = (slot + _ONE) & mask
+        slots[slot, 0] = points[i, 0]
+        slots[slot, 1] = (np.uint64(first + i) << _ONE) | (points[i, 4] & _ONE)
+
+
+@_compiled
+def _look_up(slots: Words, tag: np.uint64, skip: int) -> tuple[np.uint64, int]:
+    """The entry of the (skip + 1)-th match of a tag or 0, and how many matches are still to be skipped."""
+    mask = np.uint64(len(slots) - 1)
+    slot = tag & mask
+    while slots[slot, 1] != _ZERO:
+        if slots[slot, 0] == tag:
+            if skip == 0:
+                return slots[slot, 1], 0
+            skip -= 1
+        slot = (slot + _ONE) & mask
+    return _ZERO, skip
+
+
+@_compiled
+def _signed_step(entry: np.uint64, y: Element) -> int:
+    """j or -j: the sign that makes the parity of y agree with the entry's."""
+    step = int(entry >> _ONE)
+    return step if ((entry ^ y[0]) & _ONE) == _ZERO else -step
+
+
+@_compiled
+def _chord(x1: Element, y1: Element, x2: Element, y2: Element, inverse: Element) -> tuple[Element, Element]:
+    """Canonical x of the sum of two points, and the slope; inverse is 1 / (x2 - x1)."""
+    slope = mul(sub(y2, y1), inverse)
+    return normal(sub(sub(mul(slope, slope), x1), x2)), slope
+
+
+@_kernel(types.void(_in_words, _in_words, types.int64, _in_words, _in_longs, _out_longs, _out_bytes))
+def search(
+    slots: Words,
+    giants: Words,
+    stride: int,
+    points: Words,
+    skips: npt.NDArray[np.int64],
+    logs: npt.NDArray[np.int64],
+    found: npt.NDArray[np.uint8],
+) -> None:
+    """Candidates for the discrete logs of points in base G: baby step, giant step, both signs at once.
+
+    giants (s, 8) are the multiples 1 .. s of stride * G. For each point E the order of the search is fixed: E, then
+    E - g stride G and E + g stride G for g = 1, 2, ...; both need the same 1 / (x_g - x_E), and only their x unless a
+    tag fits. The first skips[i] matches are passed over, so that a false one can be continued behind. found[i] is 1 and
+    logs[i] the candidate, or found[i] is 0. Points are not infinity.
+
+    (E -+ Q): lambda = (+-y_Q - y_E) / (x_Q - x_E), x3 = lambda**2 - x_E - x_Q, y3 = lambda (x_E - x3) - y_E.
+    """
+    tree = np.empty((2 * _BATCH, 4), np.uint64)
+    tags = np.empty((_BATCH, 2), np.uint64)
+    pending = np.empty(_BATCH, np.int64)
+    left = np.empty(_BATCH, np.int64)  # matches still to be skipped
+    mask = np.uint64(len(slots) - 1)
+    position = 0
+    while position < len(points):
+        count = 0
+        while count < _BATCH and position < len(points):
+            entry, skip = _look_up(slots, points[position, 0], skips[position])
+            if entry != _ZERO:
+                logs[position] = _signed_step(entry, _load(points, position, 4))
+                found[position] = 1
+            else:
+                found[position] = 0
+                pending[count] = position
+                left[count] = skip
+                count += 1
+            position += 1
+
+        first = 0
+        while count > 0 and first < len(giants):
+            # Few points left: they take several giant steps at a time, so that the inversion stays shared by many.
+            span = min(len(giants) - first, max(1, _BATCH // count))
+            size = count * span
+            for i in range(count):
+                x1 = _load(points, pending[i], 0)
+                for s in range(span):
+                    difference = normal(sub(_load(giants, first + s, 0), x1))
+                    if _is_zero(difference):
+                        difference = _ONE_ELEMENT
+                    _store(tree, size + i * span + s, 0, difference)
+            _invert_leaves(tree, size)
+            for i in range(count):
+                x1, y1 = _load(points, pending[i], 0), _load(points, pending[i], 4)
+                for s in range(span):
+                    node = i * span + s
+                    x2, y2 = _load(giants, first + s, 0), _load(giants, first + s, 4)
+                    for side in range(2):
+                        x3, _ = _chord(x1, y1, x2, negate_if(side == 0, y2), _load(tree, size + node, 0))
+                        tags[node, side] = x3[0]
+                        _prefetch(slots, np.int64(x3[0] & mask))
+            kept = 0
+            for i in range(count):
+                target, skip = pending[i], left[i]
+                hit = False
+                for step in range(2 * span):
+                    s, side = step >> 1, step & 1
+                    node = i * span + s
+                    giant = (first + s + 1) * stride
+                    x1, x2 = _load(points, target, 0), _load(giants, first + s, 0)
+                    if _equal(x1, x2) and skip == 0:  # E = +- giant step: the answer (and the tags mean nothing)
+                        logs[target] = giant if giants[first + s, 4] == points[target, 4] else -giant
+                        hit = True
+                        break
+                    entry, skip = _look_up(slots, tags[node, side], skip)
+                    if entry != _ZERO:
+                        y1, y2 = _load(points, target, 4), negate_if(side == 0, _load(giants, first + s, 4))
+                        x3, slope = _chord(x1, y1, x2, y2, _load(tree, size + node, 0))
+                        baby = _signed_step(entry, normal(sub(mul(slope, sub(x1, x3)), y1)))
+                        logs[target] = baby + giant if side == 0 else baby - giant
+                        hit = True
+                        break
+                if hit:
+                    found[target] = 1
+                else:
+                    pending[kept] = target
+                    left[kept] = skip
+                    kept += 1
+            count = kept
+            first += span

@@ -1,0 +1,35 @@
+"""One temporary Prefect server for the whole run, and hypothesis without deadlines (the first call compiles)."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+_PREFECT_HOME = tempfile.TemporaryDirectory(prefix="healchain-prefect-")
+os.environ["PREFECT_HOME"] = _PREFECT_HOME.name
+os.environ.pop("PREFECT_API_URL", None)
+os.environ["PREFECT_SERVER_ALLOW_EPHEMERAL_MODE"] = "true"
+os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
+os.environ["DO_NOT_TRACK"] = "1"
+os.environ["PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS"] = "120"
+os.environ["PREFECT_LOGGING_LEVEL"] = "ERROR"
+
+import pytest
+from hypothesis import settings
+
+settings.register_profile("numba", deadline=None)
+settings.load_profile("numba")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _without_heartbeats() -> Iterator[None]:
+    from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+
+    with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
+        yield
+
+
+@pytest.fixture(scope="session")
+def prefect_home() -> Path:
+    """Where the test run's Prefect server keeps its database and its results."""
+    return Path(_PREFECT_HOME.name)
