@@ -1,7 +1,7 @@
 """Set up what the flows find by name: the blocks of this installation. Doing it again changes nothing.
 
-    chain, artifacts, registry   where the chain, the store and the database are
-    <actor>                      the path of each actor's home on its own host
+chain, artifacts, registry   where the chain, the store and the database are
+<actor>                      the path of each actor's home on its own host
 """
 
 from pathlib import Path
