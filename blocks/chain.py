@@ -1,6 +1,6 @@
 """Where money and the last word are: an Ethereum chain and the four contracts on it.
 
-    rpc   "local:<path>"   the journaled chain in this process (blocks.local_chain)
+    rpc   "local:<path>"   the stored chain in this process (blocks.local_chain)
           "http://..."     a node
 
 Errors: NotYet (a moment that lies further ahead than the caller may wait), those of contracts.bindings.
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from eth_account.signers.local import LocalAccount
+from eth_typing import HexStr
 from prefect.blocks.core import Block
 from pydantic import Field
 from web3 import HTTPProvider, Web3
@@ -39,7 +40,7 @@ class Chain(Block):
     _block_type_slug = "healchain-chain"
     _description = "RPC address of the chain and the contracts' addresses."
 
-    rpc: str = Field(description="local:<path of the journal> or the http(s) address of a node")
+    rpc: str = Field(description="local:<path of its file> or the http(s) address of a node")
     confirmations: int = Field(default=1, ge=1, description="blocks, its own included, that make a transaction final")
     patience_s: float = Field(default=30, ge=0, description="longest wait for a moment of chain time inside one step")
     chain_id: int = 0
@@ -109,12 +110,12 @@ class Chain(Block):
 
     def confirm(self, transaction: str) -> None:
         """Return when the transaction is as deep as `confirmations` asks, and still there."""
-        receipt = self.web3.eth.wait_for_transaction_receipt(transaction)
+        receipt = self.web3.eth.wait_for_transaction_receipt(HexStr(transaction))
         self.wait_for_block(receipt["blockNumber"] + self.confirmations - 1)
-        self.web3.eth.get_transaction_receipt(transaction)
+        self.web3.eth.get_transaction_receipt(HexStr(transaction))
 
     def close(self) -> None:
-        """Let go of a local chain's journal."""
+        """Let go of a local chain's file."""
         provider = _provider(self.rpc)
         if isinstance(provider, LocalChainProvider):
             provider.close()

@@ -66,7 +66,9 @@ class Identity(Block):
     def sign(self, message: Message, domain: Domain) -> Bytes:
         return sign(message, domain, bytes(self.account.key))
 
-    def mask_key(self, peer: Bytes, role: Literal["publisher", "aggregator"], label: ndd_fe.Label, salt: Bytes) -> bytes:
+    def mask_key(
+        self, peer: Bytes, role: Literal["publisher", "aggregator"], label: ndd_fe.Label, salt: Bytes
+    ) -> bytes:
         """K_iP or K_iA: known to this actor and the owner of the public key `peer` only."""
         return ndd_fe.mask_key(self._shared_secret(bytes.fromhex(peer[2:])), role, label, bytes.fromhex(salt[2:]))
 
@@ -121,7 +123,6 @@ def create_home(home: Path) -> Identity:
     return Identity(home=str(home))
 
 
-@lru_cache(maxsize=256)
 def _open_keystore(home: str, name: str) -> LocalAccount:
     keystore = Path(home) / "keystore" / f"{name}.json"
     passphrase = Path(home) / "passphrase"
@@ -129,10 +130,15 @@ def _open_keystore(home: str, name: str) -> LocalAccount:
         if not needed.exists():
             raise InvalidHome(f"{needed} is missing: restore it from a backup, or make a new home")
     try:
-        key = Account.decrypt(keystore.read_text(), passphrase.read_text())
+        return _decrypt(keystore.read_text(), passphrase.read_text())
     except ValueError as error:
         raise WrongPassphrase(f"{passphrase} does not open {keystore}: {error}") from error
-    account: LocalAccount = Account.from_key(key)
+
+
+@lru_cache(maxsize=256)
+def _decrypt(keystore: str, passphrase: str) -> LocalAccount:
+    """Stretching takes a tenth of a second, so a process does it once for each key it uses."""
+    account: LocalAccount = Account.from_key(Account.decrypt(keystore, passphrase))
     return account
 
 

@@ -13,7 +13,7 @@ from prefect.blocks.core import Block
 from pydantic import Field as BlockField
 from sqlalchemy import Engine, event
 from sqlalchemy.pool import NullPool
-from sqlmodel import Field, Session, SQLModel, create_engine, select
+from sqlmodel import Field, Session, SQLModel, col, create_engine, select
 
 from contracts.messages import Message
 
@@ -108,9 +108,7 @@ class Registry(Block):
     def record_task(self, task_id: str, publisher: str, spec_hash: str, terms: str) -> None:
         """An escrow that was read back makes a task OPEN; a task that is further along stays where it is."""
         if self.find_task(task_id) is None:
-            self._merge(
-                TaskRow(task_id=task_id, publisher=publisher, spec_hash=spec_hash, terms=terms, status="OPEN")
-            )
+            self._merge(TaskRow(task_id=task_id, publisher=publisher, spec_hash=spec_hash, terms=terms, status="OPEN"))
 
     def find_task(self, task_id: str) -> TaskRow | None:
         with self._session() as session:
@@ -141,7 +139,7 @@ class Registry(Block):
     def records(self, task_id: str, kind: str) -> Sequence[RecordRow]:
         with self._session() as session:
             query = select(RecordRow).where(RecordRow.task_id == task_id, RecordRow.kind == kind)
-            return session.exec(query.order_by(RecordRow.round_number, RecordRow.signer)).all()
+            return session.exec(query.order_by(col(RecordRow.round_number), col(RecordRow.signer))).all()
 
     def record_refusal(self, task_id: str, round_number: int, step: str, actor: str, reason: str) -> None:
         """`actor` is an address. The first reason stays."""
@@ -155,7 +153,9 @@ class Registry(Block):
     def refusals(self, task_id: str) -> Sequence[RefusalRow]:
         with self._session() as session:
             query = select(RefusalRow).where(RefusalRow.task_id == task_id)
-            return session.exec(query.order_by(RefusalRow.round_number, RefusalRow.step, RefusalRow.actor)).all()
+            return session.exec(
+                query.order_by(col(RefusalRow.round_number), col(RefusalRow.step), col(RefusalRow.actor))
+            ).all()
 
     def record_step(self, **fields: Any) -> None:
         with _write_lock, self._session() as session:
@@ -164,7 +164,9 @@ class Registry(Block):
 
     def steps(self, task_id: str) -> Sequence[StepRow]:
         with self._session() as session:
-            return session.exec(select(StepRow).where(StepRow.task_id == task_id).order_by(StepRow.started_s)).all()
+            return session.exec(
+                select(StepRow).where(StepRow.task_id == task_id).order_by(col(StepRow.started_s))
+            ).all()
 
     def _merge(self, row: SQLModel) -> None:
         with _write_lock, self._session() as session:

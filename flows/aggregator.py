@@ -8,8 +8,14 @@ from tasks import settle
 
 @flow(name="collect", flow_run_name="M4 collect · {task_id} · round {round_number} · {actor}", persist_result=False)
 def collect(task_id: str, round_number: int, actor: str) -> dict[str, str]:
-    """M4. Check the submissions, close the round, ask for its functional key."""
+    """M4. Check the form of the submissions, close the round."""
     return aggregating.collect_submissions(task_id, round_number, actor)
+
+
+@flow(name="audit", flow_run_name="M4 audit · {task_id} · round {round_number} · {actor}", persist_result=False)
+def audit(task_id: str, round_number: int, actor: str) -> dict[str, str]:
+    """M4. Drop malformed ciphertexts, ask for the functional key of exactly the others."""
+    return aggregating.audit_submissions(task_id, round_number, actor)
 
 
 @flow(name="aggregate", flow_run_name="M4 aggregate · {task_id} · round {round_number} · {actor}", persist_result=False)

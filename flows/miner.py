@@ -3,7 +3,8 @@
 from prefect import flow
 
 from tasks import attest as attesting
-from tasks import cohort, contribute as contributing, settle
+from tasks import cohort, settle
+from tasks import contribute as contributing
 
 
 @flow(name="register", flow_run_name="M2 register · {task_id} · {actor}", persist_result=False)
@@ -18,7 +19,9 @@ def prove_dataset(task_id: str, round_number: int, actor: str) -> dict[str, str]
     return cohort.answer_challenge(task_id, actor)
 
 
-@flow(name="contribute", flow_run_name="M3 contribute · {task_id} · round {round_number} · {actor}", persist_result=False)
+@flow(
+    name="contribute", flow_run_name="M3 contribute · {task_id} · round {round_number} · {actor}", persist_result=False
+)
 def contribute(task_id: str, round_number: int, actor: str) -> dict[str, str]:
     """M3. Train, compress, score, encrypt, submit."""
     contributing.train_locally(task_id, round_number, actor)

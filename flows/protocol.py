@@ -23,6 +23,8 @@ def run_task(task_id: str, publisher: str, spec: TaskSpec) -> str:
         for r in range(1, spec.rounds.max_rounds + 1):
             ask_each(miners, "contribute", task_id=task_id, round_number=r, timeout_s=limit)  # M3
             ask(aggregator, "collect", task_id=task_id, round_number=r)  # M4
+            ask(publisher, "grant-audit", task_id=task_id, round_number=r)
+            ask(aggregator, "audit", task_id=task_id, round_number=r)
             ask(publisher, "derive-key", task_id=task_id, round_number=r)  # 2.2
             result = ask(aggregator, "aggregate", task_id=task_id, round_number=r)  # M4
             if result.candidate != ZERO32:

@@ -27,7 +27,17 @@ def form_cohort(task_id: str, round_number: int, actor: str) -> dict[str, str]:
     return formed
 
 
-@flow(name="derive-key", flow_run_name="M4 derive key · {task_id} · round {round_number} · {actor}", persist_result=False)
+@flow(
+    name="grant-audit", flow_run_name="M4 audit keys · {task_id} · round {round_number} · {actor}", persist_result=False
+)
+def grant_audit(task_id: str, round_number: int, actor: str) -> dict[str, str]:
+    """M4. Keys for the announced audit projections of what was collected."""
+    return aggregate.grant_audit(task_id, round_number, actor)
+
+
+@flow(
+    name="derive-key", flow_run_name="M4 derive key · {task_id} · round {round_number} · {actor}", persist_result=False
+)
 def derive_key(task_id: str, round_number: int, actor: str) -> dict[str, str]:
     """2.2. The functional key of this round, for exactly those who submitted."""
     return aggregate.derive_round_key(task_id, round_number, actor)

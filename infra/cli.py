@@ -9,7 +9,7 @@ import sys
 import time
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -124,7 +124,9 @@ def check(task: TaskArgument) -> None:
     except ValueError as error:
         _fail(f"model: {error}")
     bound = file.recovery_bound(file.participants.miners_max * file.participants.weight_levels)
-    console.print(f"{file.name}: in order. {dimension} parameters, sums up to {bound} to recover, reward {file.money.reward_wei} wei")
+    console.print(
+        f"{file.name}: in order. {dimension} parameters, sums up to {bound} to recover, reward {file.money.reward_wei} wei"
+    )
 
 
 @app.command()
@@ -133,7 +135,9 @@ def tasks() -> None:
     for entry in sorted(READY.iterdir(), key=lambda found: found.name):
         if entry.name.endswith(".toml"):
             file = load_task_file(entry.read_text())
-            console.print(f"{file.name:16} {file.dataset.classes} classes, {file.model.name}, accuracy {file.required_accuracy}")
+            console.print(
+                f"{file.name:16} {file.dataset.classes} classes, {file.model.name}, accuracy {file.required_accuracy}"
+            )
 
 
 def use_temporary_prefect(folder: Path) -> None:
@@ -144,6 +148,7 @@ def use_temporary_prefect(folder: Path) -> None:
     os.environ.setdefault("PREFECT_HOME", str(folder / "prefect"))
     os.environ.setdefault("PREFECT_SERVER_ALLOW_EPHEMERAL_MODE", "true")
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
     os.environ.setdefault("DO_NOT_TRACK", "1")
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "ERROR")
 
@@ -156,7 +161,9 @@ def _load(task: str, overrides: dict[str, Any]) -> TaskFile:
     elif ready.is_file():
         text = ready.read_text()
     else:
-        names = ", ".join(sorted(entry.name.removesuffix(".toml") for entry in READY.iterdir() if ".toml" in entry.name))
+        names = ", ".join(
+            sorted(entry.name.removesuffix(".toml") for entry in READY.iterdir() if ".toml" in entry.name)
+        )
         _fail(f"{task}: no such file, and no ready task of this name (ready are {names})")
     try:
         return load_task_file(text, **overrides)
@@ -184,7 +191,7 @@ def _write(path: Path, text: str) -> None:
     draft.replace(path)
 
 
-def _fail(message: str) -> Any:
+def _fail(message: str) -> NoReturn:
     Console(stderr=True, highlight=False).print(f"[red]{escape(message)}[/red]")
     raise typer.Exit(2)
 

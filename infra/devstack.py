@@ -2,7 +2,7 @@
 
     DIR/actors/<name>/      homes: keys, data, private state
     DIR/store/              artifacts and signed records
-    DIR/chain.journal       the in-process chain, replayed on every start
+    DIR/chain.sqlite       the in-process chain
     DIR/registry.sqlite     the index
     DIR/prefect/            Prefect's own temporary server keeps its database here
 
@@ -106,7 +106,7 @@ def split_among(dataset: Dataset, requirement: DatasetRequirement, miners: int, 
 
 def _deploy(folder: Path) -> Chain:
     """The chain of this folder with the contracts on it; deployed once, checked every time."""
-    rpc, note = f"local:{folder / 'chain.journal'}", folder / "deployment.json"
+    rpc, note = f"local:{folder / 'chain.sqlite'}", folder / "deployment.json"
     if note.exists():
         deployment = bindings.Deployment(**json.loads(note.read_text()))
         bindings.check_deployment(Chain(rpc=rpc).web3, deployment)

@@ -20,7 +20,9 @@ from tasks.dispatch import STEPS
 from tasks.samples import DatasetProof
 
 
-def gather(stack: Stack, task_id: str, file: TaskFile, *, started_s: float, finished_s: float, reason: str) -> dict[str, Any]:
+def gather(
+    stack: Stack, task_id: str, file: TaskFile, *, started_s: float, finished_s: float, reason: str
+) -> dict[str, Any]:
     """The report of a task as it stands now. reason: why it ended early, if the registry does not know."""
     contracts = stack.chain.contracts()
     row = stack.registry.find_task(task_id)
@@ -126,9 +128,7 @@ def _money(stack: Stack, task_id: str, on_chain: bindings.TaskOnChain) -> dict[s
 def _rounds(stack: Stack, task_id: str) -> list[dict[str, Any]]:
     refusals = defaultdict(list)
     for refusal in stack.registry.refusals(task_id):
-        refusals[refusal.round_number].append(
-            {"miner": refusal.actor, "step": refusal.step, "reason": refusal.reason}
-        )
+        refusals[refusal.round_number].append({"miner": refusal.actor, "step": refusal.step, "reason": refusal.reason})
     seconds: dict[int, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for step in stack.registry.steps(task_id):
         seconds[step.round_number][step.step] += step.seconds

@@ -4,29 +4,32 @@ Algorithms 4 and 2.2 of the protocol. The publisher derives one functional key f
 in its home before the key leaves, so that a second key for other submissions is refused, after a restart too.
 """
 
+import hashlib
 import json
 import secrets
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 from prefect import task
-from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
 from blocks.artifacts import MissingArtifact, TamperedArtifact, sha256_hex
 from contracts.messages import (
+    ZERO32,
     AbortReason,
     Address,
+    AuditGrant,
     Candidate,
     Cohort,
+    Collection,
     Delivery,
     KeyGrant,
     KeyRequest,
     Registration,
     RoundResult,
     Submission,
-    ZERO32,
     accuracy_commit,
     struct_hash,
 )
@@ -38,8 +41,8 @@ from tasks.dispatch import report_progress
 from tasks.global_model import (
     accepted,
     build_network,
+    check_listing,
     encode_opening,
-    initial_model,
     model_after,
     next_model,
     round_support,
@@ -50,6 +53,7 @@ from tasks.learning.models import encode_parameters
 from tasks.learning.training import Evaluation, evaluate
 from tasks.records import BadRecord, Station, give_up, station
 from tasks.samples import parse_proof
+from tasks.show import show_progress, show_table
 
 Points = npt.NDArray[np.uint64]
 
@@ -60,33 +64,24 @@ class KeyRefused(RuntimeError):
 
 @task(persist_result=False, cache_policy=NO_CACHE)
 def collect_submissions(task_id: str, round_number: int, actor: str) -> dict[str, str]:
-    """M4, the aggregator: check every submission, drop what is wrong with the reason, ask for the functional key."""
+    """M4, the aggregator: check every submission's form, drop what is wrong with the reason, close the round."""
     st = station(actor)
-    if said := st.said(KeyRequest, task_id, round_number):
+    if said := st.said(Collection, task_id, round_number):
         return said
     terms, cohort = st.task(task_id), st.cohort(task_id)
-    spec = terms.spec
-    base = base_model_sha256(st, terms, cohort, round_number)
-    model = model_after(st, spec, cohort, round_number - 1)
-    coordinates = len(round_support(spec, model, round_number))
-
+    model = model_after(st, terms.spec, cohort, round_number - 1)
+    coordinates = len(round_support(terms.spec, model, round_number))
     good: dict[Address, Submission] = {}
     refused: dict[Address, str] = {}
     for miner in cohort.miners:
         try:
-            good[miner] = check_submission(st, terms, miner, round_number, base, coordinates)
+            good[miner] = check_submission(st, terms, miner, round_number, model.sha256, coordinates)
         except BadRecord as error:
             refused[miner] = str(error)
-    show_submissions(task_id, round_number, cohort, refused)
-    others = [miner for miner in good if miner != cohort.aggregator]
-    if len(others) < spec.participants.submissions_min:
-        detail = (
-            f"round {round_number}: {len(others)} submissions beside the aggregator's own, at least "
-            f"{spec.participants.submissions_min} are needed; refused: {refused or 'none'}"
-        )
-        return give_up(st, task_id, round_number, "collect", AbortReason.NOT_ENOUGH_SUBMISSIONS, detail[:2000])
+    if shortage := too_few(terms, cohort, round_number, good, refused):
+        return give_up(st, task_id, round_number, "collect", AbortReason.NOT_ENOUGH_SUBMISSIONS, shortage)
     return st.post(
-        KeyRequest(
+        Collection(
             task_id=task_id,
             round_number=round_number,
             aggregator=st.address,
@@ -96,6 +91,149 @@ def collect_submissions(task_id: str, round_number: int, actor: str) -> dict[str
             reasons=tuple(refused.values()),
         )
     )
+
+
+def too_few(
+    terms: PublishedTask,
+    cohort: Cohort,
+    round_number: int,
+    good: Iterable[Address],
+    refused: dict[Address, str],
+) -> str:
+    """Why these submissions are not enough, or an empty string. The aggregator knows its own, so it hides nobody."""
+    others = [miner for miner in good if miner != cohort.aggregator]
+    least = terms.spec.participants.submissions_min
+    if len(others) >= least:
+        return ""
+    return (
+        f"round {round_number}: {len(others)} submissions beside the aggregator's own, at least {least} are needed; "
+        f"refused: {refused or 'none'}"
+    )[:2000]
+
+
+@task(persist_result=False, cache_policy=NO_CACHE)
+def grant_audit(task_id: str, round_number: int, actor: str) -> dict[str, str]:
+    """M4, the publisher: keys for the announced projections of each collected submission, once a round."""
+    st = station(actor)
+    if said := st.said(AuditGrant, task_id, round_number):
+        return said
+    terms, cohort = st.task(task_id), st.cohort(task_id)
+    collection = st.need(Collection, cohort.aggregator, task_id, round_number)
+    name = struct_hash(collection)
+    try:
+        submissions = signed_submissions(st, cohort, collection)
+        claim_round(st, task_id, round_number, "audit", name)
+    except (BadRecord, KeyRefused, MissingArtifact) as error:
+        return give_up(st, task_id, round_number, "grant-audit", AbortReason.KEY_REFUSED, str(error))
+    # A block that did not exist when the submissions were signed: nobody could fit a ciphertext to the vectors.
+    block_number = st.chain.web3.eth.block_number + 1
+    st.chain.wait_for_block(block_number)
+    vectors = audit_vectors(st, terms, block_number, submissions[0].coordinates)
+    masks = masks_of(st, cohort, submissions, "publisher")
+    keys = np.concatenate([ndd_fe.derive_projection_key(mask, vectors) for mask in masks])
+    sealed = ecies.seal(
+        ndd_fe.encode_scalars(keys),
+        bytes.fromhex(cohort.aggregator_key[2:]),
+        ephemeral_seed=secrets.token_bytes(48),
+        context=key_context("audit", task_id, round_number, name),
+    )
+    return st.post(
+        AuditGrant(
+            task_id=task_id,
+            round_number=round_number,
+            publisher=st.address,
+            collection=name,
+            block_number=block_number,
+            sealed_sha256=st.store.put(st.address, sealed).sha256,
+        )
+    )
+
+
+@task(persist_result=False, cache_policy=NO_CACHE)
+def audit_submissions(task_id: str, round_number: int, actor: str) -> dict[str, str]:
+    """M4, the aggregator: drop the miners whose ciphertext is malformed; ask for the key for exactly the others.
+
+    A projection <x, a> of a well-formed update is small, so its discrete logarithm is found; that of anything else is
+    a random point. Without this, one bad ciphertext would spoil the sum of all.
+    """
+    st = station(actor)
+    if said := st.said(KeyRequest, task_id, round_number):
+        return said
+    terms, cohort = st.task(task_id), st.cohort(task_id)
+    collection = st.need(Collection, st.address, task_id, round_number)
+    submissions = signed_submissions(st, cohort, collection)
+    try:
+        grant = st.need(AuditGrant, terms.publisher, task_id, round_number)
+        if grant.collection != struct_hash(collection):
+            raise BadRecord(f"the audit keys are for collection {grant.collection}")
+        context = key_context("audit", task_id, round_number, grant.collection)
+        keys = ndd_fe.decode_scalars(st.me.open_sealed(st.store.get(terms.publisher, grant.sealed_sha256), context))
+    except (BadRecord, MissingArtifact, TamperedArtifact, ValueError) as error:
+        return give_up(st, task_id, round_number, "audit", AbortReason.DECRYPT_FAILED, str(error))
+    vectors = audit_vectors(st, terms, grant.block_number, submissions[0].coordinates)
+    masks = masks_of(st, cohort, submissions, "aggregator")
+    good: dict[Address, Submission] = {}
+    refused: dict[Address, str] = {}
+    for index, submission in enumerate(submissions):
+        ciphertext = whole_ciphertext(st, submission, terms.spec.voting.chunk_coordinates)
+        key = keys[index * len(vectors) : (index + 1) * len(vectors)]
+        bound = terms.spec.projection_bound(submission.coordinates)
+        try:
+            ndd_fe.open_projection(key, masks[index], ciphertext, vectors, bound=bound)
+            good[submission.miner] = submission
+        except ndd_fe.OutOfBound as error:
+            refused[submission.miner] = f"malformed ciphertext: audit projections {error.coordinates} are out of range"
+        report_progress((index + 1) / len(submissions), "auditing")
+    show_submissions(task_id, round_number, cohort, good)
+    if shortage := too_few(terms, cohort, round_number, good, refused):
+        return give_up(st, task_id, round_number, "audit", AbortReason.NOT_ENOUGH_SUBMISSIONS, shortage)
+    return st.post(
+        KeyRequest(
+            task_id=task_id,
+            round_number=round_number,
+            aggregator=st.address,
+            collection=struct_hash(collection),
+            miners=tuple(good),
+            submissions=tuple(struct_hash(submission) for submission in good.values()),
+            refused=tuple(refused),
+            reasons=tuple(refused.values()),
+        )
+    )
+
+
+def audit_vectors(st: Station, terms: PublishedTask, block_number: int, coordinates: int) -> npt.NDArray[np.int64]:
+    """The public +-1 vectors (K, k) of a round, from a block hash."""
+    block_hash = bytes(st.chain.web3.eth.get_block(block_number)["hash"])
+    count = terms.spec.voting.audit_projections
+    size = -(-count * coordinates // 8)
+    stream = hashlib.shake_256(b"audit" + terms.task_id.encode() + block_hash).digest(size)
+    bits = np.unpackbits(np.frombuffer(stream, dtype=np.uint8))[: count * coordinates]
+    return (2 * bits.astype(np.int64) - 1).reshape(count, coordinates)
+
+
+def masks_of(
+    st: Station, cohort: Cohort, submissions: Sequence[Submission], role: Literal["publisher", "aggregator"]
+) -> list[bytes]:
+    """My half of the masks of each submission: K_iP for the publisher, K_iA for the aggregator."""
+    keys = dict(zip(cohort.miners, encryption_keys(st, cohort), strict=True))
+    return [
+        st.me.mask_key(keys[one.miner], role, label_of(st, one.task_id, one.round_number), one.salt)
+        for one in submissions
+    ]
+
+
+def signed_submissions(st: Station, cohort: Cohort, listing: Collection | KeyRequest) -> list[Submission]:
+    """The listed submissions, each signed by its miner, all of one length. Raises BadRecord or KeyRefused."""
+    check_listing(cohort, listing)
+    submissions = []
+    for miner, name in zip(listing.miners, listing.submissions, strict=True):
+        submission = st.need(Submission, miner, listing.task_id, listing.round_number)
+        if struct_hash(submission) != name:
+            raise KeyRefused(f"{miner} did not sign submission {name}")
+        submissions.append(submission)
+    if len({submission.coordinates for submission in submissions}) != 1:
+        raise KeyRefused("the submissions differ in length")
+    return submissions
 
 
 def check_submission(
@@ -133,13 +271,6 @@ def registered_samples(st: Station, miner: Address, task_id: str) -> int:
         raise BadRecord(f"dataset proof of {miner}: {error}") from error
 
 
-def base_model_sha256(st: Station, terms: PublishedTask, cohort: Cohort, round_number: int) -> str:
-    """Digest of W_{r-1}, from which round r trains."""
-    if round_number == 1:
-        return initial_model(terms.spec).sha256
-    return st.need(RoundResult, cohort.aggregator, terms.task_id, round_number - 1).model_sha256
-
-
 @task(persist_result=False, cache_policy=NO_CACHE)
 def derive_round_key(task_id: str, round_number: int, actor: str) -> dict[str, str]:
     """2.2, the publisher: the functional key of the round, for exactly the requested submissions, sealed to A."""
@@ -153,19 +284,17 @@ def derive_round_key(task_id: str, round_number: int, actor: str) -> dict[str, s
         raise KeyRefused(f"round {round_number} has a key for request {granted.request}; none is derived for {name}")
     try:
         submissions = submissions_for_key(st, terms, cohort, request)
-        claim_round(st, task_id, round_number, name)
-    except (BadRecord, KeyRefused) as error:
+        claim_round(st, task_id, round_number, "functional-key", name)
+    except (BadRecord, KeyRefused, MissingArtifact) as error:
         return give_up(st, task_id, round_number, "derive-key", AbortReason.KEY_REFUSED, str(error))
 
-    label = label_of(st, task_id, round_number)
-    keys = dict(zip(cohort.miners, encryption_keys(st, cohort), strict=True))
-    masks = [st.me.mask_key(keys[one.miner], "publisher", label, one.salt) for one in submissions]
+    masks = masks_of(st, cohort, submissions, "publisher")
     functional_key = ndd_fe.derive_key(masks, weights_of(cohort, request), submissions[0].coordinates)
     sealed = ecies.seal(
         ndd_fe.encode_scalars(functional_key),
         bytes.fromhex(cohort.aggregator_key[2:]),
         ephemeral_seed=secrets.token_bytes(48),
-        context=key_context(task_id, round_number, name),
+        context=key_context("functional key", task_id, round_number, name),
     )
     return st.post(
         KeyGrant(
@@ -178,38 +307,26 @@ def derive_round_key(task_id: str, round_number: int, actor: str) -> dict[str, s
     )
 
 
-def submissions_for_key(
-    st: Station, terms: PublishedTask, cohort: Cohort, request: KeyRequest
-) -> list[Submission]:
-    """The requested submissions, each signed by its miner. Raises KeyRefused when a key would single somebody out."""
-    others = [miner for miner in request.miners if miner != cohort.aggregator]
-    least = terms.spec.participants.submissions_min
-    if len(others) < least:
-        raise KeyRefused(f"{len(others)} submissions beside the aggregator's own: at least {least} hide each other")
+def submissions_for_key(st: Station, terms: PublishedTask, cohort: Cohort, request: KeyRequest) -> list[Submission]:
+    """The requested submissions. Raises KeyRefused when a key for them would single somebody out."""
+    if shortage := too_few(terms, cohort, request.round_number, request.miners, {}):
+        raise KeyRefused(shortage)
     weights = weights_of(cohort, request)
     cap = terms.spec.participants.weight_levels
     if not all(1 <= weight <= cap for weight in weights):
         raise KeyRefused(f"weights {weights} are not all in [1, {cap}]")
-    submissions = []
-    for miner, name in zip(request.miners, request.submissions, strict=True):
-        submission = st.need(Submission, miner, request.task_id, request.round_number)
-        if struct_hash(submission) != name:
-            raise KeyRefused(f"{miner} did not sign submission {name}")
-        submissions.append(submission)
-    if len({submission.coordinates for submission in submissions}) != 1:
-        raise KeyRefused("the submissions differ in length")
-    return submissions
+    return signed_submissions(st, cohort, request)
 
 
-def claim_round(st: Station, task_id: str, round_number: int, request: str) -> None:
-    """Remember, before a key is derived, for which request it is. Raises KeyRefused when it was another one."""
-    path = f"{task_id}/{round_number:05d}/functional-key-for"
+def claim_round(st: Station, task_id: str, round_number: int, purpose: str, name: str) -> None:
+    """Remember, before a key is derived, for which submissions it is. Raises KeyRefused when it was for others."""
+    path = f"{task_id}/{round_number:05d}/{purpose}-for"
     before = st.me.read_private(path)
     if before is None:
-        st.me.write_private(path, request.encode())
-    elif before.decode() != request:
+        st.me.write_private(path, name.encode())
+    elif before.decode() != name:
         raise KeyRefused(
-            f"round {round_number} already has a key for request {before.decode()}: two keys of one round would "
+            f"round {round_number} already has its {purpose} for {before.decode()}: two keys of one round would "
             "reveal a single miner's update by subtraction"
         )
 
@@ -225,8 +342,8 @@ def encryption_keys(st: Station, cohort: Cohort) -> list[str]:
     return keys
 
 
-def key_context(task_id: str, round_number: int, request: str) -> bytes:
-    return f"functional key|{task_id}|{round_number}|{request}".encode()
+def key_context(purpose: str, task_id: str, round_number: int, name: str) -> bytes:
+    return f"{purpose}|{task_id}|{round_number}|{name}".encode()
 
 
 @task(persist_result=False, cache_policy=NO_CACHE)
@@ -247,10 +364,8 @@ def open_round(task_id: str, round_number: int, actor: str) -> dict[str, str]:
         functional_key = read_functional_key(st, terms, request)
     except (BadRecord, MissingArtifact, TamperedArtifact, ValueError) as error:
         return stop(AbortReason.DECRYPT_FAILED, error)
-    submissions = [st.need(Submission, miner, task_id, round_number) for miner in request.miners]
-    label = label_of(st, task_id, round_number)
-    keys = dict(zip(cohort.miners, encryption_keys(st, cohort), strict=True))
-    masks = [st.me.mask_key(keys[one.miner], "aggregator", label, one.salt) for one in submissions]
+    submissions = signed_submissions(st, cohort, request)
+    masks = masks_of(st, cohort, submissions, "aggregator")
     ciphertexts = [whole_ciphertext(st, submission, spec.voting.chunk_coordinates) for submission in submissions]
     try:
         weighted_sum, blinding = ndd_fe.open_sum(
@@ -269,6 +384,8 @@ def open_round(task_id: str, round_number: int, actor: str) -> dict[str, str]:
     model = next_model(spec, model_after(st, spec, cohort, round_number - 1), round_number, weighted_sum, sum(weights))
     required_ppm, _ = delivered_requirement(st, terms)
     judged = evaluate(build_network(spec), model.parameters, delivered_validation(st, terms, 0))
+    accuracy = judged.correct / judged.total
+    show_progress(f"accuracy-{task_id}", 100 * accuracy, f"Accuracy after round {round_number}, in percent")
     model_ref = st.store.put(st.address, encode_parameters(model.parameters))
     opening_ref = st.store.put(st.address, encode_opening(weighted_sum, blinding))
     candidate_name = ZERO32
@@ -299,7 +416,7 @@ def read_functional_key(st: Station, terms: PublishedTask, request: KeyRequest) 
     if grant.request != name:
         raise BadRecord(f"the functional key is for request {grant.request}, not for {name}")
     sealed = st.store.get(terms.publisher, grant.sealed_sha256)
-    context = key_context(terms.task_id, request.round_number, name)
+    context = key_context("functional key", terms.task_id, request.round_number, name)
     return ndd_fe.decode_scalars(st.me.open_sealed(sealed, context))
 
 
@@ -380,9 +497,9 @@ def latest_score_commits(st: Station, cohort: Cohort, round_number: int) -> dict
     return {miner: commits[miner] for miner in sorted(commits, key=str.lower)}
 
 
-def show_submissions(task_id: str, round_number: int, cohort: Cohort, refused: dict[Address, str]) -> None:
-    create_table_artifact(
-        [{"miner": miner, "submission": refused.get(miner, "accepted")} for miner in cohort.miners],
-        key=f"submissions-{task_id}",
-        description=f"Submissions of round {round_number}",
+def show_submissions(task_id: str, round_number: int, cohort: Cohort, good: Iterable[Address]) -> None:
+    show_table(
+        f"submissions-{task_id}",
+        [{"miner": miner, "submission": "accepted" if miner in good else "refused"} for miner in cohort.miners],
+        f"Submissions of round {round_number}",
     )

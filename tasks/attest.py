@@ -10,7 +10,6 @@ import secrets
 
 import numpy as np
 from prefect import task
-from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
 from blocks.artifacts import MissingArtifact, TamperedArtifact
@@ -157,11 +156,3 @@ def check_opening(st: Station, terms: PublishedTask, cohort: Cohort, result: Rou
         if failing:
             first = index * size + failing[0]
             raise Objection(f"round {number}: the published sum does not open the ciphertexts at coordinate {first}")
-
-
-def show_votes(task_id: str, votes: dict[str, str]) -> None:
-    create_table_artifact(
-        [{"miner": miner, "verdict": verdict} for miner, verdict in votes.items()],
-        key=f"votes-{task_id}",
-        description="Verdicts on the candidate",
-    )

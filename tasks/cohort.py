@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from prefect import task
-from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
 from blocks.artifacts import MissingArtifact, TamperedArtifact, sha256_hex
@@ -35,7 +34,17 @@ from tasks.learning.aggregation import public_weights
 from tasks.learning.datasets import encode_npz
 from tasks.publish import content_key, secrets_of, validation_set
 from tasks.records import BadRecord, Station, give_up, station
-from tasks.samples import DatasetMismatch, DatasetProof, check_opening, check_proof, load_samples, open_leaves, parse_proof, prove
+from tasks.samples import (
+    DatasetMismatch,
+    DatasetProof,
+    check_opening,
+    check_proof,
+    load_samples,
+    open_leaves,
+    parse_proof,
+    prove,
+)
+from tasks.show import show_table
 
 MAX_PROOF_BYTES = 1 << 20
 FULL = "the cohort is full: miners who registered earlier come first"
@@ -172,10 +181,10 @@ def admit_and_draw(task_id: str, actor: str) -> dict[str, str]:
     registrations = [applicant.registration for applicant in admitted if applicant.registration is not None]
     weights = fixed_weights(terms.spec, [applicant.proof.sample_count for applicant in admitted if applicant.proof])
     keys = dict(zip(miners, (registration.encryption_key for registration in registrations), strict=True))
-    create_table_artifact(
+    show_table(
+        f"cohort-{task_id}",
         [{"miner": miner, "weight": weight} for miner, weight in zip(miners, weights, strict=True)],
-        key=f"cohort-{task_id}",
-        description=f"Admitted miners; drawn as aggregator: {aggregator}",
+        f"Admitted miners; drawn as aggregator: {aggregator}",
     )
     return st.post(
         Cohort(

@@ -7,6 +7,7 @@ the same ciphertext; it never trains again, and never puts one mask on two diffe
 
 import json
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from contracts.messages import (
     Bytes,
     Bytes32,
     Cohort,
+    Collection,
     KeyRequest,
     RoundResult,
     Submission,
@@ -28,10 +30,10 @@ from contracts.messages import (
 from contracts.task_spec import TaskSpec
 from tasks.crypto import merkle, ndd_fe
 from tasks.dispatch import report_progress
-from tasks.global_model import build_network, initial_model, model_after, round_support
+from tasks.global_model import GlobalModel, build_network, initial_model, model_after, round_support
 from tasks.learning import compression
 from tasks.learning.compression import Memory
-from tasks.learning.datasets import decode_arrays, encode_arrays
+from tasks.learning.datasets import Dataset, decode_arrays, encode_arrays
 from tasks.learning.training import train
 from tasks.records import BadRecord, Station, station
 from tasks.samples import load_samples
@@ -59,7 +61,7 @@ class Prepared:
     def encode(self) -> bytes:
         numbers = {"round_score": str(self.round_score), "score": str(self.score)}
         texts = {"salt": self.salt.hex(), "score_salt": self.score_salt.hex(), **numbers}
-        arrays = {
+        arrays: dict[str, npt.NDArray[Any]] = {
             "values": self.values,
             "support": self.support,
             "velocity": self.memory.velocity,
@@ -106,29 +108,18 @@ def train_locally(task_id: str, round_number: int, actor: str) -> None:
     if st.address not in cohort.miners:
         raise BadRecord(f"{st.address} is not in the cohort of {task_id}")
     model = model_after(st, spec, cohort, round_number - 1)
-    dataset = load_samples(st.me, spec.dataset, "train")
-
-    rules = spec.training
-    trained = train(
-        build_network(spec),
-        model.parameters,
-        dataset,
-        epochs=rules.local_epochs,
-        batch_size=rules.batch_size,
-        learning_rate=rules.learning_rate,
-        momentum=rules.momentum,
-        weight_decay=rules.weight_decay,
-        proximal=rules.proximal,
-        seed=_sample_order(spec, st.address, round_number),
-        on_epoch=lambda epoch, loss: report_progress(epoch / rules.local_epochs, f"epoch {epoch}, loss {loss:.3f}"),
-    )
     memory, earlier_score = _memory_before(st, spec, cohort, round_number, model.parameters.size)
-    support = round_support(spec, model, round_number)
-    shrink = spec.compression
-    values, memory = compression.compress(
-        trained - model.parameters, memory, support, momentum=shrink.momentum, clip_norm=shrink.clip_norm
+    support, quantised, memory = local_round(
+        spec,
+        model,
+        load_samples(st.me, spec.dataset, "train"),
+        memory,
+        round_number,
+        sample_order=_sample_order(spec, st.address, round_number),
+        on_epoch=lambda epoch, loss: report_progress(
+            epoch / spec.training.local_epochs, f"epoch {epoch}, loss {loss:.3f}"
+        ),
     )
-    quantised, memory = compression.to_fixed_point(values, memory, support, scale=shrink.scale, bound=shrink.bound)
     round_score = compression.score(quantised)
     prepared = Prepared(
         values=quantised,
@@ -142,6 +133,41 @@ def train_locally(task_id: str, round_number: int, actor: str) -> None:
     st.me.write_private(_prepared_name(task_id, round_number), prepared.encode())
 
 
+def local_round(
+    spec: TaskSpec,
+    model: GlobalModel,
+    dataset: Dataset,
+    memory: Memory,
+    round_number: int,
+    *,
+    sample_order: int,
+    on_epoch: Callable[[int, float], None] | None = None,
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], Memory]:
+    """A miner's computation of a round: the support (k,), the quantised values on it (k,), the next memory."""
+    rules, shrink = spec.training, spec.compression
+    support = round_support(spec, model, round_number)
+    trained = train(
+        build_network(spec),
+        model.parameters,
+        dataset,
+        epochs=rules.local_epochs,
+        batch_size=rules.batch_size,
+        learning_rate=rules.learning_rate,
+        momentum=rules.momentum,
+        weight_decay=rules.weight_decay,
+        proximal=rules.proximal,
+        support=support,
+        feedback=rules.feedback,
+        seed=sample_order,
+        on_epoch=on_epoch,
+    )
+    values, memory = compression.compress(
+        trained - model.parameters, memory, support, momentum=shrink.momentum, clip_norm=shrink.clip_norm
+    )
+    quantised, memory = compression.to_fixed_point(values, memory, support, scale=shrink.scale, bound=shrink.bound)
+    return support, quantised, memory
+
+
 @task(persist_result=False, cache_policy=NO_CACHE)
 def encrypt_and_submit(task_id: str, round_number: int, actor: str) -> dict[str, str]:
     """M3, second half: encrypt, upload in chunks, sign, submit. Raises TooLate when the round is closed."""
@@ -149,7 +175,7 @@ def encrypt_and_submit(task_id: str, round_number: int, actor: str) -> dict[str,
     if posted := st.mine(Submission, task_id, round_number):
         return st.reference(posted)
     spec, cohort = st.task(task_id).spec, st.cohort(task_id)
-    if st.find(KeyRequest, cohort.aggregator, task_id, round_number) is not None:
+    if st.find(Collection, cohort.aggregator, task_id, round_number) is not None:
         raise TooLate(f"round {round_number} was closed by the aggregator before this submission")
     prepared = read_prepared(st, task_id, round_number)
     if prepared is None:

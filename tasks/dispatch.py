@@ -15,16 +15,19 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from prefect.logging import get_run_logger
 
-from blocks.artifacts import ArtifactStore
-from blocks.chain import Chain, NotYet
+from blocks.chain import NotYet
 from blocks.registry import Registry
 from contracts.bindings import Outcome, Status
 from contracts.messages import Abort, AbortReason, Announcement, Message
-from tasks.records import load_record, terms_path
+from tasks.records import load_chain, load_record, load_store, terms_path
+
+
+def load_registry() -> Registry:
+    return cast(Registry, Registry.load("registry"))
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,8 @@ STEPS = {
     "form-cohort": Step("M2", "flows.publisher.form_cohort"),
     "contribute": Step("M3", "flows.miner.contribute"),
     "collect": Step("M4", "flows.aggregator.collect"),
+    "grant-audit": Step("M4", "flows.publisher.grant_audit"),
+    "audit": Step("M4", "flows.aggregator.audit"),
     "derive-key": Step("M4", "flows.publisher.derive_key"),
     "aggregate": Step("M4", "flows.aggregator.aggregate"),
     "open-validation": Step("M5", "flows.publisher.open_validation"),
@@ -86,12 +91,14 @@ class Watch:
 
 
 watch = Watch()
-_current: contextvars.ContextVar[tuple[str, str, str, int] | None] = contextvars.ContextVar("current_step", default=None)
+_current: contextvars.ContextVar[tuple[str, str, str, int] | None] = contextvars.ContextVar(
+    "current_step", default=None
+)
 
 
 def ask(actor: str, step: str, *, task_id: str, round_number: int = 0, **references: Any) -> Any:
     """Run one actor's step and return its signed record. `actor`: its name or address."""
-    registry = Registry.load("registry")
+    registry = load_registry()
     name = registry.find_actor(actor).name
     try:
         return _run(registry, name, step, task_id, round_number, references)
@@ -110,7 +117,7 @@ def ask_each(
     One that fails, or does not answer in time, is refused with the reason, and the others go on: whether enough are
     left is for the next step to judge.
     """
-    registry = Registry.load("registry")
+    registry = load_registry()
     answers = []
     for actor in actors:
         row = registry.find_actor(actor)
@@ -160,8 +167,8 @@ def _run(registry: Registry, name: str, step: str, task_id: str, round_number: i
     outcome, detail = "failed", ""
     try:
         reference = flow(task_id=task_id, round_number=round_number, actor=name, **references)
-        chain = Chain.load("chain")
-        record = load_record(ArtifactStore.load("artifacts"), chain.domain, reference)
+        chain = load_chain()
+        record = load_record(load_store(), chain.domain, reference)
         _remember(registry, record, reference)
         outcome, detail = ("aborted", record.reason) if isinstance(record, Abort) else ("ok", _headline(record))
     except Exception as error:
@@ -188,7 +195,7 @@ def _run(registry: Registry, name: str, step: str, task_id: str, round_number: i
 
 def _remember(registry: Registry, record: Message, reference: dict[str, str]) -> None:
     if isinstance(record, Announcement):
-        terms = ArtifactStore.load("artifacts").find(record.publisher, terms_path(record.task_id)) or b""
+        terms = load_store().find(record.publisher, terms_path(record.task_id)) or b""
         registry.record_task(record.task_id, record.publisher, record.spec_hash, terms.decode())
     registry.record(record, signer=reference["owner"], path=reference["path"], sha256=reference["sha256"])
     refused: Iterable[str] = getattr(record, "refused", ())
@@ -207,7 +214,7 @@ def report_progress(fraction: float, what: str) -> None:
 @contextmanager
 def task_states(task_id: str) -> Iterator[None]:
     """Keep the task's status in the registry; an abort becomes the status FAILED with its reason and ends here."""
-    registry = Registry.load("registry")
+    registry = load_registry()
     registry.mark_task(task_id, "TRAINING")
     try:
         yield
@@ -223,17 +230,18 @@ def give_up_after(task_id: str, rounds: int) -> None:
 
 def reachable(role: str) -> list[str]:
     """Names of the actors with this role that can be asked."""
-    return [row.name for row in Registry.load("registry").actors(role)]
+    return [row.name for row in load_registry().actors(role)]
 
 
 def conclude(task_id: str) -> str:
     """The task's status as the chain has it: PAID, REFUNDED, PUBLISHED, REFUNDABLE or LOCKED; remembered, and returned."""
-    registry = Registry.load("registry")
-    chain = Chain.load("chain")
+    registry = load_registry()
+    chain = load_chain()
     on_chain = chain.contracts().escrow.get_task(task_id)
     row = registry.find_task(task_id)
     reason = row.reason if row else ""
-    status = {Status.LOCKED: "REFUNDABLE", Status.NONE: "FAILED"}.get(on_chain.status, on_chain.status.name)
+    names = {Status.LOCKED: "REFUNDABLE", Status.NONE: "FAILED"}
+    status = names.get(on_chain.status, str(on_chain.status.name))
     if on_chain.status is Status.SETTLED:
         outcome = chain.contracts().rewards.get_settlement(task_id).outcome
         status = "REFUNDED" if outcome is Outcome.UNMET else "PAID"

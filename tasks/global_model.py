@@ -1,8 +1,8 @@
 """The model between rounds, as everybody can compute it: from the public seed and the published openings alone.
 
-    W_0       drawn from the task's seed
-    W_r       W_{r-1} + server step of the mean of the sum opened in round r
-    support   the coordinates of round r, from the mean of round r-1 and the seed
+W_0       drawn from the task's seed
+W_r       W_{r-1} + server step of the mean of the sum opened in round r
+support   the coordinates of round r, from the mean of round r-1 and the seed
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ import numpy.typing as npt
 from torch import nn
 
 from blocks.artifacts import sha256_hex
-from contracts.messages import Bytes32, Cohort, KeyRequest, RoundResult
+from contracts.messages import Bytes32, Cohort, Collection, KeyRequest, RoundResult
 from contracts.task_spec import TaskSpec
 from tasks.crypto import ndd_fe
 from tasks.learning import aggregation, compression, models
@@ -68,9 +68,7 @@ def next_model(
 ) -> GlobalModel:
     """W_r from W_{r-1} and the opened sum (k,) on the round's support."""
     support = round_support(spec, model, round_number)
-    mean = aggregation.weighted_mean(
-        weighted_sum, total_weight, spec.compression.scale, support, model.parameters.size
-    )
+    mean = aggregation.weighted_mean(weighted_sum, total_weight, spec.compression.scale, support, model.parameters.size)
     step = aggregation.SERVER_STEPS[spec.aggregation.server_step]
     options: dict[str, Any] = dict(spec.aggregation.options)
     parameters, state = step(model.parameters, mean, model.server_state, **options)
@@ -100,13 +98,19 @@ def opened_round(station: Station, cohort: Cohort, round_number: int) -> tuple[R
 
 
 def accepted(station: Station, cohort: Cohort, round_number: int) -> KeyRequest:
-    """Whose submissions the aggregator accepted. Raises BadRecord when the list is not of this cohort."""
+    """Whose submissions make the sum of a round. Raises BadRecord when the list is not of this cohort."""
     request = station.need(KeyRequest, cohort.aggregator, cohort.task_id, round_number)
-    if len(request.miners) != len(request.submissions) or not set(request.miners) <= set(cohort.miners):
-        raise BadRecord(f"round {round_number}: the accepted submissions are not of this cohort")
-    if list(request.miners) != sorted(set(request.miners), key=str.lower):
-        raise BadRecord(f"round {round_number}: the accepted miners are not in address order, each once")
+    check_listing(cohort, request)
     return request
+
+
+def check_listing(cohort: Cohort, listing: Collection | KeyRequest) -> None:
+    """Raise BadRecord unless the listed miners are of the cohort, in address order, each once with one submission."""
+    number = listing.round_number
+    if len(listing.miners) != len(listing.submissions) or not set(listing.miners) <= set(cohort.miners):
+        raise BadRecord(f"round {number}: the accepted submissions are not of this cohort")
+    if list(listing.miners) != sorted(set(listing.miners), key=str.lower):
+        raise BadRecord(f"round {number}: the accepted miners are not in address order, each once")
 
 
 def weights_of(cohort: Cohort, request: KeyRequest) -> list[int]:

@@ -9,7 +9,6 @@ import secrets
 from typing import Any
 
 from prefect import task
-from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
 from blocks.artifacts import sha256_hex
@@ -24,6 +23,7 @@ from tasks.learning.aggregation import SERVER_STEPS
 from tasks.learning.datasets import Dataset, encode_npz
 from tasks.records import Station, station, terms_path
 from tasks.samples import load_samples
+from tasks.show import show_markdown
 
 
 class DepositFailed(RuntimeError):
@@ -67,9 +67,7 @@ def lock_reward(task_id: str, spec: TaskSpec, actor: str) -> dict[str, str]:
         return st.reference(announced)
 
     validation = encode_npz(load_samples(st.me, spec.dataset, "validation"))
-    terms = PublishedTask(
-        task_id=task_id, publisher=st.address, validation_sha256=sha256_hex(validation), spec=spec
-    )
+    terms = PublishedTask(task_id=task_id, publisher=st.address, validation_sha256=sha256_hex(validation), spec=spec)
     commit = commitment(st, task_id)
     escrow = st.chain.contracts(st.me.account).escrow
     found = escrow.get_task(task_id)
@@ -88,7 +86,7 @@ def lock_reward(task_id: str, spec: TaskSpec, actor: str) -> dict[str, str]:
         raise DepositFailed(f"{AbortReason.DEPOSIT_FAILED}: {problem}")
 
     st.store.post(st.address, terms_path(task_id), terms.encode())
-    create_markdown_artifact(_summary(terms, found), key=f"task-{task_id}", description="Terms of the task")
+    show_markdown(f"task-{task_id}", _summary(terms, found), "Terms of the task")
     return st.post(
         Announcement(
             task_id=task_id,
@@ -138,7 +136,9 @@ def secrets_of(st: Station, task_id: str) -> dict[str, Any]:
     """What `require_accuracy` wrote. Raises LookupError."""
     data = st.me.read_private(f"{task_id}/commitment.json")
     if data is None:
-        raise LookupError(f"the required accuracy of {task_id} is not in the publisher's home: start with healchain run")
+        raise LookupError(
+            f"the required accuracy of {task_id} is not in the publisher's home: start with healchain run"
+        )
     fields: dict[str, Any] = json.loads(data)
     return fields
 

@@ -8,7 +8,7 @@ Whoever reads it checks the signature, the signer, the task and the round; a rec
 
 import json
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from eth_utils.address import to_checksum_address
 from prefect.exceptions import ObjectNotFound
@@ -160,9 +160,17 @@ def give_up(
 def station(actor: str) -> Station:
     """Load an actor's blocks. Raises ValueError naming the block that is not registered."""
     try:
-        return Station(Identity.load(actor), Chain.load("chain"), ArtifactStore.load("artifacts"))
+        return Station(cast(Identity, Identity.load(actor)), load_chain(), load_store())
     except (ValueError, ObjectNotFound) as error:
         raise ValueError(f"actor {actor!r}: {error}. Register the blocks first (healchain run does)") from error
+
+
+def load_chain() -> Chain:
+    return cast(Chain, Chain.load("chain"))
+
+
+def load_store() -> ArtifactStore:
+    return cast(ArtifactStore, ArtifactStore.load("artifacts"))
 
 
 def record_path(kind: type[Message], task_id: str, round_number: int, about: str | None = None) -> str:
@@ -174,9 +182,7 @@ def terms_path(task_id: str) -> str:
     return f"{task_id}/terms.json"
 
 
-def check_record(
-    kind: type[M], data: bytes, domain: Domain, signer: Address, task_id: str, round_number: int
-) -> M:
+def check_record(kind: type[M], data: bytes, domain: Domain, signer: Address, task_id: str, round_number: int) -> M:
     """Parse and check one record's bytes. Raises BadRecord with the reason."""
     try:
         envelope: dict[str, Any] = json.loads(data)

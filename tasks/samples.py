@@ -51,9 +51,7 @@ class OpenedLeaf(Frozen):
     path: tuple[Bytes32, ...]
 
 
-def load_samples(
-    me: Identity, requirement: DatasetRequirement, split: Literal["train", "validation"]
-) -> Dataset:
+def load_samples(me: Identity, requirement: DatasetRequirement, split: Literal["train", "validation"]) -> Dataset:
     """The actor's samples as the model takes them: decoded, checked against the requirement, rescaled."""
     path = me.data_path()
     newest = max((file.stat().st_mtime_ns for file in _files(path)), default=0)
@@ -136,11 +134,15 @@ def check_opening(proof: DatasetProof, challenged: tuple[int, ...], data: bytes)
     except (ValidationError, ValueError, TypeError) as error:
         raise DatasetMismatch(f"the opened leaves do not parse: {str(error)[:120]}") from error
     if tuple(leaf.index for leaf in opened) != challenged:
-        raise DatasetMismatch(f"leaves {[leaf.index for leaf in opened]} were opened, {list(challenged)} were challenged")
+        raise DatasetMismatch(
+            f"leaves {[leaf.index for leaf in opened]} were opened, {list(challenged)} were challenged"
+        )
     label_of = np.repeat(np.arange(len(proof.histogram)), proof.histogram)
     for leaf in opened:
         if leaf.label != label_of[leaf.index]:
-            raise DatasetMismatch(f"leaf {leaf.index} has class {leaf.label}, the histogram says {label_of[leaf.index]}")
+            raise DatasetMismatch(
+                f"leaf {leaf.index} has class {leaf.label}, the histogram says {label_of[leaf.index]}"
+            )
         hashed = merkle.leaf_hash(_leaf((leaf.label, bytes.fromhex(leaf.sample_hash[2:]))))
         path = tuple(bytes.fromhex(step[2:]) for step in leaf.path)
         if not merkle.verify(bytes.fromhex(proof.root[2:]), hashed, leaf.index, proof.sample_count, path):

@@ -7,16 +7,15 @@ second time.
 import json
 
 from prefect import task
-from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
-from contracts.bindings import InsufficientFunds, Outcome, Reverted, Settlement, Status
-from contracts.messages import AbortReason, Attestation, Candidate, Cohort, ZERO32, struct_hash
+from contracts.bindings import InsufficientFunds, Outcome, Reverted, RewardCredited, Settlement, Status
+from contracts.messages import ZERO32, AbortReason, Attestation, Candidate, Cohort, struct_hash
 from tasks.aggregate import delivered_requirement
-from tasks.attest import show_votes
 from tasks.contribute import read_prepared, score_at
 from tasks.publish import secrets_of
 from tasks.records import BadRecord, Station, give_up, record_path, station
+from tasks.show import show_table
 
 
 @task(persist_result=False, cache_policy=NO_CACHE)
@@ -29,7 +28,8 @@ def publish_voted_block(task_id: str, round_number: int, actor: str) -> dict[str
     cohort = st.cohort(task_id)
     candidate = st.need(Candidate, st.address, task_id, round_number)
     votes, verdicts = collect_votes(st, cohort, candidate)
-    show_votes(task_id, verdicts)
+    rows = [{"miner": miner, "verdict": verdict} for miner, verdict in verdicts.items()]
+    show_table(f"votes-{task_id}", rows, f"Verdicts on the candidate of round {round_number}")
     required = contracts.publisher.required_votes(task_id)
     if len(votes) < required:
         detail = f"{len(votes)} accepting votes, {required} are required: {verdicts}"
@@ -126,7 +126,13 @@ def distribute_and_withdraw(task_id: str, actor: str) -> dict[str, str]:
         participants = contracts.publisher.get_participants(task_id)
         if settlement.revealed_count < len(participants):
             st.chain.wait_until(last_reveal_s(st, task_id, settlement) + 1, "the end of the windows for the reveals")
-        contracts.rewards.distribute(task_id)
+        paid = contracts.rewards.distribute(task_id).events
+        rows = [
+            {"account": event.account, "reward (wei)": str(event.amount_wei)}
+            for event in paid
+            if isinstance(event, RewardCredited)
+        ]
+        show_table(f"rewards-{task_id}", rows, "What the contract paid")
     owed = contracts.rewards.balance_of(st.address)
     transaction = contracts.rewards.withdraw().transaction if owed else ZERO32
     return st.receipt(task_id, 0, "withdraw", transaction, owed)
@@ -150,14 +156,6 @@ def take_refund(task_id: str, actor: str) -> dict[str, str]:
         st.chain.wait_until(found.terms.deadline_s + 1, "the refund")
         escrow.refund_publisher(task_id)
     return st.receipt(task_id, 0, "refund", _sent(st, task_id, "refundPublisher"), found.reward_wei)
-
-
-def show_rewards(task_id: str, rewards_wei: dict[str, int]) -> None:
-    create_table_artifact(
-        [{"account": account, "reward (wei)": str(amount)} for account, amount in rewards_wei.items()],
-        key=f"rewards-{task_id}",
-        description="What the contract paid",
-    )
 
 
 def _sent(st: Station, task_id: str, kind: str, by: str | None = None) -> str:

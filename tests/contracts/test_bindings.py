@@ -1,0 +1,267 @@
+"""bindings.py: everything in the ABI has its Python, errors say what to do, and nothing is spent on a refusal."""
+
+import re
+from dataclasses import fields, replace
+
+import pytest
+from eth_account import Account
+from eth_tester.exceptions import TransactionFailed
+from web3.exceptions import ContractCustomError, ContractPanicError
+
+from contracts import bindings
+from contracts.bindings import (
+    CONTRACTS,
+    EVENTS,
+    HINTS,
+    BlockPublished,
+    HealChainEscrow,
+    InsufficientFunds,
+    InvalidDeployment,
+    Reverted,
+    StakeRegistry,
+    account_events,
+    check_deployment,
+    connect,
+    find_events,
+    load_build,
+    send,
+    task_events,
+)
+from tests.contracts.world import TASK, World, named
+
+# Called by the other contracts only, or not needed: limits, and a description of the domain.
+WITHOUT_METHOD = {
+    "markPublished",
+    "releaseReward",
+    "slashStake",
+    "eip712Domain",
+    "MAX_DURATION_S",
+    "MAX_WINDOW_S",
+}
+
+
+def entries(kind: str) -> list[dict]:
+    return [entry for name in CONTRACTS for entry in load_build(name)["abi"] if entry["type"] == kind]
+
+
+def snake(name: str) -> str:
+    return name.lower() if name.isupper() else re.sub("(?<!^)(?=[A-Z])", "_", name).lower()
+
+
+def test_every_function_has_a_method() -> None:
+    for contract in CONTRACTS:
+        methods = set(dir(getattr(bindings, contract)))
+        functions = {entry["name"] for entry in load_build(contract)["abi"] if entry["type"] == "function"}
+        assert {snake(name) for name in functions - WITHOUT_METHOD} <= methods
+
+
+def test_every_event_has_a_dataclass_with_as_many_fields() -> None:
+    ours = {kind.__name__: len(fields(kind)) for kind in EVENTS}
+    solidity = {
+        entry["name"]: len(entry["inputs"]) for entry in entries("event") if entry["name"] != "EIP712DomainChanged"
+    }
+    assert ours == solidity
+
+
+def test_every_error_has_a_hint_and_every_hint_an_error() -> None:
+    errors = {entry["name"] for entry in entries("error")}
+    assert errors | {"Error", "Panic", "UnknownError", "TransactionReverted"} == set(HINTS)
+
+
+def test_one_name_is_one_error() -> None:
+    signatures: dict[str, set[str]] = {}
+    for entry in entries("error"):
+        signatures.setdefault(entry["name"], set()).add(",".join(field["type"] for field in entry["inputs"]))
+    assert {name for name, found in signatures.items() if len(found) > 1} == set()
+
+
+# Errors
+
+
+def test_a_refusal_costs_nothing_and_says_what_to_do(locked: World) -> None:
+    account = locked.stranger
+    before = locked.balance(account.address), locked.web3.eth.get_transaction_count(account.address)
+    with pytest.raises(Reverted) as refused:
+        locked.as_(account).escrow.refund_publisher(TASK)
+    assert (refused.value.error, refused.value.arguments) == ("NotPublisher", (TASK, account.address))
+    assert refused.value.hint == HINTS["NotPublisher"]
+    assert str(refused.value) == f"NotPublisher({TASK}, {account.address}): {HINTS['NotPublisher']}"
+    assert before == (locked.balance(account.address), locked.web3.eth.get_transaction_count(account.address))
+
+
+SELECTOR = "0x" + bindings.keccak(text="SeedNotMined(uint64,uint256)")[:4].hex()
+DATA = SELECTOR + (7).to_bytes(32, "big").hex() + (8).to_bytes(32, "big").hex()
+PANIC = "0x4e487b71" + (0x11).to_bytes(32, "big").hex()
+
+
+@pytest.mark.parametrize(
+    ("raised", "error", "arguments"),
+    [
+        (ContractCustomError(DATA, data=DATA), "SeedNotMined", (7, 8)),
+        (ContractCustomError("execution reverted", data={"data": DATA}), "SeedNotMined", (7, 8)),
+        (TransactionFailed(f"execution reverted: {bytes.fromhex(DATA[2:])!r}"), "SeedNotMined", (7, 8)),
+        (ContractPanicError("overflow", data=PANIC), "Panic", (0x11,)),
+        (ContractCustomError("0x12345678", data="0x12345678"), "UnknownError", ("0x12345678",)),
+        (ContractCustomError(SELECTOR, data=SELECTOR), "UnknownError", (SELECTOR,)),
+    ],
+)
+def test_every_provider_gives_the_same_error(
+    locked: World, monkeypatch: pytest.MonkeyPatch, raised: Exception, error: str, arguments: tuple
+) -> None:
+    def refuse(*_: object) -> int:
+        raise raised
+
+    monkeypatch.setattr(locked.web3.eth, "estimate_gas", refuse)
+    with pytest.raises(Reverted) as refused:
+        locked.as_(locked.stranger).stakes.draw_aggregator(TASK)
+    assert (refused.value.error, refused.value.arguments) == (error, arguments)
+
+
+def test_a_broken_connection_is_not_a_refusal(locked: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> int:
+        raise ConnectionError("no route to the node")
+
+    monkeypatch.setattr(locked.web3.eth, "estimate_gas", refuse)
+    with pytest.raises(ConnectionError):
+        locked.as_(locked.stranger).stakes.draw_aggregator(TASK)
+
+
+def test_a_refusal_after_simulation_is_reported(locked: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locked.web3.eth, "estimate_gas", lambda *_: 100_000)
+    with pytest.raises(Reverted, match="TransactionReverted") as refused:
+        locked.as_(locked.stranger).escrow.refund_publisher(TASK)
+    assert locked.web3.eth.get_transaction_receipt(refused.value.arguments[0])["status"] == 0
+
+
+def test_an_account_without_ether_is_told_what_it_needs(empty: World) -> None:
+    poor = named("poor")
+    with pytest.raises(InsufficientFunds) as refused:
+        connect(empty.web3, empty.deployment, poor).stakes.deposit_stake(amount_wei=10)
+    assert (refused.value.account, refused.value.balance_wei) == (poor.address, 0)
+    # That is for the cheapest gas, the least any transaction costs; the second answer is for the gas of this one.
+    send(empty.web3, empty.stranger, b"", to=poor.address, value_wei=refused.value.needed_wei)
+    with pytest.raises(InsufficientFunds) as refused:
+        connect(empty.web3, empty.deployment, poor).stakes.deposit_stake(amount_wei=10)
+    missing = refused.value.needed_wei - refused.value.balance_wei
+    send(empty.web3, empty.stranger, b"", to=poor.address, value_wei=missing)
+    connect(empty.web3, empty.deployment, poor).stakes.deposit_stake(amount_wei=10)
+    assert empty.views.stakes.stake_of(poor.address) == 10
+
+
+def test_without_an_account_only_views_work(locked: World) -> None:
+    assert locked.views.escrow.get_task(TASK).reward_wei > 0
+    with pytest.raises(ValueError, match="bind the contract to an account"):
+        locked.views.escrow.refund_publisher(TASK)
+
+
+# Transactions
+
+
+def test_transactions_are_signed_here_for_this_chain(empty: World) -> None:
+    mined = empty.as_(empty.stranger).stakes.deposit_stake(amount_wei=3)
+    found = empty.web3.eth.get_transaction(mined.transaction)
+    assert (found["type"], found["chainId"]) == (2, empty.deployment.chain_id)
+    assert (found["from"], found["to"], found["value"]) == (empty.stranger.address, empty.deployment.stakes, 3)
+    receipt = empty.web3.eth.get_transaction_receipt(mined.transaction)
+    assert (mined.block_number, mined.gas_used) == (receipt["blockNumber"], receipt["gasUsed"])
+    assert mined.events == (mined.event,)
+
+
+def test_the_real_estimate_is_enough() -> None:
+    world = World(6, is_gas_estimated=True)
+    world.stage("published")
+    world.reveal_accuracy()
+    for miner in world.cohort:
+        world.reveal_score(miner)
+    world.as_(world.stranger).rewards.distribute(TASK)
+    for miner in world.cohort:
+        world.as_(miner).rewards.withdraw()
+    assert world.balance(world.deployment.rewards) == 0
+
+
+def test_confirmations_are_waited_for(empty: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    stakes = StakeRegistry(empty.web3, empty.deployment.stakes, empty.stranger, confirmations=3, timeout_s=0.3)
+    with pytest.raises(TimeoutError, match="fewer than 3 confirmations"):
+        stakes.deposit_stake(amount_wei=1)
+    monkeypatch.setattr(bindings.time, "sleep", lambda _: empty.tester.mine_block())
+    mined = stakes.deposit_stake(amount_wei=1)
+    assert empty.web3.eth.block_number == mined.block_number + 2
+
+
+# Deployment
+
+
+def test_a_deployment_is_checked(world: World) -> None:
+    good = world.deployment
+    check_deployment(world.web3, good)
+    with pytest.raises(InvalidDeployment, match="connected to chain"):
+        check_deployment(world.web3, replace(good, chain_id=1))
+    with pytest.raises(InvalidDeployment, match="not this build of HealChainEscrow"):
+        check_deployment(world.web3, replace(good, escrow=world.stranger.address))
+    with pytest.raises(InvalidDeployment, match="not this build of StakeRegistry"):
+        check_deployment(world.web3, replace(good, stakes=good.rewards))
+
+
+def test_contracts_of_two_deployments_do_not_mix(empty: World) -> None:
+    second = bindings.deploy(empty.web3, empty.stranger)
+    with pytest.raises(InvalidDeployment, match=r"escrow\.rewardDistribution"):
+        check_deployment(empty.web3, replace(empty.deployment, rewards=second.rewards))
+    assert connect(empty.web3, second).stakes.withdrawal_delay_s() == 3600
+
+
+def test_an_address_without_a_contract_is_named(world: World) -> None:
+    with pytest.raises(InvalidDeployment, match="no HealChainEscrow at"):
+        HealChainEscrow(world.web3, Account.create().address).get_task(TASK)
+
+
+# What happened
+
+
+def test_all_transactions_of_a_task_are_found(published: World) -> None:
+    published.publish("another")
+    published.reveal_accuracy()
+    for miner in published.cohort:
+        published.reveal_score(miner)
+    last = published.as_(published.stranger).rewards.distribute(TASK)
+    records = task_events(published.web3, published.deployment, TASK)
+    assert [record.kind for record in records] == [
+        "publishTask",
+        *["register"] * 4,
+        "closeRegistration",
+        "drawAggregator",
+        "publishBlock",
+        "revealAccuracy",
+        *["revealScore"] * 4,
+        "distribute",
+    ]
+    assert [record.sender for record in records[9:13]] == [miner.address for miner in published.cohort]
+    assert [record.block_number for record in records] == sorted(record.block_number for record in records)
+    final = records[-1]
+    assert (final.transaction, final.gas_used) == (last.transaction, last.gas_used)
+    assert final.timestamp_s == published.now()
+    assert [record.kind for record in task_events(published.web3, published.deployment, "another")] == ["publishTask"]
+    assert task_events(published.web3, published.deployment, "nobody-knows") == []
+
+
+def test_logs_are_asked_for_in_pieces(published: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = task_events(published.web3, published.deployment, TASK)
+    monkeypatch.setattr(bindings, "LOG_BLOCKS", 3)
+    assert task_events(published.web3, published.deployment, TASK) == whole
+
+
+def test_the_published_block_is_found_with_its_link(published: World) -> None:
+    (event,) = find_events(published.web3, published.deployment, TASK, BlockPublished)
+    assert event.model_uri == published.candidate().model_uri
+
+
+def test_deposits_and_withdrawals_of_accounts_are_found(published: World) -> None:
+    first, second = published.cohort[:2]
+    published.as_(first).stakes.request_withdrawal(1)
+    records = account_events(published.web3, published.deployment, [first.address])
+    assert [(record.kind, record.sender) for record in records] == [
+        ("depositStake", first.address),
+        ("requestWithdrawal", first.address),
+    ]
+    both = account_events(published.web3, published.deployment, [first.address, second.address])
+    assert [record.kind for record in both] == ["depositStake", "depositStake", "requestWithdrawal"]
+    assert account_events(published.web3, published.deployment, []) == []

@@ -1,0 +1,196 @@
+"""Where the money goes, for every way in which a task can end; always to the wei."""
+
+import pytest
+
+from blocks.chain import NotYet
+from contracts.bindings import Outcome, RewardCredited, Status
+from contracts.messages import AbortReason, Cohort
+from tasks.publish import DepositFailed
+from tasks.records import give_up
+from tests.protocol.world import MINERS, TASK_ID, World, task_file
+
+REWARD = task_file().money.reward_wei
+
+
+def credited(world: World) -> dict[str, int]:
+    paid: dict[str, int] = {}
+    for event in world.chain.events(TASK_ID, RewardCredited):
+        paid[world.name(event.account)] = paid.get(world.name(event.account), 0) + event.amount_wei
+    return paid
+
+
+def nothing_is_left(world: World) -> bool:
+    web3, contracts = world.chain.web3, world.contracts
+    return web3.eth.get_balance(contracts.escrow.address) == 0 and web3.eth.get_balance(contracts.rewards.address) == 0
+
+
+def test_everybody_is_paid_in_proportion_to_the_scores(world_after):
+    world = world_after("withdraw")
+    rewards, aggregator = world.contracts.rewards, world.aggregator
+    scores = {name: rewards.score_of(TASK_ID, world.address(name)).score for name in MINERS}
+    share = REWARD // 10
+    pot = REWARD - share
+    expected = {name: pot * score // sum(scores.values()) for name, score in scores.items()}
+    expected[aggregator] += REWARD - sum(expected.values())  # its share, and the residue of rounding
+    assert min(scores.values()) > 0
+    assert credited(world) == expected
+    assert sum(expected.values()) == REWARD
+    assert nothing_is_left(world)
+
+
+def test_withdrawing_again_pays_nothing_more(world_after):
+    world = world_after("withdraw")
+    before = {name: world.balance_wei(name) for name in MINERS}
+    receipts = world.everybody("withdraw")
+    assert {name: world.balance_wei(name) for name in MINERS} == before
+    assert sum(int(receipt.amount_wei) for receipt in receipts) == REWARD  # the first receipts, not new ones
+
+
+def test_a_model_below_the_committed_accuracy_refunds_the_publisher(world_after):
+    """An aggregator that proposes too weak a model: voters cannot know the requirement, the reveal shows it."""
+    world = world_after("derive-key", required_accuracy=0.99)
+    weaken_the_requirement_in_the_aggregators_eyes(world)
+    world.through("withdraw", after="derive-key")
+    assert world.contracts.rewards.get_settlement(TASK_ID).outcome is Outcome.UNMET
+    assert credited(world) == {"publisher": REWARD}
+    assert nothing_is_left(world)
+
+
+def weaken_the_requirement_in_the_aggregators_eyes(world: World) -> None:
+    from tasks import aggregate
+
+    honest = aggregate.delivered_requirement
+    try:
+        aggregate.delivered_requirement = lambda st, terms: (1, "")
+        world.everybody("aggregate")
+    finally:
+        aggregate.delivered_requirement = honest
+
+
+def test_the_aggregator_reveals_for_a_silent_publisher(world_after):
+    world = world_after("publish-block")
+    world.do("reveal-accuracy-instead", world.aggregator)
+    settlement = world.contracts.rewards.get_settlement(TASK_ID)
+    assert settlement.outcome is Outcome.MET
+    assert not settlement.is_share_forfeited
+    world.through("withdraw", after="reveal-accuracy")
+    assert sum(credited(world).values()) == REWARD
+    assert nothing_is_left(world)
+
+
+def test_silence_of_publisher_and_aggregator_does_not_cost_the_miners_their_pay(world_after):
+    world = world_after("publish-block")
+    for name in MINERS:
+        world.do("reveal-score", name)
+    world.everybody("withdraw")
+    paid = credited(world)
+    assert sum(paid.values()) == REWARD
+    assert world.contracts.rewards.get_settlement(TASK_ID).is_share_forfeited
+    assert nothing_is_left(world)
+
+
+def test_when_nobody_reveals_a_score_the_shares_are_equal(world_after):
+    world = world_after("reveal-accuracy")
+    world.everybody("withdraw")
+    paid, aggregator = credited(world), world.aggregator
+    each = (REWARD - REWARD // 10) // len(MINERS)
+    assert {paid[name] for name in MINERS if name != aggregator} == {each}
+    assert sum(paid.values()) == REWARD
+
+
+def test_an_unrevealed_score_earns_nothing_and_blocks_nobody(world_after):
+    world = world_after("reveal-accuracy")
+    silent = world.others[0]
+    for name in MINERS:
+        if name != silent:
+            world.do("reveal-score", name)
+    world.everybody("withdraw")
+    paid = credited(world)
+    assert paid.get(silent, 0) == 0
+    assert sum(paid.values()) == REWARD
+    assert nothing_is_left(world)
+
+
+def test_the_refund_waits_for_the_deadline(world_after):
+    world = world_after("form-cohort")
+    deadline_s = world.contracts.escrow.get_task(TASK_ID).terms.deadline_s
+    with pytest.raises(Exception, match="DeadlineNotReached"):
+        world.contracts_as("publisher").escrow.refund_publisher(TASK_ID)
+    before = world.balance_wei("publisher")
+    world.do("refund", "publisher")
+    assert world.chain.now_s() > deadline_s
+    assert world.balance_wei("publisher") > before + REWARD - 10**16  # the rest is gas
+    assert world.contracts.escrow.get_task(TASK_ID).status is Status.REFUNDED
+    assert nothing_is_left(world)
+
+
+def test_a_refund_is_paid_once(world_after):
+    world = world_after("form-cohort")
+    first = world.do("refund", "publisher")
+    before = world.balance_wei("publisher")
+    assert world.do("refund", "publisher") == first
+    assert world.balance_wei("publisher") == before
+
+
+def test_nobody_but_the_publisher_is_refunded(world_after):
+    world = world_after("form-cohort")
+    world.chain.wait_until(world.contracts.escrow.get_task(TASK_ID).terms.deadline_s + 1, "the deadline")
+    with pytest.raises(Exception, match="NotPublisher"):
+        world.contracts_as("miner-1").escrow.refund_publisher(TASK_ID)
+
+
+def test_a_block_after_the_deadline_is_not_published_and_the_reward_goes_back(world_after):
+    world = world_after("attest")
+    world.chain.wait_until(world.contracts.escrow.get_task(TASK_ID).terms.deadline_s + 1, "the deadline")
+    abort = world.do("publish-block", world.aggregator)
+    assert abort.reason == AbortReason.DEADLINE_PASSED
+    world.do("refund", "publisher")
+    assert nothing_is_left(world)
+
+
+def test_a_publisher_without_money_leaves_no_task_behind(world_after):
+    world = world_after(None, money__reward_wei=10**20)
+    with pytest.raises(DepositFailed, match="send it at least"):
+        world.do("publish", "publisher")
+    assert world.contracts.escrow.get_task(TASK_ID).status is Status.NONE
+    assert world.registry.find_task(TASK_ID) is None
+    assert world.store.list_records(world.address("publisher")) == []
+
+
+def test_a_task_id_that_somebody_else_took_leaves_their_task_alone(world_after):
+    world = world_after(None)
+    spec = world.file.spec()
+    from tasks.publish import terms_on_chain
+
+    terms = terms_on_chain(spec, world.chain.now_s() + 3600)
+    stranger = world.contracts_as("miner-1").escrow
+    stranger.publish_task(TASK_ID, "0x" + "11" * 32, "0x" + "22" * 32, terms, reward_wei=5)
+    with pytest.raises(DepositFailed, match="choose another"):
+        world.do("publish", "publisher")
+    assert world.contracts.escrow.get_task(TASK_ID).publisher == world.address("miner-1")
+    assert world.registry.find_task(TASK_ID) is None
+
+
+def test_publishing_twice_locks_one_reward(world_after):
+    world = world_after("publish")
+    before = world.balance_wei("publisher")
+    first = world.do("publish", "publisher")
+    assert world.do("publish", "publisher") == first
+    assert world.balance_wei("publisher") == before
+    assert [done.kind for done in world.chain.transactions(TASK_ID)] == ["publishTask"]
+
+
+def test_a_distant_moment_is_not_waited_for_inside_a_step(world_after, monkeypatch):
+    world = world_after("form-cohort")
+    monkeypatch.setattr("blocks.local_chain.LocalChainProvider.advance_to", lambda *_: None)  # a real chain's clock
+    with pytest.raises(NotYet, match="the refund is not before"):
+        world.do("refund", "publisher")
+
+
+def test_giving_up_twice_keeps_the_first_reason(world_after):
+    world = world_after("publish")
+    st = world.station("publisher")
+    first = give_up(st, TASK_ID, 0, "form-cohort", AbortReason.NOT_ENOUGH_MINERS, "first")
+    assert give_up(st, TASK_ID, 0, "form-cohort", AbortReason.KEY_REFUSED, "second") == first
+    assert world.abort_of("publisher", 0).detail == "first"
+    assert st.mine(Cohort, TASK_ID) is None
