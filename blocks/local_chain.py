@@ -92,7 +92,7 @@ class _StoredBackend(PyEVMBackend):  # type: ignore[misc]
         self._database, self._clock = database, clock
         fresh = not len(database)
         base = AtomicDB(database)
-        chain_class = type(self.chain)
+        chain_class: Any = type(self.chain)
         if fresh:
             parameters = self.generate_genesis_params({"timestamp": int(clock())})
             self.chain = chain_class.from_genesis(base, parameters, dict(self.generate_genesis_state()))

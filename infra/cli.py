@@ -92,7 +92,8 @@ def run_flow(stack: "Stack", task_id: str, file: TaskFile) -> str:
 
     # Heartbeats tell a server that a distant process is alive; in this process they only cost a second a flow.
     with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
-        stack.register()
+        with console.status("starting Prefect; its temporary server takes some 20 seconds the first time"):
+            stack.register()
         try:
             run_task(task_id=task_id, publisher="publisher", spec=file.spec())
         except DepositFailed as error:

@@ -28,8 +28,8 @@ def gather(
     row = stack.registry.find_task(task_id)
     on_chain = contracts.escrow.get_task(task_id)
     locked = on_chain.status is not Status.NONE
-    transactions = stack.chain.transactions(task_id) if locked else []
     addresses = {stack.identity(name).address: name for name in stack.homes}
+    transactions = _transactions(stack, task_id, list(addresses)) if locked else []
     money = _money(stack, task_id, on_chain)
     rounds = _rounds(stack, task_id)
     block = contracts.publisher.get_block_meta(task_id) if locked else None
@@ -87,6 +87,15 @@ def gather(
         "actors": addresses,
         "seconds_per_step": _seconds_per_step(stack, task_id),
     }
+
+
+def _transactions(stack: Stack, task_id: str, accounts: list[str]) -> list[bindings.TransactionRecord]:
+    """Those about the task, and the parties' deposits and withdrawals since it was published."""
+    about = stack.chain.transactions(task_id)
+    moved = bindings.account_events(stack.chain.web3, stack.chain.deployment, accounts)
+    since = [one for one in moved if one.block_number >= about[0].block_number]
+    unique = {one.transaction: one for one in [*about, *since]}
+    return sorted(unique.values(), key=lambda one: one.block_number)
 
 
 def _money(stack: Stack, task_id: str, on_chain: bindings.TaskOnChain) -> dict[str, Any]:

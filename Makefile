@@ -1,0 +1,47 @@
+# make round   set up, then run one task from publication to payment
+# make test    set up, then lint, type-check and run all tests
+# make bench   set up, then measure learning under encryption and the cost of the cryptography
+# Each sets up what it needs in the project's own virtual environment, .venv; a second call finds it ready.
+
+PYTHON ?= python3.11
+VENV := .venv
+READY := $(VENV)/ready
+SHELL := /bin/bash
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: round test bench contracts clean
+.DEFAULT_GOAL := round
+
+round: $(READY)
+	$(VENV)/bin/healchain run breast-cancer --out build/round --again
+
+test: $(READY) contracts/node_modules/ready
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/pytest
+
+bench: $(READY)
+	$(VENV)/bin/healchain bench --out build/bench.json
+
+# Recompile the contracts after a change of their sources; ABI and bytecode are committed.
+contracts: contracts/node_modules/ready
+	node contracts/compile.mjs
+
+clean:
+	rm -rf $(VENV) build contracts/node_modules
+
+$(READY): requirements.lock pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 is missing. On Debian 12: apt-get install -y python3.11 python3.11-venv; or name one: make PYTHON=/path/to/python3.11"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo "$(PYTHON) is not Python 3.11; name one that is: make PYTHON=/path/to/python3.11"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "The venv module is missing. On Debian 12: apt-get install -y python3.11-venv"; exit 1; }
+	@echo "setting up $(VENV): about 2 GB are downloaded once, which takes some minutes"
+	@$(PYTHON) -m venv --clear $(VENV)
+	@$(VENV)/bin/pip install --quiet --requirement requirements.lock
+	@$(VENV)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+contracts/node_modules/ready: contracts/package-lock.json
+	@command -v npm >/dev/null || { echo "node and npm are missing. On Debian: apt-get install -y nodejs npm"; exit 1; }
+	cd contracts && npm ci --ignore-scripts --no-audit --no-fund --loglevel=error
+	@touch $@
