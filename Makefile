@@ -37,8 +37,8 @@ $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "The venv module is missing. On Debian 12: apt-get install -y python3.11-venv"; exit 1; }
 	@echo "setting up $(VENV): about 2 GB are downloaded once, which takes some minutes"
 	@$(PYTHON) -m venv --clear $(VENV)
-	@$(VENV)/bin/pip install --quiet --requirement requirements.lock
-	@$(VENV)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
+	@$(VENV)/bin/pip install -qq --requirement requirements.lock
+	@$(VENV)/bin/pip install -qq --no-deps --no-build-isolation --editable .
 	@touch $@
 
 contracts/node_modules/ready: contracts/package-lock.json

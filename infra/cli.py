@@ -5,6 +5,7 @@ Prefect reads where its server is when it is first imported, and `--help` should
 import json
 import os
 import secrets
+import subprocess
 import sys
 import time
 from importlib.resources import files
@@ -52,6 +53,13 @@ def run(
     if {name: begun[name] for name in wanted} != wanted:
         _fail(f"{folder} holds another task, {begun['task_id']}: give --again, or another --out")
 
+    if (finished := _finished_report(folder)) is not None:
+        from infra.report import print_summary
+
+        print_summary(finished, console, folder)
+        console.print(f"task {begun['task_id']} is finished; --again starts a new one")
+        return
+
     use_temporary_prefect(folder)
     report = _run(folder, file, begun)
     sys.exit(0 if report["task"]["status"] in ("PAID", "REFUNDED") else 1)
@@ -94,6 +102,7 @@ def run_flow(stack: "Stack", task_id: str, file: TaskFile) -> str:
     with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
         with console.status("starting Prefect; its temporary server takes some 20 seconds the first time"):
             stack.register()
+            end_temporary_server_with_this_process()
         try:
             run_task(task_id=task_id, publisher="publisher", spec=file.spec())
         except DepositFailed as error:
@@ -141,6 +150,17 @@ def tasks() -> None:
             )
 
 
+@app.command()
+def bench(
+    out: Annotated[Path, typer.Option(help="where the figures are written, as JSON")] = Path("build/bench.json"),
+    seeds: Annotated[int, typer.Option(min=1, help="seeds for each ready task")] = 5,
+) -> None:
+    """Measure accuracy under encryption against plaintext, and the cost of the cryptography. Takes some minutes."""
+    from infra import bench as benchmark
+
+    benchmark.run(out, seeds, console)
+
+
 def use_temporary_prefect(folder: Path) -> None:
     """Point Prefect at its own temporary server with its database under `folder`; before prefect is imported.
 
@@ -152,6 +172,21 @@ def use_temporary_prefect(folder: Path) -> None:
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
     os.environ.setdefault("DO_NOT_TRACK", "1")
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "ERROR")
+
+
+def end_temporary_server_with_this_process() -> None:
+    """Have Prefect's temporary server end when this process does, however it ends.
+
+    Prefect stops it on a normal exit only; after a kill it would live on, holding the database of the resumed run.
+    """
+    from prefect.server.api.server import SubprocessASGIServer
+
+    for server in SubprocessASGIServer._instances.values():
+        if server.server_process is not None:
+            own, theirs = os.getpid(), server.server_process.pid
+            watch = f"while kill -0 {own}; do sleep 0.5; done; grep -q prefect /proc/{theirs}/cmdline && kill {theirs}"
+            quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+            subprocess.Popen(["sh", "-c", watch], start_new_session=True, **quiet)
 
 
 def _load(task: str, overrides: dict[str, Any]) -> TaskFile:
@@ -170,6 +205,15 @@ def _load(task: str, overrides: dict[str, Any]) -> TaskFile:
         return load_task_file(text, **overrides)
     except InvalidTask as error:
         _fail(f"{task} is not a valid task:\n{error}")
+
+
+def _finished_report(folder: Path) -> dict[str, Any] | None:
+    """The report of a task whose money has arrived, or None when there is still something to do."""
+    path = folder / "report.json"
+    if not path.exists():
+        return None
+    report: dict[str, Any] = json.loads(path.read_text())
+    return report if report["task"]["status"] in ("PAID", "REFUNDED") else None
 
 
 def _name_and_path(pair: str) -> tuple[str, Path]:

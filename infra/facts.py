@@ -83,7 +83,7 @@ def gather(
         "opening_sha256": chosen.opening_sha256 if chosen else None,
         "votes": _votes(stack, task_id),
         "required_votes": contracts.publisher.required_votes(task_id) if cohort else None,
-        "timeline": _timeline(stack, task_id, started_s),
+        "timeline": _timeline(stack, task_id),
         "actors": addresses,
         "seconds_per_step": _seconds_per_step(stack, task_id),
     }
@@ -214,19 +214,21 @@ def _votes(stack: Stack, task_id: str) -> list[dict[str, Any]]:
     return votes
 
 
-def _timeline(stack: Stack, task_id: str, started_s: float) -> list[dict[str, Any]]:
+def _timeline(stack: Stack, task_id: str) -> list[dict[str, Any]]:
+    """Every step, in seconds from the start of the first."""
+    steps = stack.registry.steps(task_id)
     return [
         {
             "module": STEPS[step.step].module,
             "step": step.step,
             "actor": step.actor,
             "round": step.round_number,
-            "start_s": round(step.started_s - started_s, 3),
+            "start_s": round(step.started_s - steps[0].started_s, 3),
             "seconds": round(step.seconds, 3),
             "outcome": step.outcome,
             "detail": step.detail,
         }
-        for step in stack.registry.steps(task_id)
+        for step in steps
     ]
 
 
