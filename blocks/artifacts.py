@@ -109,19 +109,28 @@ class ArtifactStore(Block):
             raise MissingArtifact(f"{what} is not in the store") from error
 
     def _owner(self, owner: str) -> Path:
-        if not _OWNER.match(owner):
+        if not _OWNER.fullmatch(owner):
             raise ValueError(f"owner {owner!r} is not an address")
         return Path(self.root) / owner.lower()
 
     def _blob(self, owner: str, sha256: str) -> Path:
-        if not _SHA256.match(sha256):
+        if not _SHA256.fullmatch(sha256):
             raise ValueError(f"digest {sha256!r} is not 0x and 64 lower-case hex digits")
         return self._owner(owner) / "blobs" / sha256[2:4] / sha256[2:]
 
     def _record(self, owner: str, path: str) -> Path:
-        if not _PATH.match(path):
+        if not _PATH.fullmatch(path):
             raise ValueError(f"record path {path!r} may hold letters, digits, '.', '_', '-' and single slashes")
         return self._owner(owner) / "records" / path
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a new name in the folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _write_once(target: Path, data: bytes) -> None:
@@ -134,5 +143,6 @@ def _write_once(target: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.link(draft, target)
+        sync_folder(target.parent)
     finally:
         draft.unlink(missing_ok=True)

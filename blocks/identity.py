@@ -12,6 +12,7 @@ Errors: WrongPassphrase, InvalidHome.
 import json
 import os
 import secrets
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
@@ -21,6 +22,7 @@ from eth_account.signers.local import LocalAccount
 from prefect.blocks.core import Block
 from pydantic import Field
 
+from blocks.artifacts import sync_folder
 from contracts.messages import Address, Bytes, Domain, Message, sign
 from tasks.crypto import ecies, ndd_fe
 
@@ -92,8 +94,12 @@ class Identity(Block):
         path = Path(self.home) / "private" / name
         return path.read_bytes() if path.exists() else None
 
-    def write_private(self, name: str, data: bytes) -> None:
-        """Replace the file as a whole, durably: a kill leaves the old or the new one."""
+    def claim(self, name: str, data: bytes) -> bytes:
+        """The first bytes ever kept under this name: these, or those of an earlier call, also one that runs at the same time.
+
+        What must be decided once (which key of a round, which update under which salt, what was signed) is claimed before
+        it is acted on. A kill leaves all of it or nothing.
+        """
         path = Path(self.home) / "private" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
@@ -102,9 +108,12 @@ class Identity(Block):
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            draft.replace(path)
+            with suppress(FileExistsError):
+                os.link(draft, path)
+                sync_folder(path.parent)
         finally:
             draft.unlink(missing_ok=True)
+        return path.read_bytes()
 
 
 def create_home(home: Path) -> Identity:
@@ -131,6 +140,8 @@ def _open_keystore(home: str, name: str) -> LocalAccount:
             raise InvalidHome(f"{needed} is missing: restore it from a backup, or make a new home")
     try:
         return _decrypt(keystore.read_text(), passphrase.read_text())
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise InvalidHome(f"{keystore} is no keystore: restore it from a backup") from error
     except ValueError as error:
         raise WrongPassphrase(f"{passphrase} does not open {keystore}: {error}") from error
 

@@ -187,7 +187,9 @@ class LocalChainProvider(EthereumTesterProvider):
             receipts = [self.tester.get_transaction_receipt(transaction) for transaction in transactions]
             self._logs.append([log for receipt in receipts for log in receipt["logs"]])
         addresses = {address.lower() for address in wanted.get("address") or ()}
-        first, last = int(wanted["from_block"]), int(wanted["to_block"])
+        names: dict[Any, int] = {"earliest": 0, "latest": latest, "pending": latest, None: latest}
+        edges = (wanted.get("from_block"), wanted.get("to_block"))
+        first, last = (edge if isinstance(edge, int) else names[edge] for edge in edges)
         return [
             log
             for logs in self._logs[first : last + 1]
@@ -200,7 +202,8 @@ class LocalChainProvider(EthereumTesterProvider):
         """Mine an empty block at `timestamp` (unix seconds), unless the chain is there already."""
         with self._lock:
             if self.tester.get_block_by_number("latest")["timestamp"] < timestamp:
-                self.tester.time_travel(timestamp)
+                # Not the tester's own: that one does nothing when the pending block has this time already.
+                self.tester.backend.time_travel(timestamp)
 
     def mine(self) -> None:
         with self._lock:

@@ -9,6 +9,7 @@ the same type string, and a test compares the two type hashes. Commitments follo
 Sources: EIP-712 (typed structured data), EIP-191. Errors: ValueError (a field that does not fit its type).
 """
 
+import re
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, Any, ClassVar, get_type_hints
@@ -26,6 +27,8 @@ def _checksummed(value: str) -> str:
 
 Bytes32 = Annotated[str, StringConstraints(pattern=r"^0x[0-9a-f]{64}$")]
 Bytes = Annotated[str, StringConstraints(pattern=r"^0x([0-9a-f]{2})*$")]
+PublicKey = Annotated[str, StringConstraints(pattern=r"^0x0[23][0-9a-f]{64}$")]
+Salt = Annotated[str, StringConstraints(pattern=r"^0x[0-9a-f]{32}$")]
 Address = Annotated[str, StringConstraints(pattern=r"^0x[0-9a-fA-F]{40}$"), AfterValidator(_checksummed)]
 TaskId = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{2,63}$")]
 Uint32 = Annotated[int, Field(ge=0, lt=2**32, strict=True)]
@@ -37,6 +40,8 @@ Strings = tuple[str, ...]
 SOLIDITY: dict[Any, str] = {
     Bytes32: "bytes32",
     Bytes: "bytes",
+    PublicKey: "bytes",
+    Salt: "bytes",
     Address: "address",
     TaskId: "string",
     Uint32: "uint32",
@@ -48,11 +53,14 @@ SOLIDITY: dict[Any, str] = {
     Strings: "string[]",
 }
 
+SIGNATURE = re.compile(r"0x[0-9a-f]{128}(1b|1c)")
+SECP256K1_ORDER = 0xFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFEBAAEDCE6AF48A03BBFD25E8CD0364141
+
 ZERO32: Bytes32 = "0x" + "00" * 32
 
 
 class Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 @dataclass(frozen=True)
@@ -93,7 +101,7 @@ class Announcement(Message):
     SIGNED_BY: ClassVar[str | None] = "publisher"
 
     publisher: Address
-    encryption_key: Bytes
+    encryption_key: PublicKey
     spec_hash: Bytes32
     transaction: Bytes32
 
@@ -104,7 +112,7 @@ class Registration(Message):
     SIGNED_BY: ClassVar[str | None] = "miner"
 
     miner: Address
-    encryption_key: Bytes
+    encryption_key: PublicKey
     dataset_proof_sha256: Bytes32
 
 
@@ -135,9 +143,9 @@ class Cohort(Message):
     SIGNED_BY: ClassVar[str | None] = "publisher"
 
     publisher: Address
-    publisher_key: Bytes
+    publisher_key: PublicKey
     aggregator: Address
-    aggregator_key: Bytes
+    aggregator_key: PublicKey
     miners: Addresses
     registrations: Bytes32s
     weights: Uint32s
@@ -172,7 +180,7 @@ class Submission(Message):
     chunks_sha256: Bytes32
     coordinates: Uint32
     score_commit: Bytes32
-    salt: Bytes
+    salt: Salt
     sample_count: Uint32
 
 
@@ -336,7 +344,12 @@ def sign(message: Message, domain: Domain, key: bytes) -> Bytes:
 
 
 def signer_of(message: Message, domain: Domain, signature: Bytes) -> Address:
-    """The address that signed. Raises ValueError when the signature is malformed."""
+    """The address that signed. Raises ValueError unless the signature is 65 bytes r, s, v in the one form that contracts take.
+
+    Other forms of the same signature (v of 0 or 1, a high s) would recover here and be refused on chain.
+    """
+    if not SIGNATURE.fullmatch(signature) or int(signature[66:130], 16) > SECP256K1_ORDER // 2:
+        raise ValueError(f"signature {signature[:20]}... is malformed: not 65 bytes with a low s and v of 27 or 28")
     try:
         return str(Account.recover_message(typed_data(message, domain), signature=bytes.fromhex(signature[2:])))
     except Exception as error:  # eth-keys raises its own BadSignature and ValidationError families

@@ -54,8 +54,8 @@ class Participants(Frozen):
 
 class Rounds(Frozen):
     max_rounds: int = Field(ge=1, le=10_000)
-    contribution_timeout_s: float = Field(gt=0, description="M3: later submissions are refused")
-    attestation_timeout_s: float = Field(gt=0, description="M5: later votes do not count")
+    contribution_timeout_s: float = Field(gt=0, le=86_400, description="M3: later submissions are refused")
+    attestation_timeout_s: float = Field(gt=0, le=86_400, description="M5: later votes do not count")
 
 
 class Windows(Frozen):
@@ -108,7 +108,7 @@ class Model(Frozen):
 
 class Training(Frozen):
     local_epochs: int = Field(ge=1, le=1000)
-    batch_size: int = Field(ge=1)
+    batch_size: int = Field(ge=1, lt=2**31)
     learning_rate: float = Field(gt=0)
     momentum: float = Field(ge=0, lt=1)
     weight_decay: float = Field(default=0.0, ge=0)
@@ -122,7 +122,7 @@ class Compression(Frozen):
     explore_share: float = Field(ge=0, le=1, description="part of the support drawn at random")
     momentum: float = Field(ge=0, lt=1)
     clip_norm: float = Field(gt=0, description="largest L2 norm of a local update")
-    value_limit: float = Field(gt=0, description="largest |coordinate| sent in one round; the excess waits")
+    value_limit: float = Field(ge=1e-6, description="largest |coordinate| sent in one round; the excess waits")
     bits: int = Field(ge=2, le=24, description="bits of a fixed-point coordinate, sign included")
 
     @model_validator(mode="after")
@@ -201,6 +201,13 @@ class TaskFile(TaskSpec):
 
     required_accuracy: float = Field(gt=0, le=1)
 
+    @field_validator("required_accuracy")
+    @classmethod
+    def _at_least_a_millionth(cls, accuracy: float) -> float:
+        if round(accuracy * PPM) < 1:
+            raise ValueError(f"the contract counts in millionths: at least {1 / PPM}")
+        return accuracy
+
     @property
     def required_accuracy_ppm(self) -> int:
         return round(self.required_accuracy * PPM)
@@ -229,7 +236,7 @@ def load_task_file(text: str, **overrides: Any) -> TaskFile:
     """A task file in TOML. Raises InvalidTask naming each wrong field, its value and what would be right."""
     try:
         fields = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # TOMLDecodeError is one; an integer of thousands of digits is another
         raise InvalidTask(f"not a TOML file: {error}") from error
     try:
         return TaskFile.model_validate({**fields, **overrides})

@@ -8,6 +8,7 @@ import secrets
 import subprocess
 import sys
 import time
+import traceback
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -39,6 +40,8 @@ def run(
 ) -> None:
     """Run one task M1..M7 with all parties in this process. The same command after a kill resumes the same task."""
     file = _load(task, {} if seed is None else {"seed": seed})
+    if miners < file.participants.miners_min:
+        _fail(f"--miners {miners}: the task asks for at least participants.miners_min = {file.participants.miners_min}")
     folder = out.resolve()
     note = folder / "run.json"
     if again and (folder / "report.json").exists():
@@ -48,7 +51,7 @@ def run(
     if not note.exists():
         folder.mkdir(parents=True, exist_ok=True)
         fresh = {**wanted, "task_id": f"{file.name}-{secrets.token_hex(4)}", "started_s": time.time()}
-        _write(note, json.dumps(fresh, indent=1))
+        _write(note, json.dumps(fresh, indent=1), mode=0o600)  # it holds the required accuracy
     begun = json.loads(note.read_text())
     if {name: begun[name] for name in wanted} != wanted:
         _fail(f"{folder} holds another task, {begun['task_id']}: give --again, or another --out")
@@ -61,7 +64,15 @@ def run(
         return
 
     use_temporary_prefect(folder)
-    report = _run(folder, file, begun)
+    try:
+        report = _run(folder, file, begun)
+    except Exception as error:
+        (folder / "error.txt").write_text("".join(traceback.format_exception(error)))
+        notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))
+        _fail(
+            f"{type(error).__name__}: {error}{notes}\n"
+            f"Nothing is lost: once that is mended, the same command resumes the task. Details: {folder / 'error.txt'}"
+        )
     sys.exit(0 if report["task"]["status"] in ("PAID", "REFUNDED") else 1)
 
 
@@ -71,14 +82,14 @@ def _run(folder: Path, file: TaskFile, begun: dict[str, Any]) -> dict[str, Any]:
         from infra import devstack
         from infra.watching import Watcher
         from tasks.dispatch import watch
-        from tasks.publish import require_accuracy
+        from tasks.publish import decide
 
         try:
             data = dict(_name_and_path(pair) for pair in begun["data"])
             stack = devstack.set_up(folder, file.dataset, begun["miners"], file.seed, data)
         except ValueError as error:
             _fail(str(error))
-        require_accuracy(stack.identity("publisher"), begun["task_id"], file.required_accuracy_ppm)
+        decide(stack.identity("publisher"), begun["task_id"], file)
     console.print(f"task [bold]{begun['task_id']}[/bold]: {begun['miners']} miners, folder {folder}")
     watcher = Watcher(console)
     watch.listeners.append(watcher.tell)
@@ -171,7 +182,8 @@ def use_temporary_prefect(folder: Path) -> None:
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
     os.environ.setdefault("DO_NOT_TRACK", "1")
-    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "ERROR")
+    # Logs go to the server, where the UI shows them; the terminal shows the steps.
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
 
 
 def end_temporary_server_with_this_process() -> None:
@@ -185,8 +197,8 @@ def end_temporary_server_with_this_process() -> None:
         if server.server_process is not None:
             own, theirs = os.getpid(), server.server_process.pid
             watch = f"while kill -0 {own}; do sleep 0.5; done; grep -q prefect /proc/{theirs}/cmdline && kill {theirs}"
-            quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
-            subprocess.Popen(["sh", "-c", watch], start_new_session=True, **quiet)
+            nowhere = subprocess.DEVNULL
+            subprocess.Popen(["sh", "-c", watch], start_new_session=True, stdin=nowhere, stdout=nowhere, stderr=nowhere)
 
 
 def _load(task: str, overrides: dict[str, Any]) -> TaskFile:
@@ -230,8 +242,10 @@ def _archive(folder: Path) -> Path:
     return target
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, text: str, mode: int = 0o644) -> None:
     draft = path.with_name(f".{path.name}")
+    draft.unlink(missing_ok=True)
+    draft.touch(mode)
     draft.write_text(text)
     draft.replace(path)
 

@@ -5,15 +5,16 @@ in its home before the key leaves, so that a second key for other submissions is
 """
 
 import hashlib
-import json
 import secrets
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from itertools import pairwise
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 from prefect import task
 from prefect.cache_policies import NO_CACHE
+from pydantic import Field
 
 from blocks.artifacts import MissingArtifact, TamperedArtifact, sha256_hex
 from contracts.messages import (
@@ -25,6 +26,7 @@ from contracts.messages import (
     Cohort,
     Collection,
     Delivery,
+    Frozen,
     KeyGrant,
     KeyRequest,
     Registration,
@@ -33,8 +35,8 @@ from contracts.messages import (
     accuracy_commit,
     struct_hash,
 )
-from contracts.task_spec import PPM, PublishedTask
-from tasks.cohort import delivery_context
+from contracts.task_spec import PPM, PublishedTask, TaskSpec
+from tasks.cohort import delivery_context, registered_samples, trusted_cohort
 from tasks.contribute import chunk_digests, label_of, read_chunk
 from tasks.crypto import ecies, ndd_fe
 from tasks.dispatch import report_progress
@@ -51,11 +53,14 @@ from tasks.global_model import (
 from tasks.learning.datasets import Dataset, decode_npz
 from tasks.learning.models import encode_parameters
 from tasks.learning.training import Evaluation, evaluate
-from tasks.records import BadRecord, Station, give_up, station
-from tasks.samples import parse_proof
+from tasks.publish import published_task
+from tasks.records import BadRecord, Station, brief, give_up, parse_json, station
 from tasks.show import show_progress, show_table
 
 Points = npt.NDArray[np.uint64]
+
+MAX_EXCESSIVE = 64  # coordinates beyond the bound that are searched further, a fraction of a second each
+MAX_SEARCH = 2**40
 
 
 class KeyRefused(RuntimeError):
@@ -68,7 +73,13 @@ def collect_submissions(task_id: str, round_number: int, actor: str) -> dict[str
     st = station(actor)
     if said := st.said(Collection, task_id, round_number):
         return said
-    terms, cohort = st.task(task_id), st.cohort(task_id)
+    terms, cohort = published_task(st, task_id), trusted_cohort(st, task_id)
+    try:
+        delivered_requirement(st, terms)
+        delivered_validation(st, terms, 0)
+    except (BadRecord, MissingArtifact, TamperedArtifact, ecies.Unopenable) as error:
+        # Before anybody's submission is used: without these the round could not be judged.
+        return give_up(st, task_id, round_number, "collect", AbortReason.DECRYPT_FAILED, f"delivery: {brief(error)}")
     model = model_after(st, terms.spec, cohort, round_number - 1)
     coordinates = len(round_support(terms.spec, model, round_number))
     good: dict[Address, Submission] = {}
@@ -77,7 +88,7 @@ def collect_submissions(task_id: str, round_number: int, actor: str) -> dict[str
         try:
             good[miner] = check_submission(st, terms, miner, round_number, model.sha256, coordinates)
         except BadRecord as error:
-            refused[miner] = str(error)
+            refused[miner] = brief(error)
     if shortage := too_few(terms, cohort, round_number, good, refused):
         return give_up(st, task_id, round_number, "collect", AbortReason.NOT_ENOUGH_SUBMISSIONS, shortage)
     return st.post(
@@ -117,7 +128,7 @@ def grant_audit(task_id: str, round_number: int, actor: str) -> dict[str, str]:
     st = station(actor)
     if said := st.said(AuditGrant, task_id, round_number):
         return said
-    terms, cohort = st.task(task_id), st.cohort(task_id)
+    terms, cohort = published_task(st, task_id), trusted_cohort(st, task_id)
     collection = st.need(Collection, cohort.aggregator, task_id, round_number)
     name = struct_hash(collection)
     try:
@@ -125,8 +136,10 @@ def grant_audit(task_id: str, round_number: int, actor: str) -> dict[str, str]:
         claim_round(st, task_id, round_number, "audit", name)
     except (BadRecord, KeyRefused, MissingArtifact) as error:
         return give_up(st, task_id, round_number, "grant-audit", AbortReason.KEY_REFUSED, str(error))
-    # A block that did not exist when the submissions were signed: nobody could fit a ciphertext to the vectors.
-    block_number = st.chain.web3.eth.block_number + 1
+    # A block that did not exist when the submissions were signed: nobody could fit a ciphertext to the vectors. Claimed
+    # before any key exists, so that no retry, and no store that hides the grant, has further projections opened.
+    following = str(st.chain.web3.eth.block_number + 1).encode()
+    block_number = int(st.me.claim(f"{task_id}/{round_number:05d}/audit-block", following))
     st.chain.wait_for_block(block_number)
     vectors = audit_vectors(st, terms, block_number, submissions[0].coordinates)
     masks = masks_of(st, cohort, submissions, "publisher")
@@ -159,7 +172,7 @@ def audit_submissions(task_id: str, round_number: int, actor: str) -> dict[str, 
     st = station(actor)
     if said := st.said(KeyRequest, task_id, round_number):
         return said
-    terms, cohort = st.task(task_id), st.cohort(task_id)
+    terms, cohort = published_task(st, task_id), trusted_cohort(st, task_id)
     collection = st.need(Collection, st.address, task_id, round_number)
     submissions = signed_submissions(st, cohort, collection)
     try:
@@ -175,14 +188,16 @@ def audit_submissions(task_id: str, round_number: int, actor: str) -> dict[str, 
     good: dict[Address, Submission] = {}
     refused: dict[Address, str] = {}
     for index, submission in enumerate(submissions):
-        ciphertext = whole_ciphertext(st, submission, terms.spec.voting.chunk_coordinates)
         key = keys[index * len(vectors) : (index + 1) * len(vectors)]
         bound = terms.spec.projection_bound(submission.coordinates)
         try:
+            ciphertext = whole_ciphertext(st, submission, terms.spec.voting.chunk_coordinates)
             ndd_fe.open_projection(key, masks[index], ciphertext, vectors, bound=bound)
             good[submission.miner] = submission
         except ndd_fe.OutOfBound as error:
             refused[submission.miner] = f"malformed ciphertext: audit projections {error.coordinates} are out of range"
+        except BadRecord as error:
+            refused[submission.miner] = brief(error)
         report_progress((index + 1) / len(submissions), "auditing")
     show_submissions(task_id, round_number, cohort, good)
     if shortage := too_few(terms, cohort, round_number, good, refused):
@@ -217,7 +232,7 @@ def masks_of(
     """My half of the masks of each submission: K_iP for the publisher, K_iA for the aggregator."""
     keys = dict(zip(cohort.miners, encryption_keys(st, cohort), strict=True))
     return [
-        st.me.mask_key(keys[one.miner], role, label_of(st, one.task_id, one.round_number), one.salt)
+        st.me.mask_key(keys[one.miner], role, label_of(st, one.task_id, one.round_number, one.miner), one.salt)
         for one in submissions
     ]
 
@@ -248,13 +263,14 @@ def check_submission(
         raise BadRecord(f"trained from model {submission.base_model_sha256}, the round starts from {base}")
     if submission.coordinates != coordinates:
         raise BadRecord(f"{submission.coordinates} coordinates, the round's support has {coordinates}")
-    if len(submission.salt) != 2 + 2 * 16:
-        raise BadRecord(f"salt {submission.salt} is not 16 bytes")
     for earlier in range(1, round_number):
         before = st.find(Submission, miner, task_id, earlier)
         if before is not None and before.salt == submission.salt:
             raise BadRecord(f"salt {submission.salt} was used in round {earlier} already")
-    registered = registered_samples(st, miner, task_id)
+    registration = st.find(Registration, miner, task_id)
+    if registration is None:
+        raise BadRecord("its registration is gone from the store")
+    registered = registered_samples(st, registration)
     if submission.sample_count != registered:
         raise BadRecord(f"sample_count = {submission.sample_count}, registered are {registered}")
     digests = chunk_digests(st, submission, size)
@@ -263,19 +279,11 @@ def check_submission(
     return submission
 
 
-def registered_samples(st: Station, miner: Address, task_id: str) -> int:
-    registration = st.need(Registration, miner, task_id)
-    try:
-        return parse_proof(st.store.get(miner, registration.dataset_proof_sha256)).sample_count
-    except (MissingArtifact, TamperedArtifact, ValueError) as error:
-        raise BadRecord(f"dataset proof of {miner}: {error}") from error
-
-
 @task(persist_result=False, cache_policy=NO_CACHE)
 def derive_round_key(task_id: str, round_number: int, actor: str) -> dict[str, str]:
     """2.2, the publisher: the functional key of the round, for exactly the requested submissions, sealed to A."""
     st = station(actor)
-    terms, cohort = st.task(task_id), st.cohort(task_id)
+    terms, cohort = published_task(st, task_id), trusted_cohort(st, task_id)
     request = accepted(st, cohort, round_number)
     name = struct_hash(request)
     if granted := st.mine(KeyGrant, task_id, round_number):
@@ -320,14 +328,11 @@ def submissions_for_key(st: Station, terms: PublishedTask, cohort: Cohort, reque
 
 def claim_round(st: Station, task_id: str, round_number: int, purpose: str, name: str) -> None:
     """Remember, before a key is derived, for which submissions it is. Raises KeyRefused when it was for others."""
-    path = f"{task_id}/{round_number:05d}/{purpose}-for"
-    before = st.me.read_private(path)
-    if before is None:
-        st.me.write_private(path, name.encode())
-    elif before.decode() != name:
+    kept = st.me.claim(f"{task_id}/{round_number:05d}/{purpose}-for", name.encode()).decode()
+    if kept != name:
         raise KeyRefused(
-            f"round {round_number} already has its {purpose} for {before.decode()}: two keys of one round would "
-            "reveal a single miner's update by subtraction"
+            f"round {round_number} already has its {purpose} for {kept}: two keys of one round would reveal a single "
+            "miner's update by subtraction"
         )
 
 
@@ -350,9 +355,10 @@ def key_context(purpose: str, task_id: str, round_number: int, name: str) -> byt
 def open_round(task_id: str, round_number: int, actor: str) -> dict[str, str]:
     """M4, the aggregator: decrypt, recover, check, step, evaluate; propose a block when the accuracy is met."""
     st = station(actor)
+    st.mine(Candidate, task_id, round_number)  # back into the store, should it have gone from there
     if said := st.said(RoundResult, task_id, round_number):
         return said
-    terms, cohort = st.task(task_id), st.cohort(task_id)
+    terms, cohort = published_task(st, task_id), trusted_cohort(st, task_id)
     spec = terms.spec
     request = accepted(st, cohort, round_number)
     weights = weights_of(cohort, request)
@@ -364,18 +370,14 @@ def open_round(task_id: str, round_number: int, actor: str) -> dict[str, str]:
         functional_key = read_functional_key(st, terms, request)
     except (BadRecord, MissingArtifact, TamperedArtifact, ValueError) as error:
         return stop(AbortReason.DECRYPT_FAILED, error)
-    submissions = signed_submissions(st, cohort, request)
-    masks = masks_of(st, cohort, submissions, "aggregator")
-    ciphertexts = [whole_ciphertext(st, submission, spec.voting.chunk_coordinates) for submission in submissions]
     try:
-        weighted_sum, blinding = ndd_fe.open_sum(
-            functional_key,
-            masks,
-            ciphertexts,
-            weights,
-            bound=spec.recovery_bound(sum(weights)),
-            progress=lambda done, total: report_progress(done / total, "recovering the sum"),
-        )
+        submissions = signed_submissions(st, cohort, request)
+        masks = masks_of(st, cohort, submissions, "aggregator")
+        size = spec.voting.chunk_coordinates
+        ciphertexts = [whole_ciphertext(st, submission, size) for submission in submissions]
+        weighted_sum, blinding = open_sum(spec, functional_key, masks, ciphertexts, weights)
+    except (BadRecord, KeyRefused, MissingArtifact) as error:
+        return stop(AbortReason.DECRYPT_FAILED, error)
     except ndd_fe.OutOfBound as error:
         return stop(AbortReason.RECOVERY_FAILED, error)
     if failing := ndd_fe.failing_coordinates(ciphertexts, weights, weighted_sum, blinding):
@@ -409,6 +411,44 @@ def open_round(task_id: str, round_number: int, actor: str) -> dict[str, str]:
     )
 
 
+def open_sum(
+    spec: TaskSpec, functional_key: Points, masks: list[bytes], ciphertexts: list[Points], weights: list[int]
+) -> tuple[npt.NDArray[np.int64], Points]:
+    """The opening (m, rho). Raises OutOfBound when a coordinate is beyond even what the audit lets pass.
+
+    The audit bounds a projection, not each coordinate: a miner can exceed the bound in a few. These are searched further,
+    so that the true sum is published, and `next_model` leaves them out. One miner does not end the round of all.
+    """
+    total = sum(weights)
+    try:
+        return ndd_fe.open_sum(
+            functional_key,
+            masks,
+            ciphertexts,
+            weights,
+            bound=spec.recovery_bound(total),
+            progress=lambda done, all_of_them: report_progress(done / all_of_them, "recovering the sum"),
+        )
+    except ndd_fe.OutOfBound as error:
+        if len(error.coordinates) > MAX_EXCESSIVE:
+            raise
+        excessive = set(error.coordinates)
+    wide = min(spec.projection_bound(len(functional_key)) * total, MAX_SEARCH)
+    weighted_sum = np.zeros(len(functional_key), np.int64)
+    blinding = np.zeros_like(functional_key)
+    edges = sorted({0, len(functional_key), *excessive, *(k + 1 for k in excessive)})
+    for start, end in pairwise(edges):
+        weighted_sum[start:end], blinding[start:end] = ndd_fe.open_sum(
+            functional_key[start:end],
+            masks,
+            [ciphertext[start:end] for ciphertext in ciphertexts],
+            weights,
+            bound=wide if start in excessive else spec.recovery_bound(total),
+            start=start,
+        )
+    return weighted_sum, blinding
+
+
 def read_functional_key(st: Station, terms: PublishedTask, request: KeyRequest) -> npt.NDArray[np.uint64]:
     """The publisher's functional key for exactly this request, unsealed. Raises BadRecord, Unopenable."""
     grant = st.need(KeyGrant, terms.publisher, terms.task_id, request.round_number)
@@ -426,18 +466,35 @@ def whole_ciphertext(st: Station, submission: Submission, chunk_coordinates: int
     return np.concatenate(chunks)
 
 
-def delivered_fields(st: Station, terms: PublishedTask, round_number: int) -> tuple[Delivery, dict[str, Any]]:
-    """What the publisher sealed to me: the content key; for the aggregator also the opening of the commitment."""
+class DeliveredFields(Frozen):
+    """What a delivery seals: the key to the validation set; for the aggregator also the opening of the commitment."""
+
+    content_secret: str = Field(pattern=r"^[0-9a-f]{64}$")
+    accuracy_ppm: int | None = Field(default=None, ge=0)
+    salt: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+
+
+def delivered_fields(st: Station, terms: PublishedTask, round_number: int) -> tuple[Delivery, DeliveredFields]:
+    """What the publisher sealed to me. Raises BadRecord, Unopenable, MissingArtifact or TamperedArtifact."""
     delivery = st.need(Delivery, terms.publisher, terms.task_id, round_number, about=st.address)
     sealed = st.store.get(terms.publisher, delivery.sealed_sha256)
-    return delivery, json.loads(st.me.open_sealed(sealed, delivery_context(terms.task_id)))
+    try:
+        fields = DeliveredFields.model_validate(parse_json(st.me.open_sealed(sealed, delivery_context(terms.task_id))))
+    except ecies.Unopenable:
+        raise
+    except ValueError as error:
+        raise BadRecord(
+            f"the delivery does not parse: {type(error).__name__}"
+        ) from None  # its text would quote secrets
+    return delivery, fields
 
 
 def delivered_validation(st: Station, terms: PublishedTask, round_number: int) -> Dataset:
     """The validation set that the publisher sealed to me. Raises BadRecord when it is not the committed one."""
     delivery, fields = delivered_fields(st, terms, round_number)
-    context = delivery_context(terms.task_id)
-    secret = int(fields["content_secret"], 16)
+    context, secret = delivery_context(terms.task_id), int(fields.content_secret, 16)
+    if not 0 < secret < ndd_fe.ORDER:
+        raise BadRecord("the delivered content key is no key")
     content = ecies.open_sealed(
         st.store.get(terms.publisher, delivery.content_sha256),
         lambda public: ecies.shared_secret(secret, public),
@@ -452,11 +509,12 @@ def delivered_validation(st: Station, terms: PublishedTask, round_number: int) -
 def delivered_requirement(st: Station, terms: PublishedTask) -> tuple[int, str]:
     """The required accuracy in ppm and the salt, sealed to me as aggregator. Raises BadRecord unless they open the commitment."""
     _, fields = delivered_fields(st, terms, 0)
-    accuracy_ppm, salt = int(fields["accuracy_ppm"]), str(fields["salt"])
     on_chain = st.chain.contracts().escrow.get_task(terms.task_id).accuracy_commit
-    if accuracy_commit(accuracy_ppm, bytes.fromhex(salt)) != on_chain:
+    if fields.accuracy_ppm is None or fields.accuracy_ppm > PPM or fields.salt is None:
+        raise BadRecord("the delivered accuracy or salt is missing or impossible")
+    if accuracy_commit(fields.accuracy_ppm, bytes.fromhex(fields.salt)) != on_chain:
         raise BadRecord("the delivered accuracy and salt do not open the commitment on chain")
-    return accuracy_ppm, salt
+    return fields.accuracy_ppm, fields.salt
 
 
 def propose(

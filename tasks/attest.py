@@ -16,13 +16,14 @@ from blocks.artifacts import MissingArtifact, TamperedArtifact
 from contracts.messages import Announcement, Attestation, Candidate, Cohort, RoundResult, Submission, struct_hash
 from contracts.task_spec import PublishedTask
 from tasks.aggregate import delivered_validation, encryption_keys, latest_score_commits
-from tasks.cohort import deliver
+from tasks.cohort import deliver, trusted_cohort
 from tasks.contribute import chunk_digests, read_chunk, read_prepared, score_at
 from tasks.crypto import ndd_fe
 from tasks.crypto.ecies import Unopenable
 from tasks.global_model import accepted, build_network, decode_opening, model_after, weights_of
+from tasks.learning.datasets import Dataset
 from tasks.learning.training import Diverged, evaluate
-from tasks.publish import secrets_of
+from tasks.publish import published_task, secrets_of
 from tasks.records import BadRecord, Station, station
 from tasks.samples import load_samples
 
@@ -37,7 +38,7 @@ class Objection(ValueError):
 def open_validation_to_voters(task_id: str, round_number: int, actor: str) -> dict[str, str]:
     """M5, the publisher: where the task says so, every voter receives the validation set, sealed to it."""
     st = station(actor)
-    terms, cohort = st.task(task_id), st.cohort(task_id)
+    terms, cohort = published_task(st, task_id), trusted_cohort(st, task_id)
     if terms.spec.voting.open_validation:
         content_secret = {"content_secret": secrets_of(st, task_id)["content_secret"]}
         for miner, key in zip(cohort.miners, encryption_keys(st, cohort), strict=True):
@@ -52,7 +53,7 @@ def judge_candidate(task_id: str, round_number: int, actor: str) -> dict[str, st
     st = station(actor)
     if posted := st.mine(Attestation, task_id, round_number):
         return st.reference(posted)
-    terms, cohort = st.task(task_id), st.cohort(task_id)
+    terms, cohort = published_task(st, task_id), trusted_cohort(st, task_id)
     candidate = st.need(Candidate, cohort.aggregator, task_id, round_number)
     try:
         check_candidate(st, terms, cohort, candidate)
@@ -75,8 +76,11 @@ def check_candidate(st: Station, terms: PublishedTask, cohort: Cohort, candidate
     number = candidate.round_number
     result = st.need(RoundResult, cohort.aggregator, terms.task_id, number)
     same = ("model_sha256", "opening_sha256", "correct", "total")
-    if any(getattr(result, name) != getattr(candidate, name) for name in same):
+    matches = all(getattr(result, name) == getattr(candidate, name) for name in same)
+    if not matches or result.candidate != struct_hash(candidate):
         raise Objection("the candidate is not the result that the aggregator published for the round")
+    if candidate.model_uri != f"artifact:{cohort.aggregator}/{candidate.model_sha256}":
+        raise Objection(f"the candidate's model_uri {candidate.model_uri} does not name its model")
     check_score_commits(st, cohort, candidate)
     for earlier in range(1, number + 1):
         check_opening_once(st, terms, cohort, earlier)
@@ -95,13 +99,27 @@ def check_candidate(st: Station, terms: PublishedTask, cohort: Cohort, candidate
             f"on {now.total} local samples the model got worse, from {was.correct} to {now.correct} correct: more than "
             f"the tolerance {terms.spec.voting.tolerance}"
         )
-    if terms.spec.voting.open_validation:
-        judged = evaluate(network, model.parameters, delivered_validation(st, terms, number))
+    if (validation := opened_validation(st, terms, number)) is not None:
+        judged = evaluate(network, model.parameters, validation)
         if (judged.correct, judged.total) != (candidate.correct, candidate.total):
             raise Objection(
                 f"the candidate claims {candidate.correct} of {candidate.total} correct, here it is "
                 f"{judged.correct} of {judged.total}"
             )
+
+
+def opened_validation(st: Station, terms: PublishedTask, round_number: int) -> Dataset | None:
+    """The validation set, where the task opens it to voters and the publisher did; else None.
+
+    A publisher that withholds it, or delivers something else, gives up a check that serves itself. It must not gain by it:
+    were that an objection, silence would turn a good model into a refund.
+    """
+    if not terms.spec.voting.open_validation:
+        return None
+    try:
+        return delivered_validation(st, terms, round_number)
+    except (BadRecord, MissingArtifact, TamperedArtifact, Unopenable):
+        return None
 
 
 def check_score_commits(st: Station, cohort: Cohort, candidate: Candidate) -> None:
@@ -127,7 +145,7 @@ def check_opening_once(st: Station, terms: PublishedTask, cohort: Cohort, round_
     if st.me.read_private(name) == result.opening_sha256.encode():
         return
     check_opening(st, terms, cohort, result)
-    st.me.write_private(name, result.opening_sha256.encode())
+    st.me.claim(name, result.opening_sha256.encode())
 
 
 def check_opening(st: Station, terms: PublishedTask, cohort: Cohort, result: RoundResult) -> None:

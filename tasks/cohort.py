@@ -32,8 +32,8 @@ from contracts.task_spec import PublishedTask, TaskSpec
 from tasks.crypto import ecies
 from tasks.learning.aggregation import public_weights
 from tasks.learning.datasets import encode_npz
-from tasks.publish import content_key, secrets_of, validation_set
-from tasks.records import BadRecord, Station, give_up, station
+from tasks.publish import content_key, published_task, secrets_of, validation_set
+from tasks.records import BadRecord, Station, brief, give_up, station
 from tasks.samples import (
     DatasetMismatch,
     DatasetProof,
@@ -47,6 +47,7 @@ from tasks.samples import (
 from tasks.show import show_table
 
 MAX_PROOF_BYTES = 1 << 20
+MAX_LISTED = 500  # refusals in one record, of at most 300 characters each: below the size of a record
 FULL = "the cohort is full: miners who registered earlier come first"
 
 
@@ -76,11 +77,58 @@ def fixed_weights(spec: TaskSpec, sample_counts: Sequence[int]) -> tuple[int, ..
     return tuple(public_weights(list(sample_counts), levels, levels))
 
 
+def trusted_cohort(st: Station, task_id: str) -> Cohort:
+    """The cohort, believed only as far as the chain and the parties' own signatures go. Raises BadRecord.
+
+    The publisher signs this record, and it must not matter: whose keys the masks are agreed with and how much each update
+    weighs decide who can read it. So the members and the aggregator are those of the contract, every registration is the
+    one on chain, the keys are those that their owners signed, no two parties share one, and the weights follow from the
+    registered sample counts.
+    """
+    terms, contracts = published_task(st, task_id), st.chain.contracts()
+    cohort = st.need(Cohort, terms.publisher, task_id)
+    on_chain = contracts.stakes.get_cohort(task_id).miners
+    if cohort.miners != on_chain or cohort.aggregator != contracts.stakes.aggregator_of(task_id):
+        raise BadRecord(f"the publisher's cohort of {task_id} is not the one on chain")
+    if not len(cohort.miners) >= terms.spec.participants.miners_min:
+        raise BadRecord(
+            f"{len(cohort.miners)} miners were admitted, the terms ask for {terms.spec.participants.miners_min}"
+        )
+    if len(cohort.registrations) != len(cohort.miners):
+        raise BadRecord("the cohort does not name one registration for each miner")
+    registrations = []
+    for miner, name in zip(cohort.miners, cohort.registrations, strict=True):
+        registration = st.need(Registration, miner, task_id)
+        if not struct_hash(registration) == name == contracts.stakes.registration_of(task_id, miner):
+            raise BadRecord(f"the registration of {miner} is not the one on chain")
+        registrations.append(registration)
+    keys = [registration.encryption_key for registration in registrations]
+    if cohort.publisher_key != st.need(Announcement, terms.publisher, task_id).encryption_key:
+        raise BadRecord("the cohort has another key of the publisher than its announcement")
+    if cohort.aggregator_key != keys[cohort.miners.index(cohort.aggregator)]:
+        raise BadRecord("the cohort has another key of the aggregator than it registered")
+    if len({*keys, cohort.publisher_key}) != len(keys) + 1:
+        raise BadRecord("two parties share an encryption key")
+    counts = [registered_samples(st, registration) for registration in registrations]
+    if cohort.weights != fixed_weights(terms.spec, counts):
+        raise BadRecord("the weights do not follow from the registered sample counts")
+    return cohort
+
+
+def registered_samples(st: Station, registration: Registration) -> int:
+    """Number of samples that a miner registered. Raises BadRecord when its proof is gone or is none."""
+    try:
+        data = st.store.get(registration.miner, registration.dataset_proof_sha256, max_bytes=MAX_PROOF_BYTES)
+        return parse_proof(data).sample_count
+    except (MissingArtifact, TamperedArtifact, DatasetMismatch) as error:
+        raise BadRecord(f"dataset proof of {registration.miner}: {brief(error)}") from error
+
+
 @task(persist_result=False, cache_policy=NO_CACHE)
 def apply_for_task(task_id: str, actor: str) -> dict[str, str]:
     """M2, a miner: check its own data, stake what the task asks for, register with the dataset proof."""
     st = station(actor)
-    spec = st.task(task_id).spec
+    spec = published_task(st, task_id).spec
     dataset = load_samples(st.me, spec.dataset, "train")
     proof = prove(st.me, task_id, spec.dataset, dataset)
     reference = st.store.put(st.address, proof.model_dump_json().encode())
@@ -106,7 +154,7 @@ def apply_for_task(task_id: str, actor: str) -> dict[str, str]:
 def challenge_applicants(task_id: str, actor: str) -> dict[str, str]:
     """M2, the publisher: choose leaves of every applicant's proof, now that the roots are fixed."""
     st = station(actor)
-    spec = st.task(task_id).spec
+    spec = published_task(st, task_id).spec
     for applicant in applicants(st, task_id, spec):
         if applicant.proof is None or applicant.registration is None:
             continue
@@ -133,7 +181,7 @@ def challenge_applicants(task_id: str, actor: str) -> dict[str, str]:
 def answer_challenge(task_id: str, actor: str) -> dict[str, str]:
     """M2, a miner: open the challenged leaves; hash paths, not samples."""
     st = station(actor)
-    terms = st.task(task_id)
+    terms = published_task(st, task_id)
     challenge = st.need(Challenge, terms.publisher, task_id, about=st.address)
     dataset = load_samples(st.me, terms.spec.dataset, "train")
     paths = st.store.put(st.address, open_leaves(st.me, task_id, dataset, challenge.leaves))
@@ -154,13 +202,19 @@ def admit_and_draw(task_id: str, actor: str) -> dict[str, str]:
     st = station(actor)
     if said := st.said(Cohort, task_id):
         return said
-    terms = st.task(task_id)
+    terms = published_task(st, task_id)
     rules = terms.spec.participants
     stakes = st.chain.contracts(st.me.account).stakes
 
+    closed = stakes.get_cohort(task_id).miners
     verified = [check_answer(st, task_id, applicant) for applicant in applicants(st, task_id, terms.spec)]
-    fitting = [applicant for applicant in verified if not applicant.refused]
-    admitted, surplus = fitting[: rules.miners_max], fitting[rules.miners_max :]
+    if closed:  # a run before this one closed registration: what came in since is late
+        admitted = [applicant for applicant in verified if applicant.miner in closed]
+        surplus = [applicant for applicant in verified if applicant.miner not in closed and not applicant.refused]
+    else:
+        verified = [check_stake(stakes, terms.spec, applicant) for applicant in verified]
+        fitting = [applicant for applicant in verified if not applicant.refused]
+        admitted, surplus = fitting[: rules.miners_max], fitting[rules.miners_max :]
     refused = {applicant.miner: applicant.refused for applicant in verified if applicant.refused}
     refused |= {applicant.miner: FULL for applicant in surplus}
     if len(admitted) < rules.miners_min:
@@ -171,12 +225,9 @@ def admit_and_draw(task_id: str, actor: str) -> dict[str, str]:
     # Smallest address first: every party must build the same sums from the same set.
     admitted.sort(key=lambda applicant: applicant.miner.lower())
     miners = tuple(applicant.miner for applicant in admitted)
-    if not stakes.get_cohort(task_id).miners:
+    if not closed:
         stakes.close_registration(task_id, miners)
     aggregator = drawn_aggregator(st, stakes, task_id)
-    on_chain = stakes.get_cohort(task_id)
-    if on_chain.miners != miners:
-        raise BadRecord(f"the chain closed registration with {on_chain.miners}, not with {miners}")
 
     registrations = [applicant.registration for applicant in admitted if applicant.registration is not None]
     weights = fixed_weights(terms.spec, [applicant.proof.sample_count for applicant in admitted if applicant.proof])
@@ -198,10 +249,19 @@ def admit_and_draw(task_id: str, actor: str) -> dict[str, str]:
             registrations=tuple(struct_hash(registration) for registration in registrations),
             weights=weights,
             draw_seed=stakes.get_draw(task_id).seed,
-            refused=tuple(refused),
-            reasons=tuple(refused.values()),
+            refused=tuple(refused)[:MAX_LISTED],
+            reasons=tuple(refused.values())[:MAX_LISTED],
         )
     )
+
+
+def check_stake(stakes: bindings.StakeRegistry, spec: TaskSpec, applicant: Applicant) -> Applicant:
+    """The applicant, refused when it has asked part of its stake back since it registered."""
+    available = stakes.available_stake(applicant.miner)
+    if applicant.refused or available >= spec.money.minimum_stake_wei:
+        return applicant
+    reason = f"available stake is {available} wei, the task asks for {spec.money.minimum_stake_wei}"
+    return Applicant(applicant.miner, applicant.registration, applicant.proof, reason)
 
 
 @task(persist_result=False, cache_policy=NO_CACHE)
@@ -212,7 +272,7 @@ def deliver_to_aggregator(task_id: str, actor: str) -> None:
     if cohort is not None:
         fields = secrets_of(st, task_id)
         opening = {name: fields[name] for name in ("accuracy_ppm", "salt", "content_secret")}
-        deliver(st, st.task(task_id), 0, cohort.aggregator, cohort.aggregator_key, opening)
+        deliver(st, published_task(st, task_id), 0, cohort.aggregator, cohort.aggregator_key, opening)
 
 
 def deliver(
@@ -256,10 +316,17 @@ def delivery_context(task_id: str) -> bytes:
 
 def applicants(st: Station, task_id: str, spec: TaskSpec) -> list[Applicant]:
     """Everybody who registered on chain, in that order, with what is wrong with the application."""
-    return [
-        _applicant(st, task_id, spec, event.miner, event.registration_hash)
-        for event in st.chain.events(task_id, Registered)
-    ]
+    found: list[Applicant] = []
+    keys: set[str] = set()
+    for event in st.chain.events(task_id, Registered):
+        applicant = _applicant(st, task_id, spec, event.miner, event.registration_hash)
+        if applicant.registration is not None:
+            key = applicant.registration.encryption_key
+            if key in keys or key == st.me.encryption_key:
+                applicant = Applicant(event.miner, None, None, "the encryption key is another party's")
+            keys.add(key)
+        found.append(applicant)
+    return found
 
 
 def _applicant(st: Station, task_id: str, spec: TaskSpec, miner: Address, registered: str) -> Applicant:
@@ -272,7 +339,7 @@ def _applicant(st: Station, task_id: str, spec: TaskSpec, miner: Address, regist
         proof = parse_proof(data)
         check_proof(spec.dataset, proof)
     except (BadRecord, DatasetMismatch, MissingArtifact, TamperedArtifact, ValueError) as error:
-        return Applicant(miner, None, None, str(error))
+        return Applicant(miner, None, None, brief(error))
     return Applicant(miner, registration, proof)
 
 
@@ -288,7 +355,7 @@ def check_answer(st: Station, task_id: str, applicant: Applicant) -> Applicant:
         data = st.store.get(applicant.miner, answer.paths_sha256, max_bytes=MAX_PROOF_BYTES)
         check_opening(applicant.proof, challenge.leaves, data)
     except (BadRecord, DatasetMismatch, MissingArtifact, TamperedArtifact) as error:
-        return Applicant(applicant.miner, applicant.registration, applicant.proof, str(error))
+        return Applicant(applicant.miner, applicant.registration, applicant.proof, brief(error))
     return applicant
 
 

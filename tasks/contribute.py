@@ -5,6 +5,7 @@ score of a round (`prepared.npz`). A killed run finds them and encrypts the same
 the same ciphertext; it never trains again, and never puts one mask on two different updates.
 """
 
+import hashlib
 import json
 import secrets
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from prefect.cache_policies import NO_CACHE
 
 from blocks.artifacts import MissingArtifact, TamperedArtifact
 from contracts.messages import (
+    Address,
     Bytes,
     Bytes32,
     Cohort,
@@ -28,6 +30,7 @@ from contracts.messages import (
     score_commit,
 )
 from contracts.task_spec import TaskSpec
+from tasks.cohort import trusted_cohort
 from tasks.crypto import merkle, ndd_fe
 from tasks.dispatch import report_progress
 from tasks.global_model import GlobalModel, build_network, initial_model, model_after, round_support
@@ -35,7 +38,8 @@ from tasks.learning import compression
 from tasks.learning.compression import Memory
 from tasks.learning.datasets import Dataset, decode_arrays, encode_arrays
 from tasks.learning.training import train
-from tasks.records import BadRecord, Station, station
+from tasks.publish import published_task
+from tasks.records import BadRecord, Station, parse_json, station
 from tasks.samples import load_samples
 
 POINT_BYTES = 64
@@ -90,8 +94,10 @@ def read_prepared(st: Station, task_id: str, round_number: int) -> Prepared | No
     return None if data is None else Prepared.decode(data)
 
 
-def label_of(st: Station, task_id: str, round_number: int) -> ndd_fe.Label:
-    return ndd_fe.Label(domain=st.domain.digest(), task_id=task_id, round_number=round_number)
+def label_of(st: Station, task_id: str, round_number: int, miner: Address) -> ndd_fe.Label:
+    """What the masks of one submission are bound to: chain, contract, miner, task and round."""
+    domain = hashlib.sha256(st.domain.digest() + bytes.fromhex(miner[2:])).digest()
+    return ndd_fe.Label(domain=domain, task_id=task_id, round_number=round_number)
 
 
 def score_at(prepared: Prepared, task_id: str, miner: str) -> Bytes32:
@@ -104,7 +110,11 @@ def train_locally(task_id: str, round_number: int, actor: str) -> None:
     st = station(actor)
     if read_prepared(st, task_id, round_number) is not None:
         return
-    spec, cohort = st.task(task_id).spec, st.cohort(task_id)
+    spec, cohort = published_task(st, task_id).spec, trusted_cohort(st, task_id)
+    if not 1 <= round_number <= spec.rounds.max_rounds:
+        raise BadRecord(f"round {round_number}: the terms of {task_id} have rounds 1 to {spec.rounds.max_rounds}")
+    if read_prepared(st, task_id, round_number + 1) is not None:
+        raise TooLate(f"round {round_number} is over: round {round_number + 1} is prepared already")
     if st.address not in cohort.miners:
         raise BadRecord(f"{st.address} is not in the cohort of {task_id}")
     model = model_after(st, spec, cohort, round_number - 1)
@@ -130,7 +140,8 @@ def train_locally(task_id: str, round_number: int, actor: str) -> None:
         round_score=round_score,
         score=earlier_score + round_score,
     )
-    st.me.write_private(_prepared_name(task_id, round_number), prepared.encode())
+    # Whoever is first decides, should the step run twice at once: one update, under one salt.
+    st.me.claim(_prepared_name(task_id, round_number), prepared.encode())
 
 
 def local_round(
@@ -174,7 +185,7 @@ def encrypt_and_submit(task_id: str, round_number: int, actor: str) -> dict[str,
     st = station(actor)
     if posted := st.mine(Submission, task_id, round_number):
         return st.reference(posted)
-    spec, cohort = st.task(task_id).spec, st.cohort(task_id)
+    spec, cohort = published_task(st, task_id).spec, trusted_cohort(st, task_id)
     if st.find(Collection, cohort.aggregator, task_id, round_number) is not None:
         raise TooLate(f"round {round_number} was closed by the aggregator before this submission")
     prepared = read_prepared(st, task_id, round_number)
@@ -182,7 +193,7 @@ def encrypt_and_submit(task_id: str, round_number: int, actor: str) -> dict[str,
         raise MissingArtifact(f"round {round_number} of {task_id} is not prepared in {st.me.home}: train first")
 
     salt: Bytes = "0x" + prepared.salt.hex()
-    label = label_of(st, task_id, round_number)
+    label = label_of(st, task_id, round_number, st.address)
     masks = (
         st.me.mask_key(cohort.publisher_key, "publisher", label, salt),
         st.me.mask_key(cohort.aggregator_key, "aggregator", label, salt),
@@ -225,7 +236,7 @@ def chunk_digests(st: Station, submission: Submission, chunk_coordinates: int) -
     """Digests of a submission's chunks, checked against the root that its miner signed. Raises BadRecord."""
     try:
         data = st.store.get(submission.miner, submission.chunks_sha256, max_bytes=MAX_CHUNK_LIST_BYTES)
-        digests: Any = json.loads(data)
+        digests: Any = parse_json(data)
         expected = -(-submission.coordinates // chunk_coordinates)
         if not isinstance(digests, list) or len(digests) != expected:
             raise BadRecord(f"the ciphertext of {submission.miner} does not have {expected} chunks")

@@ -122,20 +122,17 @@ def ask_each(
     for actor in actors:
         row = registry.find_actor(actor)
 
-        def refuse(reason: str, address: str = row.address) -> None:
-            registry.record_refusal(task_id, round_number, step, address, reason)
-
         answer = _Answer(registry, row.name, step, task_id, round_number, references)
         answer.start()
         answer.join(timeout_s)
         if answer.is_alive():
-            answer.when_late = refuse
-            refuse(f"no answer within {timeout_s:g} s")
+            late = f"no answer within {timeout_s:g} s"
+            registry.record_refusal(task_id, round_number, step, row.address, late)
             watch.tell(StepEvent("refused", step, row.name, task_id, round_number, timeout_s, "no answer in time"))
         elif answer.error is None:
             answers.append(answer.record)
         else:
-            refuse(_reason(answer.error))
+            registry.record_refusal(task_id, round_number, step, row.address, _reason(answer.error))
     return answers
 
 
@@ -148,7 +145,6 @@ class _Answer(threading.Thread):
         self._context = contextvars.copy_context()
         self.record: Any = None
         self.error: Exception | None = None
-        self.when_late: Callable[[str], None] | None = None
 
     def run(self) -> None:
         try:
@@ -188,6 +184,10 @@ def _run(registry: Registry, name: str, step: str, task_id: str, round_number: i
             detail=detail,
         )
         watch.tell(StepEvent(outcome, step, name, task_id, round_number, seconds, detail))
+        where = f"round {round_number}, " if round_number else ""
+        get_run_logger().info(
+            "%s %s: %s, %s%s, %.1f s. %s", STEPS[step].module, step, name, where, outcome, seconds, detail
+        )
     if isinstance(record, Abort):
         raise TaskAborted(f"{record.reason}: {record.detail}")
     return record
@@ -221,6 +221,18 @@ def task_states(task_id: str) -> Iterator[None]:
     except TaskAborted as aborted:
         registry.mark_task(task_id, "FAILED", str(aborted))
         get_run_logger().warning("task %s: %s", task_id, aborted)
+    except Exception as error:
+        # Whatever went wrong, after the deadline no block can come any more: what is left is the refund.
+        if not _is_overdue(task_id):
+            raise
+        registry.mark_task(task_id, "FAILED", f"{AbortReason.DEADLINE_PASSED}: {_reason(error)}")
+
+
+def _is_overdue(task_id: str) -> bool:
+    """Whether the task's reward is still locked after its deadline."""
+    chain = load_chain()
+    on_chain = chain.contracts().escrow.get_task(task_id)
+    return on_chain.status is Status.LOCKED and chain.now_s() > on_chain.terms.deadline_s
 
 
 def give_up_after(task_id: str, rounds: int) -> None:

@@ -68,6 +68,8 @@ def next_model(
 ) -> GlobalModel:
     """W_r from W_{r-1} and the opened sum (k,) on the round's support."""
     support = round_support(spec, model, round_number)
+    # A sum beyond what honest updates can reach is some miner's doing: it is published as it is, and moves nothing.
+    weighted_sum = np.where(np.abs(weighted_sum) > spec.recovery_bound(total_weight), 0, weighted_sum)
     mean = aggregation.weighted_mean(weighted_sum, total_weight, spec.compression.scale, support, model.parameters.size)
     step = aggregation.SERVER_STEPS[spec.aggregation.server_step]
     options: dict[str, Any] = dict(spec.aggregation.options)

@@ -5,25 +5,29 @@ before the first transaction, so that a killed run finds its own escrow again in
 """
 
 import json
+import math
 import secrets
 from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from blocks.artifacts import sha256_hex
+from blocks.artifacts import MissingArtifact, sha256_hex
 from blocks.identity import Identity
 from contracts.bindings import InsufficientFunds, Reverted, Status, TaskOnChain, Terms
 from contracts.messages import AbortReason, Announcement, Bytes32, accuracy_commit
-from contracts.task_spec import PPM, PublishedTask, TaskSpec
+from contracts.task_spec import PPM, PublishedTask, TaskFile, TaskSpec
 from tasks.crypto import ecies
 from tasks.crypto.ndd_fe import ORDER
 from tasks.learning import compression, models
 from tasks.learning.aggregation import SERVER_STEPS
 from tasks.learning.datasets import Dataset, encode_npz
-from tasks.records import Station, station, terms_path
+from tasks.records import BadRecord, Station, brief, parse_json, station, terms_path
 from tasks.samples import load_samples
 from tasks.show import show_markdown
+
+COORDINATES_PER_PROJECTION = 8
+"""An audit may open one number for at least so many coordinates: far too few equations to solve for an update."""
 
 
 class DepositFailed(RuntimeError):
@@ -34,20 +38,37 @@ def check_runnable(spec: TaskSpec) -> int:
     """Raise ValueError unless the model can be built and the server step exists; return the model's dimension."""
     if spec.aggregation.server_step not in SERVER_STEPS:
         raise ValueError(f"aggregation.server_step = {spec.aggregation.server_step!r}: one of {sorted(SERVER_STEPS)}")
-    dataset = spec.dataset
-    return models.dimension(spec.model.name, dataset.input_shape, dataset.classes, spec.model.options)
+    dataset, rules = spec.dataset, spec.compression
+    dimension = models.dimension(spec.model.name, dataset.input_shape, dataset.classes, spec.model.options)
+    fewest = math.ceil(dimension * rules.density)
+    if COORDINATES_PER_PROJECTION * spec.voting.audit_projections > fewest:
+        raise ValueError(
+            f"voting.audit_projections = {spec.voting.audit_projections}: with {fewest} coordinates a round (density "
+            f"{rules.density} of {dimension}) at most {fewest // COORDINATES_PER_PROJECTION} say little of an update"
+        )
+    return dimension
 
 
 def largest_score(spec: TaskSpec) -> int:
-    """Bound of a score: every round's is at most that of a dense vector at the bound, and scores add up over rounds."""
-    return spec.rounds.max_rounds * compression.score_bound(check_runnable(spec), spec.compression.bound)
+    """Bound of a score over the task, in millionths of a step: what an honest miner cannot exceed.
+
+    A round's norm is at most clip_norm in fixed point, plus half a step of rounding in each of the k coordinates, and at
+    most that of k coordinates at the bound; rounds add up.
+    """
+    rules, dimension, total = spec.compression, check_runnable(spec), 0
+    for number in range(1, spec.rounds.max_rounds + 1):
+        size = math.ceil(dimension * compression.density_of_round(number, rules.density, rules.warmup_rounds))
+        clipped = math.ceil((rules.clip_norm * rules.scale + math.sqrt(size) / 2) * compression.SCORE_UNIT)
+        total += min(clipped, compression.score_bound(size, rules.bound))
+    return total
 
 
 def terms_on_chain(spec: TaskSpec, deadline_s: int) -> Terms:
     """What the contracts themselves enforce."""
     return Terms(
         deadline_s=deadline_s,
-        min_miners=spec.participants.miners_min,
+        # Who takes part in a block may be fewer than the admitted: as few as a round may have (see `trusted_cohort`).
+        min_miners=spec.participants.submissions_min,
         max_miners=spec.participants.miners_max,
         fault_rate_ppm=round(spec.participants.tolerated_faults * PPM),
         aggregator_share_ppm=round(spec.money.aggregator_share * PPM),
@@ -67,11 +88,16 @@ def lock_reward(task_id: str, spec: TaskSpec, actor: str) -> dict[str, str]:
         return st.reference(announced)
 
     validation = encode_npz(load_samples(st.me, spec.dataset, "validation"))
+    if secrets_of(st, task_id)["spec_sha256"] != spec_sha256(spec):
+        raise DepositFailed(
+            f"the terms given for {task_id} are not those that its publisher decided on: start it again"
+        )
     terms = PublishedTask(task_id=task_id, publisher=st.address, validation_sha256=sha256_hex(validation), spec=spec)
     commit = commitment(st, task_id)
     escrow = st.chain.contracts(st.me.account).escrow
     found = escrow.get_task(task_id)
-    if found.status is Status.NONE:
+    fresh = found.status is Status.NONE
+    if fresh:
         deadline_s = st.chain.now_s() + spec.windows.deadline_s
         on_chain_terms = terms_on_chain(spec, deadline_s)
         try:
@@ -82,7 +108,7 @@ def lock_reward(task_id: str, spec: TaskSpec, actor: str) -> dict[str, str]:
 
     transaction = next(done.transaction for done in st.chain.transactions(task_id) if done.kind == "publishTask")
     st.chain.confirm(transaction)
-    if problem := read_back(st, found, terms, commit):
+    if problem := read_back(st, found, terms, commit, fresh=fresh):
         raise DepositFailed(f"{AbortReason.DEPOSIT_FAILED}: {problem}")
 
     st.store.post(st.address, terms_path(task_id), terms.encode())
@@ -99,8 +125,11 @@ def lock_reward(task_id: str, spec: TaskSpec, actor: str) -> dict[str, str]:
     )
 
 
-def read_back(st: Station, found: TaskOnChain, terms: PublishedTask, commit: Bytes32) -> str:
-    """What is wrong with the escrow as the chain has it, or an empty string."""
+def read_back(st: Station, found: TaskOnChain, terms: PublishedTask, commit: Bytes32, *, fresh: bool) -> str:
+    """What is wrong with the escrow as the chain has it, or an empty string.
+
+    One that was locked before a kill is ours whatever the time: its way out after the deadline is the refund.
+    """
     balance = st.chain.web3.eth.get_balance(st.chain.contracts().escrow.address)  # type: ignore[arg-type]
     checks = {
         f"task id {terms.task_id} belongs to {found.publisher}: choose another": found.publisher == st.address,
@@ -114,26 +143,54 @@ def read_back(st: Station, found: TaskOnChain, terms: PublishedTask, commit: Byt
         "the terms on chain are not those of the task file": (
             found.terms == terms_on_chain(terms.spec, found.terms.deadline_s)
         ),
-        f"the deadline {found.terms.deadline_s} is not in the future": found.terms.deadline_s > st.chain.now_s(),
+        f"the deadline {found.terms.deadline_s} is not in the future": not fresh
+        or found.terms.deadline_s > st.chain.now_s(),
     }
     return "; ".join(problem for problem, holds in checks.items() if not holds)
 
 
-def require_accuracy(me: Identity, task_id: str, accuracy_ppm: int) -> None:
-    """Write the secrets of a new task to the publisher's home, once: accuracy, salt, content key."""
-    name = f"{task_id}/commitment.json"
-    if me.read_private(name) is None:
-        content_secret = secrets.randbelow(ORDER - 1) + 1
-        fields = {
-            "accuracy_ppm": accuracy_ppm,
-            "salt": secrets.token_hex(32),
-            "content_secret": content_secret.to_bytes(32, "big").hex(),
-        }
-        me.write_private(name, json.dumps(fields).encode())
+def decide(me: Identity, task_id: str, file: TaskFile) -> None:
+    """The publisher's decision, in its home, once: the terms it will pay for, and the secrets of the task.
+
+    Whoever starts the flow later passes the terms along; others than these are not paid for.
+    """
+    content_secret = secrets.randbelow(ORDER - 1) + 1
+    fields = {
+        "accuracy_ppm": file.required_accuracy_ppm,
+        "salt": secrets.token_hex(32),
+        "content_secret": content_secret.to_bytes(32, "big").hex(),
+        "spec_sha256": spec_sha256(file.spec()),
+    }
+    me.claim(f"{task_id}/commitment.json", json.dumps(fields).encode())
+
+
+def spec_sha256(spec: TaskSpec) -> Bytes32:
+    return sha256_hex(json.dumps(spec.model_dump(mode="json"), sort_keys=True).encode())
+
+
+def published_task(st: Station, task_id: str) -> PublishedTask:
+    """The terms as published. Raises BadRecord unless the chain has exactly these: hash, reward, windows and limits.
+
+    The chain names the publisher and the hash; the store only carries the bytes.
+    """
+    on_chain = st.chain.contracts().escrow.get_task(task_id)
+    data = st.store.find(on_chain.publisher, terms_path(task_id))
+    if data is None:
+        raise MissingArtifact(f"the terms of {task_id} are not in the store of its publisher {on_chain.publisher}")
+    try:
+        task = PublishedTask.model_validate(parse_json(data))
+        expected = terms_on_chain(task.spec, on_chain.terms.deadline_s)
+    except ValueError as error:
+        raise BadRecord(f"the terms of {task_id} cannot be used: {brief(error)}") from error
+    if task.spec_hash() != on_chain.spec_hash or (task.task_id, task.publisher) != (task_id, on_chain.publisher):
+        raise BadRecord(f"the terms of {task_id} hash to {task.spec_hash()}, on chain it is {on_chain.spec_hash}")
+    if on_chain.reward_wei != task.spec.money.reward_wei or on_chain.terms != expected:
+        raise BadRecord(f"the reward or the limits locked on chain for {task_id} are not those of its terms")
+    return task
 
 
 def secrets_of(st: Station, task_id: str) -> dict[str, Any]:
-    """What `require_accuracy` wrote. Raises LookupError."""
+    """What `decide` wrote. Raises LookupError."""
     data = st.me.read_private(f"{task_id}/commitment.json")
     if data is None:
         raise LookupError(

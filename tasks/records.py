@@ -13,13 +13,13 @@ from typing import Any, TypeVar, cast
 from eth_utils.address import to_checksum_address
 from prefect.exceptions import ObjectNotFound
 from pydantic import ValidationError
+from pydantic_core import from_json
 
-from blocks.artifacts import ArtifactStore, MissingArtifact, TamperedArtifact, sha256_hex
+from blocks.artifacts import AlreadyPosted, ArtifactStore, MissingArtifact, TamperedArtifact, sha256_hex
 from blocks.chain import Chain
 from blocks.identity import Identity
 from contracts import messages
-from contracts.messages import Address, Domain, Message
-from contracts.task_spec import PublishedTask
+from contracts.messages import Address, Bytes, Domain, Message
 
 M = TypeVar("M", bound=Message)
 
@@ -58,16 +58,26 @@ class Station:
         return self.chain.domain
 
     def post(self, message: Message, *, about: str | None = None) -> dict[str, str]:
-        """Sign and post a record; an equal one is there already after a retry (signatures are deterministic)."""
+        """Sign and post a record, once: what I said first stays. Raises AlreadyPosted when it was something else.
+
+        The own home remembers, so that a store that hides a record cannot make me say another thing in its place.
+        """
         body = {"message": message.model_dump(mode="json"), "signature": self.me.sign(message, self.domain)}
         data = json.dumps({"kind": type(message).__name__, **body}, sort_keys=True).encode()
         path = record_path(type(message), message.task_id, message.round_number, about)
+        if self.me.claim(_signed_name(path), data) != data:
+            raise AlreadyPosted(f"{self.address} has signed another {path} before: a record is signed once")
         self.store.post(self.address, path, data)
         return RecordRef(self.address, type(message).__name__, path, sha256_hex(data)).as_json()
 
     def mine(self, kind: type[M], task_id: str, round_number: int = 0, *, about: str | None = None) -> M | None:
-        """The record I posted before a retry, or None."""
-        return self.find(kind, self.address, task_id, round_number, about=about)
+        """The record I signed before a retry, put back into the store if it is missing there; or None."""
+        path = record_path(kind, task_id, round_number, about)
+        data = self.me.read_private(_signed_name(path))
+        if data is None:
+            return None
+        self.store.post(self.address, path, data)
+        return check_record(kind, data, self.domain, self.address, task_id, round_number)[0]
 
     def said(self, kind: type[Message], task_id: str, round_number: int = 0) -> dict[str, str] | None:
         """The reference of my record of this kind, or of my word that I gave up: a retry repeats what was said."""
@@ -80,6 +90,13 @@ class Station:
         self, kind: type[M], signer: Address, task_id: str, round_number: int = 0, *, about: str | None = None
     ) -> M | None:
         """The signer's record, checked, or None when there is none. Raises BadRecord."""
+        found = self.find_signed(kind, signer, task_id, round_number, about=about)
+        return None if found is None else found[0]
+
+    def find_signed(
+        self, kind: type[M], signer: Address, task_id: str, round_number: int = 0, *, about: str | None = None
+    ) -> tuple[M, Bytes] | None:
+        """The signer's record and its signature, checked, or None when there is none. Raises BadRecord."""
         path = record_path(kind, task_id, round_number, about)
         try:
             data = self.store.find(signer, path)
@@ -98,11 +115,11 @@ class Station:
         return found
 
     def reference(self, message: Message, *, about: str | None = None) -> dict[str, str]:
-        """The reference of a record of mine that is posted already."""
+        """The reference of a record that I signed already."""
         path = record_path(type(message), message.task_id, message.round_number, about)
-        data = self.store.find(self.address, path)
+        data = self.me.read_private(_signed_name(path))
         if data is None:
-            raise MissingArtifact(f"{self.address} has not posted {path}")
+            raise MissingArtifact(f"{self.address} has not signed {path}")
         return RecordRef(self.address, type(message).__name__, path, sha256_hex(data)).as_json()
 
     def receipt(
@@ -120,30 +137,6 @@ class Station:
             amount_wei=str(amount_wei),
         )
         return self.post(receipt, about=step)
-
-    def task(self, task_id: str) -> PublishedTask:
-        """The terms as published. The chain names the publisher and the hash; the store only carries the bytes."""
-        on_chain = self.chain.contracts().escrow.get_task(task_id)
-        data = self.store.find(on_chain.publisher, terms_path(task_id))
-        if data is None:
-            raise MissingArtifact(f"the terms of {task_id} are not in the store of its publisher {on_chain.publisher}")
-        try:
-            task = PublishedTask.model_validate_json(data)
-        except ValidationError as error:
-            raise BadRecord(f"the terms of {task_id} do not parse: {error}") from error
-        if task.spec_hash() != on_chain.spec_hash or task.task_id != task_id:
-            raise BadRecord(f"the terms of {task_id} hash to {task.spec_hash()}, on chain it is {on_chain.spec_hash}")
-        return task
-
-    def cohort(self, task_id: str) -> messages.Cohort:
-        """The admitted miners, checked against what the contract recorded."""
-        publisher = self.chain.contracts().escrow.get_task(task_id).publisher
-        cohort = self.need(messages.Cohort, publisher, task_id)
-        stakes = self.chain.contracts().stakes
-        on_chain = tuple(stakes.get_cohort(task_id).miners)
-        if cohort.miners != on_chain or cohort.aggregator != stakes.aggregator_of(task_id):
-            raise BadRecord(f"the publisher's cohort of {task_id} is not the one on chain")
-        return cohort
 
 
 def give_up(
@@ -182,15 +175,17 @@ def terms_path(task_id: str) -> str:
     return f"{task_id}/terms.json"
 
 
-def check_record(kind: type[M], data: bytes, domain: Domain, signer: Address, task_id: str, round_number: int) -> M:
-    """Parse and check one record's bytes. Raises BadRecord with the reason."""
+def check_record(
+    kind: type[M], data: bytes, domain: Domain, signer: Address, task_id: str, round_number: int
+) -> tuple[M, Bytes]:
+    """Parse and check one record's bytes; the message and its signature. Raises BadRecord with the reason."""
     try:
-        envelope: dict[str, Any] = json.loads(data)
+        envelope: dict[str, Any] = parse_json(data)
         message = kind.model_validate(envelope["message"])
         signature = str(envelope["signature"])
         recovered = messages.signer_of(message, domain, signature)
-    except (ValidationError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise BadRecord(f"malformed {kind.__name__}: {_first_line(error)}") from error
+    except (ValidationError, KeyError, TypeError, ValueError) as error:
+        raise BadRecord(f"malformed {kind.__name__}: {brief(error)}") from error
     if recovered != to_checksum_address(signer):
         raise BadRecord(f"{kind.__name__} is signed by {recovered}, not by {signer} for this chain and contract")
     if kind.SIGNED_BY is not None and getattr(message, kind.SIGNED_BY) != recovered:
@@ -200,7 +195,7 @@ def check_record(kind: type[M], data: bytes, domain: Domain, signer: Address, ta
             f"{kind.__name__} was signed for {message.task_id} round {message.round_number}, "
             f"not for {task_id} round {round_number}"
         )
-    return message
+    return message, signature
 
 
 def load_record(store: ArtifactStore, domain: Domain, reference: dict[str, str]) -> Message:
@@ -213,8 +208,22 @@ def load_record(store: ArtifactStore, domain: Domain, reference: dict[str, str])
     if data is None or sha256_hex(data) != ref.sha256:
         raise BadRecord(f"record {ref.path} of {ref.owner} is missing or is not the one that was announced")
     task_id, number, _ = ref.path.split("/")
-    return check_record(kind, data, domain, ref.owner, task_id, int(number))
+    return check_record(kind, data, domain, ref.owner, task_id, int(number))[0]
 
 
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+def parse_json(data: bytes) -> Any:
+    """JSON from somebody else. Raises ValueError for what is none, is nested too deeply, or holds NaN.
+
+    The standard library's parser recurses without a bound of its own, and takes the process with it.
+    """
+    return from_json(data, allow_inf_nan=False)
+
+
+def brief(error: Exception) -> str:
+    """An error as one short line: it goes into signed records, which are small, and others choose what it quotes."""
+    return " ".join(str(error).split())[:300]
+
+
+def _signed_name(path: str) -> str:
+    task_id, _, rest = path.partition("/")
+    return f"{task_id}/signed/{rest}"

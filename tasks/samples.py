@@ -12,12 +12,15 @@ import hashlib
 import hmac
 import json
 import secrets
+from bisect import bisect_right
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field, ValidationError
+from pydantic_core import from_json
 
 from blocks.identity import Identity
 from contracts.messages import Bytes32, Frozen
@@ -35,10 +38,10 @@ class DatasetMismatch(ValueError):
 class DatasetProof(Frozen):
     """What a miner says of its data and binds itself to by a Merkle root."""
 
-    dataset: str
+    dataset: str = Field(max_length=64)
     sample_count: int = Field(ge=1, lt=2**32)
-    histogram: tuple[int, ...]
-    input_shape: tuple[int, ...]
+    histogram: tuple[int, ...] = Field(max_length=10_000)
+    input_shape: tuple[int, ...] = Field(max_length=4)
     root: Bytes32
 
 
@@ -130,19 +133,18 @@ def open_leaves(me: Identity, task_id: str, dataset: Dataset, indices: tuple[int
 def check_opening(proof: DatasetProof, challenged: tuple[int, ...], data: bytes) -> None:
     """Raise DatasetMismatch unless exactly the challenged leaves are opened, in the tree, with the promised classes."""
     try:
-        opened = [OpenedLeaf.model_validate(leaf) for leaf in json.loads(data)]
+        opened = [OpenedLeaf.model_validate(leaf) for leaf in from_json(data, allow_inf_nan=False)]
     except (ValidationError, ValueError, TypeError) as error:
-        raise DatasetMismatch(f"the opened leaves do not parse: {str(error)[:120]}") from error
+        raise DatasetMismatch(f"the opened leaves do not parse: {_brief(error)}") from error
     if tuple(leaf.index for leaf in opened) != challenged:
         raise DatasetMismatch(
             f"leaves {[leaf.index for leaf in opened]} were opened, {list(challenged)} were challenged"
         )
-    label_of = np.repeat(np.arange(len(proof.histogram)), proof.histogram)
+    ends = list(accumulate(proof.histogram))  # leaves are ordered by class
     for leaf in opened:
-        if leaf.label != label_of[leaf.index]:
-            raise DatasetMismatch(
-                f"leaf {leaf.index} has class {leaf.label}, the histogram says {label_of[leaf.index]}"
-            )
+        announced = bisect_right(ends, leaf.index)
+        if leaf.label != announced:
+            raise DatasetMismatch(f"leaf {leaf.index} has class {leaf.label}, the histogram says {announced}")
         hashed = merkle.leaf_hash(_leaf((leaf.label, bytes.fromhex(leaf.sample_hash[2:]))))
         path = tuple(bytes.fromhex(step[2:]) for step in leaf.path)
         if not merkle.verify(bytes.fromhex(proof.root[2:]), hashed, leaf.index, proof.sample_count, path):
@@ -163,8 +165,7 @@ def _hashed_samples(me: Identity, task_id: str, dataset: Dataset) -> list[tuple[
     name = f"{task_id}/dataset-salt"
     salt = me.read_private(name)
     if salt is None:
-        salt = secrets.token_bytes(32)
-        me.write_private(name, salt)
+        salt = me.claim(name, secrets.token_bytes(32))
     order = np.argsort(dataset.labels, kind="stable")
     return [(int(dataset.labels[j]), _salted(salt, int(j), sample_bytes(dataset, int(j)))) for j in order]
 

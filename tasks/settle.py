@@ -4,17 +4,16 @@ Algorithms 6 and 7 of the protocol. Every step asks the chain first whether it i
 second time.
 """
 
-import json
-
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from contracts.bindings import InsufficientFunds, Outcome, Reverted, RewardCredited, Settlement, Status
 from contracts.messages import ZERO32, AbortReason, Attestation, Candidate, Cohort, struct_hash
 from tasks.aggregate import delivered_requirement
+from tasks.cohort import trusted_cohort
 from tasks.contribute import read_prepared, score_at
-from tasks.publish import secrets_of
-from tasks.records import BadRecord, Station, give_up, record_path, station
+from tasks.publish import published_task, secrets_of
+from tasks.records import BadRecord, Station, brief, give_up, station
 from tasks.show import show_table
 
 
@@ -25,7 +24,7 @@ def publish_voted_block(task_id: str, round_number: int, actor: str) -> dict[str
     contracts = st.chain.contracts(st.me.account)
     if contracts.publisher.get_block_meta(task_id) is not None:
         return st.receipt(task_id, round_number, "publish-block", _sent(st, task_id, "publishBlock"))
-    cohort = st.cohort(task_id)
+    cohort = trusted_cohort(st, task_id)
     candidate = st.need(Candidate, st.address, task_id, round_number)
     votes, verdicts = collect_votes(st, cohort, candidate)
     rows = [{"miner": miner, "verdict": verdict} for miner, verdict in verdicts.items()]
@@ -50,22 +49,23 @@ def collect_votes(st: Station, cohort: Cohort, candidate: Candidate) -> tuple[li
     signatures, verdicts = [], {}
     for miner in cohort.miners:
         try:
-            vote = st.find(Attestation, miner, candidate.task_id, candidate.round_number)
+            found = st.find_signed(Attestation, miner, candidate.task_id, candidate.round_number)
         except BadRecord as error:
-            verdicts[miner] = f"refused: {error}"
+            verdicts[miner] = f"refused: {brief(error)}"
             continue
-        if vote is None:
+        if found is None:
             verdicts[miner] = "no vote"
-        elif vote.candidate != name:
+            continue
+        vote, signature = found
+        if vote.candidate != name:
             verdicts[miner] = "refused: for another candidate"
         elif not vote.accepted:
-            verdicts[miner] = f"INVALID: {vote.reason}"
+            verdicts[miner] = f"INVALID: {vote.reason[:200]}"
         elif miner == cohort.aggregator:
             verdicts[miner] = "VALID (its own candidate, not counted)"
         else:
             verdicts[miner] = "VALID"
-            path = record_path(Attestation, candidate.task_id, candidate.round_number)
-            signatures.append(json.loads(st.store.find(miner, path) or b"{}")["signature"])
+            signatures.append(signature)
     return signatures, verdicts
 
 
@@ -84,7 +84,7 @@ def open_accuracy_instead(task_id: str, actor: str) -> dict[str, str]:
     settlement = st.chain.contracts().rewards.get_settlement(task_id)
     if settlement.outcome is Outcome.PENDING:
         st.chain.wait_until(settlement.publisher_reveal_end_s + 1, "the aggregator's turn to reveal the accuracy")
-    accuracy_ppm, salt = delivered_requirement(st, st.task(task_id))
+    accuracy_ppm, salt = delivered_requirement(st, published_task(st, task_id))
     return _reveal_accuracy(st, task_id, accuracy_ppm, salt)
 
 

@@ -4,10 +4,11 @@ import json
 
 import pytest
 
-from contracts.messages import Abort, AbortReason, Collection, KeyGrant, KeyRequest, Submission, struct_hash
+from contracts.messages import Abort, AbortReason, AuditGrant, Collection, KeyGrant, KeyRequest, Submission, struct_hash
 from tasks.aggregate import KeyRefused, key_context, masks_of, read_functional_key, signed_submissions, whole_ciphertext
 from tasks.crypto import ecies, ndd_fe
 from tasks.crypto.ecies import Unopenable
+from tasks.publish import published_task
 from tests.protocol.world import TASK_ID, World
 
 
@@ -28,7 +29,7 @@ def test_the_aggregator_opens_the_key_and_the_sum_with_it(world_after):
     world = world_after("derive-key")
     st = world.station(world.aggregator)
     request = world.find(KeyRequest, world.aggregator)
-    key = read_functional_key(st, st.task(TASK_ID), request)
+    key = read_functional_key(st, published_task(st, TASK_ID), request)
     assert key.shape == (world.find(Submission, "miner-1").coordinates, 4)
 
 
@@ -49,10 +50,17 @@ def test_a_second_key_for_other_miners_of_the_round_is_refused(world_after):
         world.do("derive-key", "publisher")
 
 
-def test_the_refusal_survives_a_restart_and_the_loss_of_the_store(world_after):
-    """The publisher's own memory decides: an intruder who deletes the grant does not get a second key."""
+def test_a_store_that_hides_the_key_gets_the_same_one_again(world_after):
     world = world_after("derive-key")
+    grant = world.find(KeyGrant, "publisher")
     world.record_file(KeyGrant, "publisher").unlink()
+    assert world.do("derive-key", "publisher") == grant
+
+
+def test_the_refusal_survives_a_kill_between_claim_and_grant_and_a_restart(world_after):
+    """The publisher's own memory decides, and it is written before there is a key."""
+    world = world_after("derive-key")
+    world.forget(KeyGrant, "publisher")
     world.forge(smaller_request(world), signer=world.aggregator)
     world.close()
     again = World(world.folder, world.file)
@@ -70,10 +78,10 @@ def test_a_killed_publisher_derives_the_same_key_for_the_same_request(world_afte
     world = world_after("derive-key")
     st = world.station(world.aggregator)
     request = world.find(KeyRequest, world.aggregator)
-    first = read_functional_key(st, st.task(TASK_ID), request)
-    world.record_file(KeyGrant, "publisher").unlink()  # killed before the grant was posted
+    first = read_functional_key(st, published_task(st, TASK_ID), request)
+    world.forget(KeyGrant, "publisher")  # killed before the grant was signed
     world.do("derive-key", "publisher")
-    assert (read_functional_key(st, st.task(TASK_ID), request) == first).all()
+    assert (read_functional_key(st, published_task(st, TASK_ID), request) == first).all()
 
 
 def test_two_keys_of_one_round_would_reveal_a_single_update(world_after):
@@ -155,14 +163,23 @@ def test_a_request_that_somebody_else_signed_is_refused(world_after):
 def test_a_second_set_of_audit_keys_is_refused(world_after):
     """Each set opens a few projections: many sets would open the update."""
     world = world_after("grant-audit")
-    from contracts.messages import AuditGrant
-
-    world.record_file(AuditGrant, "publisher").unlink()
+    world.forget(AuditGrant, "publisher")
     collection = world.find(Collection, world.aggregator)
     world.forge(collection.model_copy(update={"reasons": ("x",), "refused": ()}), signer=world.aggregator)
     abort = world.do("grant-audit", "publisher")
     assert abort.reason == AbortReason.KEY_REFUSED
     assert "already has its audit" in abort.detail
+
+
+def test_audit_keys_that_the_store_hides_are_never_for_other_projections(world_after):
+    """Neither a hidden grant nor a kill before it was signed moves the audit to another block."""
+    world = world_after("grant-audit")
+    first = world.find(AuditGrant, "publisher")
+    world.record_file(AuditGrant, "publisher").unlink()
+    assert world.do("grant-audit", "publisher") == first
+    world.forget(AuditGrant, "publisher")
+    world.chain.wait_for_block(world.chain.web3.eth.block_number + 3)
+    assert world.do("grant-audit", "publisher").block_number == first.block_number
 
 
 def test_a_wrong_functional_key_ends_the_round_loudly(world_after):
@@ -204,7 +221,7 @@ def test_what_the_publisher_keeps_of_a_round_names_the_request_only(world_after)
     kept = world.folder / "actors" / "publisher" / "private" / TASK_ID / "00001"
     request = world.find(KeyRequest, world.aggregator)
     assert (kept / "functional-key-for").read_text() == struct_hash(request)
-    assert {path.name for path in kept.iterdir()} == {"functional-key-for", "audit-for"}
+    assert {path.name for path in kept.iterdir()} == {"functional-key-for", "audit-for", "audit-block"}
     assert json.loads(world.record_file(KeyGrant, "publisher").read_text())["message"]["request"] == struct_hash(
         request
     )

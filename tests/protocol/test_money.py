@@ -1,13 +1,17 @@
 """Where the money goes, for every way in which a task can end; always to the wei."""
 
+from dataclasses import replace
+
 import pytest
+from prefect.blocks.core import Block
 
 from blocks.chain import NotYet
 from contracts.bindings import Outcome, RewardCredited, Status
-from contracts.messages import AbortReason, Cohort
+from contracts.messages import AbortReason, Announcement, Cohort, Submission
+from tasks import publish
 from tasks.publish import DepositFailed
-from tasks.records import give_up
-from tests.protocol.world import MINERS, TASK_ID, World, task_file
+from tasks.records import BadRecord, give_up
+from tests.protocol.world import MINERS, TASK_ID, World, load_block, task_file
 
 REWARD = task_file().money.reward_wei
 
@@ -178,6 +182,58 @@ def test_publishing_twice_locks_one_reward(world_after):
     assert world.do("publish", "publisher") == first
     assert world.balance_wei("publisher") == before
     assert [done.kind for done in world.chain.transactions(TASK_ID)] == ["publishTask"]
+
+
+def test_terms_that_the_publisher_did_not_decide_on_are_not_paid_for(world_after):
+    """The scheduler passes the terms along; it does not choose them."""
+    world = world_after(None)
+    world.file = task_file(money__reward_wei=9 * 10**18)
+    with pytest.raises(DepositFailed, match="not those that its publisher decided on"):
+        world.do("publish", "publisher")
+    assert world.contracts.escrow.get_task(TASK_ID).status is Status.NONE
+
+
+@pytest.mark.parametrize("what", ["reward", "largest score"])
+def test_terms_with_another_escrow_behind_them_attract_no_miner(world_after, what, monkeypatch):
+    """A publisher that announces one thing and locks another under the same hash."""
+    world = world_after(None)
+    honest = publish.terms_on_chain
+    if what == "largest score":
+        monkeypatch.setattr(publish, "terms_on_chain", lambda *given: replace(honest(*given), max_score=1))
+        world.do("publish", "publisher")
+        monkeypatch.undo()
+        monkeypatch.setattr(Block, "load", staticmethod(load_block))
+    else:
+        world.do("publish", "publisher")
+        chain_says = type(world.contracts.escrow).get_task
+        monkeypatch.setattr(
+            type(world.contracts.escrow),
+            "get_task",
+            lambda escrow, task: replace(chain_says(escrow, task), reward_wei=1),
+        )
+    before = world.balance_wei("miner-1")
+    with pytest.raises(BadRecord, match="locked on chain"):
+        world.do("register", "miner-1")
+    assert world.balance_wei("miner-1") == before
+
+
+def test_a_round_with_fewer_miners_than_were_admitted_is_published_and_paid(world_after):
+    world = world_after("submit", participants__miners_min=5)
+    absent = world.others[0]
+    world.forget(Submission, absent)
+    world.through("withdraw", after="submit")
+    paid = credited(world)
+    assert absent not in paid
+    assert sum(paid.values()) == REWARD
+
+
+def test_an_escrow_that_a_kill_left_unannounced_is_refunded_after_the_deadline(world_after):
+    world = world_after("publish")
+    world.forget(Announcement, "publisher", 0)
+    world.chain.wait_until(world.contracts.escrow.get_task(TASK_ID).terms.deadline_s + 1, "the deadline")
+    world.do("publish", "publisher")
+    world.do("refund", "publisher")
+    assert nothing_is_left(world)
 
 
 def test_a_distant_moment_is_not_waited_for_inside_a_step(world_after, monkeypatch):

@@ -18,7 +18,7 @@ from infra.report import render_html
 from tasks import dispatch
 from tasks.contribute import read_prepared
 from tasks.dispatch import StepEvent
-from tasks.publish import require_accuracy, secrets_of
+from tasks.publish import decide, secrets_of
 from tasks.records import station
 from tests.protocol.world import MINERS, TASK_ID, task_file
 
@@ -46,7 +46,7 @@ class Run:
         self.events: list[StepEvent] = []
         # The data is divided by the unchanged terms: what the miners hold does not depend on what the task asks for.
         self.stack: Stack = set_up(folder, task_file().dataset, len(MINERS), self.file.seed, {})
-        require_accuracy(self.stack.identity("publisher"), TASK_ID, self.file.required_accuracy_ppm)
+        decide(self.stack.identity("publisher"), TASK_ID, self.file)
         dispatch.watch.listeners.append(self.events.append)
         try:
             self.reason = cli.run_flow(self.stack, TASK_ID, self.file)

@@ -5,9 +5,20 @@ import json
 import numpy as np
 import pytest
 
-from contracts.messages import AbortReason, Collection, Domain, KeyRequest, RoundResult, Submission, sign, struct_hash
-from tasks.contribute import TooLate, ciphertext_root, read_prepared
+from contracts.messages import (
+    AbortReason,
+    Attestation,
+    Collection,
+    Domain,
+    KeyRequest,
+    RoundResult,
+    Submission,
+    sign,
+    struct_hash,
+)
+from tasks.contribute import TooLate, ciphertext_root, label_of, read_prepared
 from tasks.crypto import ndd_fe
+from tasks.global_model import model_after
 from tasks.records import record_path
 from tests.protocol.world import MINERS, TASK_ID, World
 
@@ -46,7 +57,7 @@ def test_all_good_submissions_are_accepted(world_after):
         ({"task_id": "another-task"}, "signed for another-task"),
         ({"coordinates": 7}, "7 coordinates"),
         ({"base_model_sha256": "0x" + "ab" * 32}, "trained from model 0xabab"),
-        ({"salt": "0x00"}, "is not 16 bytes"),
+        ({"salt": "0x00"}, "malformed Submission: 1 validation error for Submission salt"),
         ({"sample_count": 4_000_000}, "sample_count = 4000000, registered are"),
         ({"ciphertext_root": "0x" + "cd" * 32}, "do not hash to the root"),
         ({"chunks_sha256": "0x" + "ee" * 32}, "is not in the store"),
@@ -124,8 +135,7 @@ def test_a_late_submission_is_refused_at_the_miner_and_not_counted(world_after):
     world = world_after("submit")
     late = world.others[0]
     record = world.record_file(Submission, late)
-    kept = record.read_bytes()
-    record.unlink()
+    kept = world.forget(Submission, late)
     world.do("collect", world.aggregator)
     with pytest.raises(TooLate, match="closed by the aggregator"):
         world.do("submit", late)
@@ -234,7 +244,7 @@ def test_a_value_far_past_the_bound_is_refused(world_after):
     world = world_after("submit")
     culprit = world.others[0]
     st, cohort, submission = world.station(culprit), world.cohort(), world.find(Submission, culprit)
-    label = ndd_fe.Label(domain=world.chain.domain.digest(), task_id=TASK_ID, round_number=1)
+    label = label_of(st, TASK_ID, 1, st.address)
     masks = (
         st.me.mask_key(cohort.publisher_key, "publisher", label, submission.salt),
         st.me.mask_key(cohort.aggregator_key, "aggregator", label, submission.salt),
@@ -244,6 +254,43 @@ def test_a_value_far_past_the_bound_is_refused(world_after):
     points = ndd_fe.encrypt(values, *masks, bound=2**41)
     tamper_chunk(world, culprit, ndd_fe.encode_points(points))
     assert list(audited_out(world)) == [culprit]
+
+
+def test_a_coordinate_past_the_bound_that_passes_the_audit_moves_nothing_and_stops_nobody(world_after):
+    """The audit bounds a projection: one coordinate can hide in it. The true sum is published, and the model ignores it."""
+    world = world_after("submit")
+    culprit = world.others[0]
+    st, cohort, submission = world.station(culprit), world.cohort(), world.find(Submission, culprit)
+    label = label_of(st, TASK_ID, 1, st.address)
+    masks = (
+        st.me.mask_key(cohort.publisher_key, "publisher", label, submission.salt),
+        st.me.mask_key(cohort.aggregator_key, "aggregator", label, submission.salt),
+    )
+    values = read_prepared(st, TASK_ID, 1).values[:64].copy()
+    values[3] = 150_000
+    tamper_chunk(world, culprit, ndd_fe.encode_points(ndd_fe.encrypt(values, *masks, bound=2**20)))
+    assert audited_out(world) == {}
+    world.through("attest", after="audit")
+    weight = cohort.weights[cohort.miners.index(world.address(culprit))]
+    honest = weighted_sum_of(world, list(MINERS))
+    assert opened_sum(world)[3] == honest[3] + weight * (150_000 - read_prepared(st, TASK_ID, 1).values[3])
+    position = read_prepared(st, TASK_ID, 1).support[3]
+    spec = world.file.spec()
+    before, after = (model_after(st, spec, cohort, number).parameters[position] for number in (0, 1))
+    assert before == after
+    assert {world.find(Attestation, name).accepted for name in MINERS} == {True}
+
+
+def test_the_masks_of_a_submission_are_bound_to_its_miner(world_after):
+    """With a stolen or shared key, another's ciphertext under the own name would still not fit."""
+    world = world_after("submit")
+    victim, thief = world.station(world.others[0]), world.station(world.others[1])
+    cohort, salt = world.cohort(), world.find(Submission, world.others[0]).salt
+    own, stolen = (
+        victim.me.mask_key(cohort.publisher_key, "publisher", label_of(victim, TASK_ID, 1, address), salt)
+        for address in (victim.address, thief.address)
+    )
+    assert own != stolen
 
 
 def opened_sum(world: World) -> np.ndarray:

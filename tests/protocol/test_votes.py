@@ -7,7 +7,18 @@ import pytest
 import torch
 
 from contracts.bindings import Reverted
-from contracts.messages import AbortReason, Attestation, Candidate, Domain, RoundResult, sign, struct_hash
+from contracts.messages import (
+    AbortReason,
+    Attestation,
+    Candidate,
+    Collection,
+    Domain,
+    KeyRequest,
+    RoundResult,
+    Submission,
+    sign,
+    struct_hash,
+)
 from tasks import aggregate
 from tasks.global_model import build_network, decode_opening, encode_opening, model_after, next_model, weights_of
 from tasks.learning.datasets import Dataset, decode_npz, encode_npz
@@ -24,6 +35,8 @@ def verdicts(world: World) -> dict[str, str]:
 def republish(world: World, **changes: object) -> None:
     """The aggregator signs a changed result and a candidate to match."""
     result, candidate = world.find(RoundResult, world.aggregator), world.find(Candidate, world.aggregator)
+    if "model_sha256" in changes:
+        changes.setdefault("model_uri", f"artifact:{result.aggregator}/{changes['model_sha256']}")
     candidate = candidate.model_copy(update={name: changes[name] for name in changes if name in Candidate.model_fields})
     result = result.model_copy(
         update={name: changes[name] for name in changes if name in RoundResult.model_fields}
@@ -124,6 +137,32 @@ def test_a_model_that_is_worse_on_the_own_samples_is_refused(world_after):
     data.write_bytes(encode_npz(Dataset(own.features, answers.astype(np.int64), 10)))
     assert "the model got worse" in world.do("attest", content).reason
     assert world.do("attest", world.others[1]).reason == ""
+
+
+def test_a_model_address_that_leads_elsewhere_is_refused(world_after):
+    world = world_after("open-validation")
+    republish(world, model_uri="https://elsewhere.example/model.bin")
+    assert all("does not name its model" in objection for objection in verdicts(world).values())
+
+
+def test_a_publisher_that_withholds_the_validation_set_does_not_turn_a_good_model_into_a_refund(world_after):
+    world = world_after("aggregate")
+    world.everybody("attest")
+    world.do("publish-block", world.aggregator)
+    assert world.contracts.publisher.get_block_meta(TASK_ID).votes == len(MINERS) - 1
+
+
+def test_a_store_that_hides_what_an_aggregator_signed_does_not_make_it_sign_another_candidate(world_after):
+    """Two signed candidates of one round would cost it its stake."""
+    world = world_after("aggregate")
+    kinds = (Collection, KeyRequest, RoundResult, Candidate)
+    signed = [world.find(kind, world.aggregator) for kind in kinds]
+    for kind in kinds:
+        world.record_file(kind, world.aggregator).unlink()
+    world.record_file(Submission, world.others[0]).unlink()
+    for step in ("collect", "audit", "aggregate"):
+        world.do(step, world.aggregator)
+    assert [world.find(kind, world.aggregator) for kind in kinds] == signed
 
 
 def test_a_candidate_signed_by_another_miner_is_no_candidate(world_after):

@@ -126,7 +126,7 @@ class World:
         _blocks.clear()
         _blocks.update(chain=self.stack.chain, artifacts=self.stack.artifacts, registry=self.stack.registry)
         _blocks.update({name: self.stack.identity(name) for name in self.stack.homes})
-        publish.require_accuracy(self.stack.identity("publisher"), TASK_ID, file.required_accuracy_ppm)
+        publish.decide(self.stack.identity("publisher"), TASK_ID, file)
 
     def do(self, step: str, name: str, r: int = 1) -> Any:
         """Run one actor's step; return its record, checked as the dispatcher does."""
@@ -192,7 +192,7 @@ class World:
         return station(name)
 
     def cohort(self) -> Cohort:
-        return self.station("publisher").cohort(TASK_ID)
+        return cohort.trusted_cohort(self.station("publisher"), TASK_ID)
 
     def find(self, kind: type[Message], name: str, r: int = 1, about: str | None = None) -> Any:
         return self.station("publisher").find(kind, self.address(name), TASK_ID, r, about=about)
@@ -210,6 +210,15 @@ class World:
         target = self.record_file(type(message), as_name or signer, r, about)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(json.dumps({"kind": type(message).__name__, **body}, sort_keys=True))
+
+    def forget(self, kind: type[Message], name: str, r: int = 1, about: str | None = None) -> bytes:
+        """Take a record back, from the store and from its signer's memory: as if killed before signing. Returns it."""
+        posted = self.record_file(kind, name, r, about)
+        data = posted.read_bytes()
+        posted.unlink()
+        task, _, rest = record_path(kind, TASK_ID, r, about).partition("/")
+        (self.folder / "actors" / name / "private" / task / "signed" / rest).unlink()
+        return data
 
     def abort_of(self, name: str, r: int = 1) -> Abort:
         found = self.find(Abort, name, r)
