@@ -28,7 +28,7 @@ def run_task(task_id: str, publisher: str, spec: TaskSpec) -> str:
             ask(publisher, "derive-key", task_id=task_id, round_number=r)  # 2.2
             result = ask(aggregator, "aggregate", task_id=task_id, round_number=r)  # M4
             if result.candidate != ZERO32:
-                ask(publisher, "open-validation", task_id=task_id, round_number=r)  # M5
+                ask_each([publisher], "open-validation", task_id=task_id, round_number=r, timeout_s=vote_limit)  # M5
                 ask_each(miners, "attest", task_id=task_id, round_number=r, timeout_s=vote_limit)  # M5
                 ask(aggregator, "publish-block", task_id=task_id, round_number=r)  # M6
                 ask_each([publisher], "reveal-accuracy", task_id=task_id, timeout_s=vote_limit)  # M7

@@ -3,7 +3,7 @@
 from prefect import flow
 
 from contracts.task_spec import TaskSpec
-from tasks import aggregate, attest, cohort, settle
+from tasks import attest, cohort, keys, settle
 from tasks import publish as publishing
 
 
@@ -32,7 +32,7 @@ def form_cohort(task_id: str, round_number: int, actor: str) -> dict[str, str]:
 )
 def grant_audit(task_id: str, round_number: int, actor: str) -> dict[str, str]:
     """M4. Keys for the announced audit projections of what was collected."""
-    return aggregate.grant_audit(task_id, round_number, actor)
+    return keys.grant_audit(task_id, round_number, actor)
 
 
 @flow(
@@ -40,7 +40,7 @@ def grant_audit(task_id: str, round_number: int, actor: str) -> dict[str, str]:
 )
 def derive_key(task_id: str, round_number: int, actor: str) -> dict[str, str]:
     """2.2. The functional key of this round, for exactly those who submitted."""
-    return aggregate.derive_round_key(task_id, round_number, actor)
+    return keys.derive_round_key(task_id, round_number, actor)
 
 
 @flow(name="open-validation", flow_run_name="M5 open validation · {task_id} · {actor}", persist_result=False)

@@ -15,12 +15,14 @@ from prefect.cache_policies import NO_CACHE
 from blocks.artifacts import MissingArtifact, TamperedArtifact
 from contracts.messages import Announcement, Attestation, Candidate, Cohort, RoundResult, Submission, struct_hash
 from contracts.task_spec import PublishedTask
-from tasks.aggregate import delivered_validation, encryption_keys, latest_score_commits
-from tasks.cohort import deliver, trusted_cohort
+from tasks.aggregate import latest_score_commits
+from tasks.cohort import trusted_cohort
 from tasks.contribute import chunk_digests, read_chunk, read_prepared, score_at
 from tasks.crypto import ndd_fe
 from tasks.crypto.ecies import Unopenable
+from tasks.delivery import deliver, delivered_validation
 from tasks.global_model import accepted, build_network, decode_opening, model_after, weights_of
+from tasks.keys import encryption_keys
 from tasks.learning.datasets import Dataset
 from tasks.learning.training import Diverged, evaluate
 from tasks.publish import published_task, secrets_of

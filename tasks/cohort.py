@@ -4,8 +4,6 @@ Algorithms 2, 2.1 and 2.3 of the protocol. The draw is computed by the contract 
 registration closed, and recomputed here (`draw`), as anybody can.
 """
 
-import hashlib
-import json
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +11,7 @@ from dataclasses import dataclass
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from blocks.artifacts import MissingArtifact, TamperedArtifact, sha256_hex
+from blocks.artifacts import MissingArtifact, TamperedArtifact
 from contracts import bindings
 from contracts.bindings import Registered
 from contracts.messages import (
@@ -23,16 +21,15 @@ from contracts.messages import (
     Challenge,
     ChallengeAnswer,
     Cohort,
-    Delivery,
     Registration,
     draw_seed,
     struct_hash,
 )
-from contracts.task_spec import PublishedTask, TaskSpec
+from contracts.task_spec import TaskSpec
 from tasks.crypto import ecies
+from tasks.delivery import deliver
 from tasks.learning.aggregation import public_weights
-from tasks.learning.datasets import encode_npz
-from tasks.publish import content_key, published_task, secrets_of, validation_set
+from tasks.publish import published_task, secrets_of
 from tasks.records import BadRecord, Station, brief, give_up, station
 from tasks.samples import (
     DatasetMismatch,
@@ -273,45 +270,6 @@ def deliver_to_aggregator(task_id: str, actor: str) -> None:
         fields = secrets_of(st, task_id)
         opening = {name: fields[name] for name in ("accuracy_ppm", "salt", "content_secret")}
         deliver(st, published_task(st, task_id), 0, cohort.aggregator, cohort.aggregator_key, opening)
-
-
-def deliver(
-    st: Station, terms: PublishedTask, round_number: int, recipient: Address, key: str, fields: dict[str, object]
-) -> None:
-    """Seal the validation set's content key, and what else `fields` holds, to one recipient; once."""
-    if st.mine(Delivery, terms.task_id, round_number, about=recipient) is not None:
-        return
-    secret_fields = secrets_of(st, terms.task_id)
-    public = content_key(secret_fields)
-    context = delivery_context(terms.task_id)
-    validation = encode_npz(validation_set(st, terms))
-    if sha256_hex(validation) != terms.validation_sha256:
-        raise DatasetMismatch(f"the validation set is not the announced one {terms.validation_sha256}: restore it")
-    # A seed that depends on the content: sealed alike for all recipients, and no key ever meets two contents.
-    secret = bytes.fromhex(secret_fields["content_secret"])
-    seed = hashlib.sha512(secret + context + hashlib.sha256(validation).digest()).digest()[:48]
-    content = ecies.seal(validation, public, ephemeral_seed=seed, context=context)
-    sealed = ecies.seal(
-        json.dumps(fields).encode(),
-        bytes.fromhex(key[2:]),
-        ephemeral_seed=secrets.token_bytes(48),
-        context=context,
-    )
-    st.post(
-        Delivery(
-            task_id=terms.task_id,
-            round_number=round_number,
-            publisher=st.address,
-            recipient=recipient,
-            content_sha256=st.store.put(st.address, content).sha256,
-            sealed_sha256=st.store.put(st.address, sealed).sha256,
-        ),
-        about=recipient,
-    )
-
-
-def delivery_context(task_id: str) -> bytes:
-    return b"delivery|" + task_id.encode()
 
 
 def applicants(st: Station, task_id: str, spec: TaskSpec) -> list[Applicant]:

@@ -9,9 +9,9 @@ from prefect.cache_policies import NO_CACHE
 
 from contracts.bindings import InsufficientFunds, Outcome, Reverted, RewardCredited, Settlement, Status
 from contracts.messages import ZERO32, AbortReason, Attestation, Candidate, Cohort, struct_hash
-from tasks.aggregate import delivered_requirement
 from tasks.cohort import trusted_cohort
 from tasks.contribute import read_prepared, score_at
+from tasks.delivery import delivered_requirement
 from tasks.publish import published_task, secrets_of
 from tasks.records import BadRecord, Station, brief, give_up, station
 from tasks.show import show_table

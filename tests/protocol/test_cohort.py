@@ -28,9 +28,9 @@ from contracts.messages import (
     draw_seed,
     struct_hash,
 )
-from tasks.aggregate import delivered_requirement, delivered_validation
-from tasks.cohort import FULL, MAX_PROOF_BYTES, delivery_context, draw, fixed_weights
+from tasks.cohort import FULL, MAX_PROOF_BYTES, draw, fixed_weights
 from tasks.crypto import ecies
+from tasks.delivery import delivered_requirement, delivered_validation, delivery_context
 from tasks.learning.datasets import Dataset, InvalidDataset, decode_npz, encode_npz, load_ready
 from tasks.publish import content_key, published_task, secrets_of
 from tasks.records import BadRecord

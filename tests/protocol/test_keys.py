@@ -5,9 +5,10 @@ import json
 import pytest
 
 from contracts.messages import Abort, AbortReason, AuditGrant, Collection, KeyGrant, KeyRequest, Submission, struct_hash
-from tasks.aggregate import KeyRefused, key_context, masks_of, read_functional_key, signed_submissions, whole_ciphertext
+from tasks.aggregate import read_functional_key, whole_ciphertext
 from tasks.crypto import ecies, ndd_fe
 from tasks.crypto.ecies import Unopenable
+from tasks.keys import KeyRefused, key_context, masks_of, signed_submissions
 from tasks.publish import published_task
 from tests.protocol.world import TASK_ID, World
 

@@ -16,7 +16,7 @@ from blocks.registry import Registry
 from contracts.messages import Abort, Cohort, Message
 from contracts.task_spec import TaskFile
 from infra.devstack import Stack, set_up
-from tasks import aggregate, attest, cohort, contribute, publish, settle
+from tasks import aggregate, attest, cohort, contribute, keys, publish, settle
 from tasks.records import Station, load_record, record_path, station
 
 TASK_ID = "test-task-1"
@@ -83,9 +83,9 @@ STEPS: dict[str, Callable[..., Any]] = {
     "train": lambda name, r: contribute.train_locally.fn(TASK_ID, r, name),
     "submit": lambda name, r: contribute.encrypt_and_submit.fn(TASK_ID, r, name),
     "collect": lambda name, r: aggregate.collect_submissions.fn(TASK_ID, r, name),
-    "grant-audit": lambda name, r: aggregate.grant_audit.fn(TASK_ID, r, name),
+    "grant-audit": lambda name, r: keys.grant_audit.fn(TASK_ID, r, name),
     "audit": lambda name, r: aggregate.audit_submissions.fn(TASK_ID, r, name),
-    "derive-key": lambda name, r: aggregate.derive_round_key.fn(TASK_ID, r, name),
+    "derive-key": lambda name, r: keys.derive_round_key.fn(TASK_ID, r, name),
     "aggregate": lambda name, r: aggregate.open_round.fn(TASK_ID, r, name),
     "open-validation": lambda name, r: attest.open_validation_to_voters.fn(TASK_ID, r, name),
     "attest": lambda name, r: attest.judge_candidate.fn(TASK_ID, r, name),
