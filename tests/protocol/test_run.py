@@ -216,14 +216,14 @@ def test_a_task_that_never_reaches_its_accuracy_is_refunded(tmp_path, prefect_ho
 
 
 def test_too_few_miners_end_the_task_in_m2_and_the_reward_goes_back(tmp_path, prefect_home):
-    run = Run(tmp_path / "run", prefect_home, dataset__samples_min=400)
+    run = Run(tmp_path / "run", prefect_home, dataset__samples_min=1000)
     assert run.report["task"]["status"] == "REFUNDED"
     assert run.report["task"]["reason"].startswith(AbortReason.NOT_ENOUGH_MINERS)
     assert run.report["rounds"] == []
     assert run.report["refund_wei"] == run.report["task"]["reward_wei"]
     refused = {row.actor: row.reason for row in run.stack.registry.refusals(TASK_ID)}
     assert len(refused) == 5
-    assert all("the task asks for at least 400" in reason for reason in refused.values())
+    assert all("the task asks for at least 1000" in reason for reason in refused.values())
     run.stack.chain.close()
 
 
