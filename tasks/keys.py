@@ -19,6 +19,7 @@ from contracts.messages import (
     AbortReason,
     Address,
     AuditGrant,
+    Bytes32,
     Cohort,
     Collection,
     KeyGrant,
@@ -62,12 +63,7 @@ def grant_audit(task_id: str, round_number: int, actor: str) -> dict[str, str]:
     vectors = audit_vectors(st, terms, block_number, submissions[0].coordinates)
     masks = masks_of(st, cohort, submissions, "publisher")
     keys = np.concatenate([ndd_fe.derive_projection_key(mask, vectors) for mask in masks])
-    sealed = ecies.seal(
-        ndd_fe.encode_scalars(keys),
-        bytes.fromhex(cohort.aggregator_key[2:]),
-        ephemeral_seed=secrets.token_bytes(48),
-        context=key_context("audit", task_id, round_number, name),
-    )
+    sealed = seal_for_aggregator(st, cohort, keys, key_context("audit", task_id, round_number, name))
     return st.post(
         AuditGrant(
             task_id=task_id,
@@ -75,7 +71,7 @@ def grant_audit(task_id: str, round_number: int, actor: str) -> dict[str, str]:
             publisher=st.address,
             collection=name,
             block_number=block_number,
-            sealed_sha256=st.store.put(st.address, sealed).sha256,
+            sealed_sha256=sealed,
         )
     )
 
@@ -99,19 +95,15 @@ def derive_round_key(task_id: str, round_number: int, actor: str) -> dict[str, s
 
     masks = masks_of(st, cohort, submissions, "publisher")
     functional_key = ndd_fe.derive_key(masks, weights_of(cohort, request), submissions[0].coordinates)
-    sealed = ecies.seal(
-        ndd_fe.encode_scalars(functional_key),
-        bytes.fromhex(cohort.aggregator_key[2:]),
-        ephemeral_seed=secrets.token_bytes(48),
-        context=key_context("functional key", task_id, round_number, name),
-    )
+    context = key_context("functional key", task_id, round_number, name)
+    sealed = seal_for_aggregator(st, cohort, functional_key, context)
     return st.post(
         KeyGrant(
             task_id=task_id,
             round_number=round_number,
             publisher=st.address,
             request=name,
-            sealed_sha256=st.store.put(st.address, sealed).sha256,
+            sealed_sha256=sealed,
         )
     )
 
@@ -199,6 +191,17 @@ def audit_vectors(st: Station, terms: PublishedTask, block_number: int, coordina
     stream = hashlib.shake_256(b"audit" + terms.task_id.encode() + block_hash).digest(size)
     bits = np.unpackbits(np.frombuffer(stream, dtype=np.uint8))[: count * coordinates]
     return (2 * bits.astype(np.int64) - 1).reshape(count, coordinates)
+
+
+def seal_for_aggregator(st: Station, cohort: Cohort, scalars: npt.NDArray[np.uint64], context: bytes) -> Bytes32:
+    """Seal scalars (m, 4) to the drawn aggregator and store them; the digest of what was stored."""
+    sealed = ecies.seal(
+        ndd_fe.encode_scalars(scalars),
+        bytes.fromhex(cohort.aggregator_key[2:]),
+        ephemeral_seed=secrets.token_bytes(48),
+        context=context,
+    )
+    return st.store.put(st.address, sealed).sha256
 
 
 def key_context(purpose: str, task_id: str, round_number: int, name: str) -> bytes:
