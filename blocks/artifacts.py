@@ -135,6 +135,8 @@ def sync_folder(folder: Path) -> None:
 
 def _write_once(target: Path, data: bytes) -> None:
     """Write all of `data` or nothing, durably. Raises FileExistsError when the target is there already."""
+    if target.exists():
+        raise FileExistsError(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = target.parent / f".{target.name}.{secrets.token_hex(8)}"
     try:

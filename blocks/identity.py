@@ -101,6 +101,8 @@ class Identity(Block):
         it is acted on. A kill leaves all of it or nothing.
         """
         path = Path(self.home) / "private" / name
+        if path.exists():
+            return path.read_bytes()
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
         try:
