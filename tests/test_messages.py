@@ -13,7 +13,9 @@ from web3 import Web3
 
 from contracts import messages
 from contracts.messages import (
+    SECP256K1_ORDER,
     SOLIDITY,
+    Attestation,
     Domain,
     Message,
     accuracy_commit,
@@ -312,3 +314,16 @@ def test_a_salt_of_another_length_is_refused(salt):
         accuracy_commit(1, salt)
     with pytest.raises(ValueError, match="expected 32 bytes"):
         score_commit(1, salt, "a-task", SIGNER)
+
+
+def test_another_form_of_a_good_signature_is_refused():
+    """v of 0 or 1, or the twin with a high s, recovers the same signer here and is refused on chain: not a vote."""
+    message = example(Attestation)
+    good = sign(message, DOMAIN, KEY)
+    assert signer_of(message, DOMAIN, good) == SIGNER
+    r, s, v = good[2:66], int(good[66:130], 16), int(good[130:], 16)
+    low_v = f"0x{r}{s:064x}{v - 27:02x}"
+    high_s = f"0x{r}{SECP256K1_ORDER - s:064x}{55 - v:02x}"
+    for other in (low_v, high_s, good.upper(), f" {good}"):
+        with pytest.raises(ValueError, match="malformed"):
+            signer_of(message, DOMAIN, other)
