@@ -30,6 +30,8 @@ MAY_IMPORT = {
     "infra.cli": ("infra", "flows", "tasks", "contracts"),  # the only one that starts flows
 }
 PURE = ("contracts.messages", "contracts.task_spec", "tasks.crypto", "tasks.learning")
+# Read once, at import: which kernels run. That is a matter of the machine; the bits they make are the same.
+READS_THE_ENVIRONMENT = {"tasks.crypto.backend": ["os.environ"]}
 IMPURE = {
     "prefect",
     "os",
@@ -100,7 +102,8 @@ def allowed_rooms(room: str) -> set[str]:
 
 def impurities(module: str, imported: set[str]) -> list[str]:
     is_pure = any(is_within(module, room) for room in PURE)
-    return [f"{module} imports {name}" for name in sorted(imported & IMPURE)] if is_pure else []
+    allowed = {"os"} if module in READS_THE_ENVIRONMENT else set()
+    return [f"{module} imports {name}" for name in sorted(imported & IMPURE - allowed)] if is_pure else []
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -172,7 +175,8 @@ def test_an_impure_import_is_seen(line):
 )
 def test_the_environment_is_read_at_the_rim_only(module):
     read = [node for node in ast.walk(ast.parse(MODULES[module].read_text())) if isinstance(node, ast.Attribute)]
-    assert [ast.unparse(node) for node in read if node.attr in ("environ", "getenv", "environb")] == []
+    found = [ast.unparse(node) for node in read if node.attr in ("environ", "getenv", "environb")]
+    assert found == READS_THE_ENVIRONMENT.get(module, [])
 
 
 def test_the_tasks_package_is_empty():

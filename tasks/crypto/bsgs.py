@@ -1,11 +1,12 @@
 """Bounded discrete logs of many points in base G: baby step, giant step.
 
-    T           table.size: baby steps j * G for 1 <= j <= T are in a hash table, by the low 64 bits of x
-    stride      2 T + 1: x alone finds j and -j, so a giant step skips both halves
-    m           the exponent, m = g * stride + j with |j| <= T, |m| <= bound
+    E           (m - 1/2) G, a point whose m is sought: never infinity, so that no search has an exceptional addition
+    T           table.size: baby steps (j - 1/2) G for 1 <= j <= T are in a hash table, by 64 and more bits of x
+    stride      2 T: x alone finds j and 1 - j, so a giant step skips both halves
+    m           the exponent, m = g * stride + j with 1 - T <= j <= T, |m| <= bound
 
-A tag may fit by accident. Therefore every candidate is encoded again, m * G, and compared with the point; a false one
-is passed over and the search goes on behind it. What is returned is right, whatever the table holds.
+A tag may fit by accident. Therefore every candidate is encoded again, (m - 1/2) G, and compared with the point; a false
+one is passed over and the search goes on behind it. What is returned is right, whatever the table holds.
 
 Errors: OutOfBound. Sources: Shanks 1971; sharing 1 / (x_g - x_E) between E - g and E + g, see `field.search`.
 """
@@ -13,15 +14,30 @@ Errors: OutOfBound. Sources: Shanks 1971; sharing 1 / (x_g - x_E) between E - g 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from threading import Lock
 
 import numpy as np
 import numpy.typing as npt
 
-from tasks.crypto import field
-from tasks.crypto.curve import CHUNK, GENERATOR, FixedBase, multiples, multiply, signed_scalars, words
+from tasks.crypto import backend, field
+from tasks.crypto.curve import (
+    CHUNK,
+    GENERATOR,
+    aligned,
+    array_of,
+    longs,
+    multiples,
+    multiply,
+    negate,
+    progression,
+    whole,
+    words,
+)
 from tasks.crypto.field import Words
+from tasks.crypto.pedersen import HALF_GENERATOR, commitments
 
 MAX_BOUND = 2**48  # beyond, the search takes hours
+_STEPS_AT_ONCE = 2**20  # 64 MiB of points while a table is built
 
 
 class OutOfBound(ValueError):
@@ -39,26 +55,45 @@ class OutOfBound(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class BabySteps:
-    """The hash table of j * G for 1 <= j <= size. 32 to 64 bytes a step; build once and share, it never changes."""
+    """The hash table of (j - 1/2) G for 1 <= j <= size. 16 to 32 bytes a step; build once and share, it never changes."""
 
     size: int
-    slots: Words  # (2**k, 2), layout in `field.insert_tags`, read-only, at most half full
+    slots: npt.NDArray[np.uint64]  # (2**k,), layout in `field.insert_tags`, read-only, at most half full
+
+    def __post_init__(self) -> None:
+        """A search reads buckets of eight, and ends at a free slot."""
+        slots = self.slots
+        whole(self.size, "size of a table", 1, 2**28 + 1)
+        if slots.dtype != np.uint64 or slots.ndim != 1 or not slots.flags.c_contiguous:
+            raise ValueError(f"slots: expected uint64 in one row, got {slots.dtype} of shape {slots.shape}")
+        if len(slots) < 8 or len(slots) & len(slots) - 1:
+            raise ValueError(f"slots: expected a power of two from 8 on, got {len(slots)}")
+        if slots[:1024].all() and slots.all():
+            raise ValueError(f"slots: none of {len(slots)} is free")
 
     @classmethod
     def build(cls, size: int) -> "BabySteps":
-        if not 1 <= size <= 2**28:
-            raise ValueError(f"a table has 1 to 2**28 steps, got {size}")
-        slots = np.empty((1 << (2 * size - 1).bit_length(), 2), np.uint64)  # unlike zeros, empty gets huge pages
+        size = whole(size, "size of a table", 1, 2**28 + 1)
+        slots = aligned(max(1, (1 << (2 * size - 1).bit_length()) // 8)).reshape(-1)  # a bucket is one cache line
         slots.fill(0)
-        field.insert_tags(slots, multiples(GENERATOR, size), 1)
+        first = min(size, _STEPS_AT_ONCE)
+        points = progression(HALF_GENERATOR, GENERATOR, first)
+        stride = array_of([multiply(first, GENERATOR)])
+        for done in range(0, size, first):
+            if done:
+                backend.add_rows(points, stride, np.ones((1, first), np.int32))
+            field.insert_tags(slots, points[: size - done], done + 1)
         slots.flags.writeable = False
         return cls(size, slots)
 
 
-def default_size(bound: int) -> int:
-    """Steps worth building for some 10**5 points: a power of two, about sqrt(2**16 bound), at most 2**22 (128 MiB)."""
-    bits = (bound - 1).bit_length()
-    return 1 << min(bits, (bits + 16) // 2, 22)
+def default_size(bound: int, count: int = 2**16) -> int:
+    """Steps worth building to find `count` exponents within the bound: a power of two, at most 2**24 (256 MiB).
+
+    A step costs some 75 ns to build, a giant step some 150 ns a point; of those there are count * bound / (4 T).
+    """
+    bits = (min(bound, MAX_BOUND) * max(count, 1) // 2).bit_length() // 2
+    return 1 << min(max(bits, 0), (bound - 1).bit_length(), 24)
 
 
 @lru_cache(maxsize=2)
@@ -67,33 +102,60 @@ def baby_steps(size: int) -> BabySteps:
     return BabySteps.build(size)
 
 
-@lru_cache(maxsize=1)
-def generator() -> FixedBase:
-    """Multiples of G for short scalars, up to 65 bits: 5 windows of 13 bits, 1.3 MiB."""
-    return FixedBase.build(GENERATOR, window=13, windows=5)
-
-
 def discrete_logs(
-    points: Words, bound: int, table: BabySteps | None = None, progress: Callable[[int, int], None] | None = None
+    points: Words,
+    bound: int,
+    table: BabySteps | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    threads: int = 1,
 ) -> npt.NDArray[np.int64]:
     """(d,) int64 exponents m with m[i] * G = points[i] and |m[i]| <= bound, 1 <= bound <= 2**48.
 
     points (d, 8), infinity (zero rows) included. Raises OutOfBound with the coordinates that have no such exponent.
     progress is called with (coordinates done, d).
     """
-    if not 1 <= bound <= MAX_BOUND:
-        raise ValueError(f"bound {bound} is not in [1, 2**48]")
     points = words(points, 8, "points")
-    table = table or baby_steps(default_size(bound))
-    stride = 2 * table.size + 1
-    giants = _giants(stride, max(0, -(-(bound - table.size) // stride)))
+    shifted = points.copy()
+    minus_half = array_of([negate(HALF_GENERATOR)])
+    affine = np.flatnonzero(points.any(axis=1))
+    moved = shifted[affine]
+    backend.add_rows(moved, minus_half, np.ones((1, len(moved)), np.int32))
+    shifted[:] = minus_half
+    shifted[affine] = moved
+    return half_logs(shifted, bound, table, progress, threads=threads)
+
+
+def half_logs(
+    points: Words,
+    bound: int,
+    table: BabySteps | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    threads: int = 1,
+) -> npt.NDArray[np.int64]:
+    """(d,) exponents m with (m[i] - 1/2) * G = points[i], otherwise as `discrete_logs`."""
+    points, bound = words(points, 8, "points"), whole(bound, "bound", 1, MAX_BOUND + 1)
+    table = table or baby_steps(default_size(bound, len(points)))
+    stride = 2 * table.size
+    giants = _giants(stride, max(0, -(-(bound + 1 - table.size) // stride)))
     logs = np.zeros(len(points), np.int64)
-    solved = np.empty(len(points), bool)
-    for first in range(0, len(points), CHUNK):
-        chunk = slice(first, first + CHUNK)
-        logs[chunk], solved[chunk] = _solve(points[chunk], stride, table, giants)
+    solved = np.zeros(len(points), bool)
+    reach = table.size + stride * len(giants)
+    done, reporting = [0], Lock()
+    commitments()  # built before any thread asks for it
+
+    def encode(m: npt.NDArray[np.int64]) -> Words:
+        return commitments().half_exponents(m - 1, reach)
+
+    def work(chunk: slice) -> None:
+        logs[chunk], solved[chunk] = backend.search(table.slots, giants, stride, points[chunk], encode)
         if progress:
-            progress(min(first + CHUNK, len(points)), len(points))
+            with reporting:
+                done[0] += chunk.stop - chunk.start
+                progress(done[0], len(points))
+
+    backend.spread(work, len(points), CHUNK, threads)
     failed = np.flatnonzero(~solved | (np.abs(logs) > bound))
     if len(failed):
         raise OutOfBound(failed.tolist(), bound)
@@ -105,31 +167,8 @@ def _giants(stride: int, count: int) -> Words:
     return multiples(multiply(stride, GENERATOR), count) if count else np.empty((0, 8), np.uint64)
 
 
-def _solve(
-    points: Words, stride: int, table: BabySteps, giants: Words
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-    """Exponents and whether they were found: candidates are encoded again, wrong ones searched further."""
-    logs = np.zeros(len(points), np.int64)
-    solved: npt.NDArray[np.bool_] = np.logical_not(points.any(axis=1))  # infinity: the exponent is 0
-    pending = np.flatnonzero(~solved)
-    skips = np.zeros(len(points), np.int64)
-    while len(pending):
-        targets = points[pending]
-        candidates = np.zeros(len(pending), np.int64)
-        found = np.zeros(len(pending), np.uint8)
-        field.search(table.slots, giants, stride, targets, skips[pending], candidates, found)
-        fits = (found == 1) & (encode_exponents(candidates) == targets).all(axis=1)
-        logs[pending[fits]] = candidates[fits]
-        solved[pending[fits]] = True
-        pending = pending[(found == 1) & ~fits]
-        skips[pending] += 1
-    return logs, solved
-
-
-def encode_exponents(exponents: npt.NDArray[np.int64], bound: int | None = None) -> Words:
-    """(d, 8) points exponents[i] * G. A bound on |exponents| makes the work independent of the largest one."""
-    if bound is None:
-        bound = max(int(exponents.max(initial=0)), -int(exponents.min(initial=0)))
-    points = np.zeros((len(exponents), 8), np.uint64)
-    generator().add_to(points, signed_scalars(exponents), bits=bound.bit_length())
-    return points
+def encode_exponents(exponents: npt.NDArray[np.int64]) -> Words:
+    """(d, 8) points exponents[i] * G."""
+    exponents = longs(exponents, "exponents")
+    largest = max(int(exponents.max(initial=0)), -int(exponents.min(initial=0)) - 1)  # 2 x + 1 of -2**63 fits, too
+    return commitments().commit(exponents, np.zeros((len(exponents), 4), np.uint64), largest)

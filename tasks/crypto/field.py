@@ -23,7 +23,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 import numpy.typing as npt
 from llvmlite import ir
-from numba import njit, types
+from numba import cfunc, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -45,30 +45,36 @@ def limbs(value: int) -> Element:
     return a, b, c, d
 
 
-def _compiled(function: _F) -> _F:
+def compiled(function: _F) -> _F:
     """A function for kernels to call; it is compiled into them."""
     return cast(_F, njit(function))
 
 
-def _kernel(signature: Any) -> Callable[[_F], _F]:
+def kernel(signature: Any) -> Callable[[_F], _F]:
     """A kernel on arrays, compiled when this module is first imported and cached on disk from then on."""
     return cast(Callable[[_F], _F], njit(signature, cache=True, nogil=True))
 
 
-def _operation(function: Callable[..., Any]) -> Any:
+def operation(function: Callable[..., Any]) -> Any:
     """An operation that writes its own LLVM instructions."""
     return intrinsic(function)
 
 
 _ZERO = np.uint64(0)
 _ONE = np.uint64(1)
-_WORD = np.uint64(64)
+_ALL_ONES = np.uint64(2**64 - 1)
+STEP_BITS = np.uint64(30)  # of an entry of the table of baby steps
+STEP_MASK = np.uint64(2**30 - 1)
+BUCKET_BITS = np.uint64(3)  # eight entries, a cache line
 _ZERO_ELEMENT = limbs(0)
 _ONE_ELEMENT = limbs(1)
 _SEVEN_ELEMENT = limbs(7)
 _P_LIMBS = limbs(P)
 _ORDER_LIMBS = limbs(ORDER)
-_HALF_ORDER_LIMBS = limbs(ORDER // 2)
+_WINDOW, _WINDOWS = 16, 16  # of a scalar: bits, number
+_TILE = 64  # scalars recoded together
+_DIGIT = np.uint64(2**16 - 1)
+_FULL, _HALF = 2**16, 2**15  # rows of window 0, which has all digits, and of the others, which have positive ones
 
 # --- field elements: LLVM integers of 128 and 256 bits, which become mul / add / adc ---------------------------
 
@@ -115,7 +121,7 @@ def _product(builder: Any, a: list[Any], b: list[Any]) -> list[Any]:
     return result
 
 
-@_operation
+@operation
 def mul(typingctx: Any, a: Any, b: Any) -> Any:
     """a * b mod p, below 2**256."""
 
@@ -139,7 +145,7 @@ def mul(typingctx: Any, a: Any, b: Any) -> Any:
     return _ELEMENT(_ELEMENT, _ELEMENT), generate
 
 
-@_operation
+@operation
 def add(typingctx: Any, a: Any, b: Any) -> Any:
     """a + b mod p, below 2**256."""
 
@@ -155,7 +161,7 @@ def add(typingctx: Any, a: Any, b: Any) -> Any:
     return _ELEMENT(_ELEMENT, _ELEMENT), generate
 
 
-@_operation
+@operation
 def sub(typingctx: Any, a: Any, b: Any) -> Any:
     """a - b mod p, below 2**256; b must be canonical."""
 
@@ -169,7 +175,7 @@ def sub(typingctx: Any, a: Any, b: Any) -> Any:
     return _ELEMENT(_ELEMENT, _ELEMENT), generate
 
 
-@_operation
+@operation
 def normal(typingctx: Any, a: Any) -> Any:
     """The canonical representative, below p. One subtraction is enough: 2**256 < 2 p."""
 
@@ -181,7 +187,7 @@ def normal(typingctx: Any, a: Any) -> Any:
     return _ELEMENT(_ELEMENT), generate
 
 
-@_operation
+@operation
 def negate_if(typingctx: Any, condition: Any, a: Any) -> Any:
     """-a mod p if the condition holds, without a branch: signs of references are random. a canonical, 0 stays 0."""
 
@@ -194,14 +200,16 @@ def negate_if(typingctx: Any, condition: Any, a: Any) -> Any:
     return _ELEMENT(types.boolean, _ELEMENT), generate
 
 
-@_operation
+@operation
 def _prefetch(typingctx: Any, array: Any, row: Any) -> Any:
-    """Ask for the cache line where a row of a table begins."""
+    """Ask for the cache line where a row of an array begins."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         table = context.make_array(signature.args[0])(context, builder, arguments[0])
-        width = cgutils.unpack_tuple(builder, table.shape)[1]
-        place = builder.gep(table.data, [builder.mul(arguments[1], width)])
+        stride = cgutils.unpack_tuple(builder, table.strides)[0]
+        place = builder.gep(
+            builder.bitcast(table.data, ir.IntType(8).as_pointer()), [builder.mul(arguments[1], stride)]
+        )
         pointer = builder.bitcast(place, ir.IntType(8).as_pointer())
         kind = ir.FunctionType(ir.VoidType(), [pointer.type, ir.IntType(32), ir.IntType(32), ir.IntType(32)])
         prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
@@ -211,7 +219,7 @@ def _prefetch(typingctx: Any, array: Any, row: Any) -> Any:
     return types.void(array, types.int64), generate
 
 
-@_operation
+@operation
 def less(typingctx: Any, a: Any, b: Any) -> Any:
     """a < b as 256-bit integers."""
 
@@ -222,7 +230,7 @@ def less(typingctx: Any, a: Any, b: Any) -> Any:
     return types.boolean(_ELEMENT, _ELEMENT), generate
 
 
-@_operation
+@operation
 def minus(typingctx: Any, a: Any, b: Any) -> Any:
     """a - b as 256-bit integers, for a >= b."""
 
@@ -233,7 +241,7 @@ def minus(typingctx: Any, a: Any, b: Any) -> Any:
     return _ELEMENT(_ELEMENT, _ELEMENT), generate
 
 
-@_operation
+@operation
 def reduce_wide(typingctx: Any, low: Any, high: Any) -> Any:
     """(low + high * 2**256) mod n, canonical; high is one limb."""
 
@@ -251,7 +259,27 @@ def reduce_wide(typingctx: Any, low: Any, high: Any) -> Any:
     return _ELEMENT(_ELEMENT, types.uint64), generate
 
 
-@_operation
+@operation
+def odd_digits(typingctx: Any, k: Any, negative: Any) -> Any:
+    """(k + 2**256 - 1) / 2 mod n, or (-k + 2**256 - 1) / 2 mod n; k below n."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        value = _join(builder, _unpack(builder, arguments[0]))
+        opposite = builder.sub(_I256(ORDER), value)
+        is_zero = builder.icmp_unsigned("==", value, _I256(0))
+        value = builder.select(builder.and_(arguments[1], builder.not_(is_zero)), opposite, value)
+        value = builder.add(value, _I256(_ORDER_FOLD - 1))  # k + 2**256 - 1 - n < 2**256
+        excess = builder.icmp_unsigned(">=", value, _I256(ORDER))
+        value = builder.sub(value, _if(builder, excess, ORDER))
+        # Halved: an odd number takes n, which is odd, along; (v + n) / 2 = v // 2 + n // 2 + 1.
+        odd = builder.trunc(value, _I1)
+        value = builder.lshr(value, _I256(1))
+        return _element(builder, builder.add(value, _if(builder, odd, ORDER // 2 + 1)))
+
+    return _ELEMENT(_ELEMENT, types.boolean), generate
+
+
+@operation
 def mul_add(typingctx: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
     """(low, high) limbs of a * b + c + d, which is at most 2**128 - 1."""
 
@@ -264,25 +292,25 @@ def mul_add(typingctx: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
     return types.UniTuple(types.uint64, 2)(*[types.uint64] * 4), generate
 
 
-@_compiled
+@compiled
 def _is_zero(a: Element) -> bool:
     """For canonical elements only."""
     return (a[0] | a[1] | a[2] | a[3]) == _ZERO
 
 
-@_compiled
+@compiled
 def _equal(a: Element, b: Element) -> bool:
     """For canonical elements only."""
     return ((a[0] ^ b[0]) | (a[1] ^ b[1]) | (a[2] ^ b[2]) | (a[3] ^ b[3])) == _ZERO
 
 
-@_compiled
+@compiled
 def _load(array: Words, row: int, column: int) -> Element:
     i = np.uint64(row)  # unsigned: no test for indices from the end
     return array[i, column], array[i, column + 1], array[i, column + 2], array[i, column + 3]
 
 
-@_compiled
+@compiled
 def _store(array: Words, row: int, column: int, a: Element) -> None:
     i = np.uint64(row)
     array[i, column] = a[0]
@@ -291,37 +319,160 @@ def _store(array: Words, row: int, column: int, a: Element) -> None:
     array[i, column + 3] = a[3]
 
 
-@_compiled
-def _square_times(a: Element, count: int) -> Element:
-    for _ in range(count):
-        a = mul(a, a)
-    return a
+# --- inversion by divsteps (Bernstein and Yang 2019), numbers as five signed limbs of 62 bits ------------------------
+
+_SIGNED = types.UniTuple(types.int64, 5)
+_LOW62 = np.uint64(2**62 - 1)
+_P_INVERSE62 = pow(P, -1, 2**62)
 
 
-@_compiled
-def inverse(a: Element) -> Element:
-    """1 / a mod p, and 0 for 0: a**(p - 2), 255 squarings and 15 multiplications.
+@operation
+def _count_zeros(typingctx: Any, a: Any) -> Any:
+    """Trailing zero bits of a nonzero word."""
 
-    p - 2 in binary is 223 ones, 0, 22 ones, 0000101101; x_k is a**(2**k - 1).
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.cttz(arguments[0], _I1(1))
+
+    return types.int64(types.uint64), generate
+
+
+def _transformed(builder: Any, a: list[Any], b: list[Any], x: Any, y: Any, correction: Any | None) -> list[Any]:
+    """Limbs of (a x + b y + correction p) / 2**62, which is exact; |x| + |y| <= 2**62, |correction| < 2**62.
+
+    A step sums three products below 2**62 * 2**62 and a carry below 2**64: below 2**126.
     """
-    x2 = mul(_square_times(a, 1), a)
-    x3 = mul(_square_times(x2, 1), a)
-    x6 = mul(_square_times(x3, 3), x3)
-    x9 = mul(_square_times(x6, 3), x3)
-    x11 = mul(_square_times(x9, 2), x2)
-    x22 = mul(_square_times(x11, 11), x11)
-    x44 = mul(_square_times(x22, 22), x22)
-    x88 = mul(_square_times(x44, 44), x44)
-    x176 = mul(_square_times(x88, 88), x88)
-    x220 = mul(_square_times(x176, 44), x44)
-    x223 = mul(_square_times(x220, 3), x3)
-    t = mul(_square_times(x223, 23), x22)
-    t = mul(_square_times(t, 5), a)
-    t = mul(_square_times(t, 3), x2)
-    return mul(_square_times(t, 2), a)
+    modulus = {0: -_FOLD, 4: 2**8}  # p = 2**8 * 2**248 - _FOLD
+    carry, limbs = _I128(0), []
+    for i in range(5):
+        terms = [(a[i], x), (b[i], y)]
+        if correction is not None and i in modulus:
+            terms.append((_I64(modulus[i]), correction))
+        for left, right in terms:
+            carry = builder.add(carry, builder.mul(builder.sext(left, _I128), builder.sext(right, _I128)))
+        if i:
+            limbs.append(builder.and_(builder.trunc(carry, _I64), _I64(2**62 - 1)))
+        carry = builder.ashr(carry, _I128(62))
+    return [*limbs, builder.trunc(carry, _I64)]
 
 
-@_compiled
+@operation
+def _transform(typingctx: Any, f: Any, g: Any, u: Any, v: Any) -> Any:
+    """(f u + g v) / 2**62."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        f, g = ([builder.extract_value(argument, i) for i in range(5)] for argument in arguments[:2])
+        return cgutils.pack_array(builder, _transformed(builder, f, g, arguments[2], arguments[3], None))
+
+    return _SIGNED(_SIGNED, _SIGNED, types.int64, types.int64), generate
+
+
+@operation
+def _transform_mod_p(typingctx: Any, d: Any, e: Any, u: Any, v: Any) -> Any:
+    """(d u + e v) / 2**62 mod p, in (-2 p, p) for d and e in (-2 p, p)."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        d, e = ([builder.extract_value(argument, i) for i in range(5)] for argument in arguments[:2])
+        u, v = arguments[2:]
+        # p for each negative one first, then what makes the lowest 62 bits zero, taken from (-2**62, 0].
+        start = _I64(0)
+        for number, factor in ((d, u), (e, v)):
+            start = builder.add(start, builder.and_(factor, builder.ashr(number[4], _I64(63))))
+        low = builder.add(builder.mul(d[0], u), builder.mul(e[0], v))
+        excess = builder.add(builder.mul(low, _I64(_P_INVERSE62)), start)
+        correction = builder.sub(start, builder.and_(excess, _I64(2**62 - 1)))
+        return cgutils.pack_array(builder, _transformed(builder, d, e, u, v, correction))
+
+    return _SIGNED(_SIGNED, _SIGNED, types.int64, types.int64), generate
+
+
+@operation
+def _to_signed(typingctx: Any, a: Any) -> Any:
+    """An element as five limbs of 62 bits."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        value = _join(builder, _unpack(builder, arguments[0]))
+        limbs = [builder.trunc(builder.lshr(value, _I256(62 * i)), _I64) for i in range(5)]
+        return cgutils.pack_array(builder, [builder.and_(limb, _I64(2**62 - 1)) for limb in limbs])
+
+    return _SIGNED(_ELEMENT), generate
+
+
+@operation
+def _from_signed(typingctx: Any, a: Any, negate: Any) -> Any:
+    """A number in (-2 p, p), or its negative, mod p and canonical."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        wide = ir.IntType(320)
+        value = wide(0)
+        for i in range(5):
+            limb = builder.sext(builder.extract_value(arguments[0], i), wide)
+            value = builder.add(value, builder.shl(limb, wide(62 * i)))
+        value = builder.select(arguments[1], builder.sub(wide(0), value), value)  # in (-2 p, 2 p)
+        for modulus in (2 * P, P):
+            negative = builder.icmp_signed("<", value, wide(0))
+            value = builder.add(value, builder.select(negative, wide(modulus), wide(0)))
+            excess = builder.icmp_signed(">=", value, wide(P))
+            value = builder.sub(value, builder.select(excess, wide(P), wide(0)))
+        return _element(builder, builder.trunc(value, _I256))
+
+    return _ELEMENT(_SIGNED, types.boolean), generate
+
+
+@compiled
+def inverse(a: Element) -> Element:
+    """1 / a mod p, canonical, and 0 for 0. Variable time: about 9 rounds of 62 division steps.
+
+    f and g begin as p and a, and become +-1 and 0; d a = f and e a = g mod p throughout. A round finds, from the low words
+    of f and g alone, the matrix (u v, q r) / 2**62 that 62 steps amount to, then applies it to both pairs.
+    """
+    f, g = _to_signed(_P_LIMBS), _to_signed(normal(a))
+    d, e = _to_signed(_ZERO_ELEMENT), _to_signed(_ONE_ELEMENT)
+    eta = -1  # minus the delta of the paper
+    while (g[0] | g[1] | g[2] | g[3] | g[4]) != 0:
+        u, v, q, r = 1, 0, 0, 1
+        low_f, low_g = (
+            np.uint64(f[0]) | np.uint64(f[1]) << np.uint64(62),
+            np.uint64(g[0]) | np.uint64(g[1]) << np.uint64(62),
+        )
+        left = 62
+        while True:
+            # Steps that only halve g; a bit above the last step ends the count.
+            zeros = _count_zeros(low_g | (_ALL_ONES << np.uint64(left)))
+            low_g >>= np.uint64(zeros)
+            u <<= zeros
+            v <<= zeros
+            eta -= zeros
+            left -= zeros
+            if left == 0:
+                break
+            if eta < 0:
+                eta = -eta
+                low_f, low_g = low_g, _ZERO - low_f
+                u, q = q, -u
+                v, r = r, -v
+            # Add a multiple w of f to g that clears as many low bits as steps may follow without another swap, at most 4.
+            bits = min(min(eta + 1, left), 4)
+            mask = (_ONE << np.uint64(bits)) - _ONE
+            w = low_f + (((low_f + _ONE) & np.uint64(4)) << _ONE)  # 1 / f mod 16
+            w = ((_ZERO - w) * low_g) & mask
+            low_g += low_f * w
+            multiple = int(w)
+            q += u * multiple
+            r += v * multiple
+        f, g = _transform(f, g, u, v), _transform(f, g, q, r)
+        d, e = _transform_mod_p(d, e, u, v), _transform_mod_p(d, e, q, r)
+    return _from_signed(d, f[4] < 0)
+
+
+@cfunc(types.void(types.CPointer(types.uint64)), cache=True)
+def invert_at(words: Any) -> None:
+    """`inverse` as a C function, in place on four words: other backends call it by its address."""
+    inverted = inverse((words[0], words[1], words[2], words[3]))
+    for j in range(4):
+        words[j] = inverted[j]
+
+
+@compiled
 def _invert_leaves(tree: Words, size: int) -> None:
     """Replace tree[size : 2 size], all nonzero, by their inverses: one inversion, 3 (size - 1) multiplications.
 
@@ -339,7 +490,7 @@ def _invert_leaves(tree: Words, size: int) -> None:
         _store(tree, 2 * i + 1, 0, mul(up, left))
 
 
-@_compiled
+@compiled
 def _row(table: Words, reference: int) -> tuple[Element, Element]:
     """The point named by a reference, (0, 0) for infinity."""
     if reference == 0:
@@ -352,7 +503,7 @@ def _row(table: Words, reference: int) -> tuple[Element, Element]:
 _CHORD, _TANGENT, _KEEP, _TAKE, _CANCEL = range(5)
 
 
-@_compiled
+@compiled
 def _kind(x1: Element, y1: Element, x2: Element, y2: Element) -> int:
     # No point of the curve has y = 0 (the order is odd), so y tells infinity.
     if _is_zero(y2):
@@ -373,10 +524,12 @@ _out_longs = types.Array(types.int64, 1, "C")
 _out_bytes = types.Array(types.uint8, 1, "C")
 _in_references = types.Array(types.int32, 2, "C", readonly=True)
 _out_references = types.Array(types.int32, 2, "C")
+_out_slots = types.Array(types.uint64, 1, "C")
+_in_slots = types.Array(types.uint64, 1, "C", readonly=True)
 _in_signs = types.Array(types.int8, 2, "C", readonly=True)
 
 
-@_kernel(types.void(_out_words, _in_words, _in_references))
+@kernel(types.void(_out_words, _in_words, _in_references))
 def add_rows(points: Words, table: Words, references: npt.NDArray[np.int32]) -> None:
     """points[i] += sum over w of the row references[w, i] of the table. Correct for every input, infinity included.
 
@@ -433,50 +586,55 @@ def add_rows(points: Words, table: Words, references: npt.NDArray[np.int32]) -> 
                 _store(points, first + i, 4, y3)
 
 
-@_kernel(types.void(_in_words, types.int64, _out_references))
-def recode(scalars: Words, window: int, references: npt.NDArray[np.int32]) -> None:
-    """Signed digits of scalars as references to a table of multiples: column i of references belongs to scalar i.
+@compiled
+def _signed_row(first: np.int32, digit: np.int32) -> np.int32:
+    """Reference to the row of the odd digit 2 U - 2**16 + 1; rows of 1, 3, 5, ... begin at `first`."""
+    half = np.int32(_HALF)
+    return digit + (first - half + np.int32(1)) if digit >= half else digit - (first + half)
 
-    The table holds for each window j the multiples 1 .. 2**(window - 1) of 2**(window j) times the base. A scalar above
-    n / 2 is taken as the negative of n - scalar, so it is below 2**255 and the last digit of 256 bits cannot carry.
-    references (w, m) with w * window > bits of the largest |scalar|, or w * window >= 256.
+
+@kernel(types.void(_in_words, types.boolean, _out_references))
+def recode(scalars: Words, negative: bool, references: npt.NDArray[np.int32]) -> None:
+    """Odd signed digits of scalars, or of their negatives, as references to the rows of `curve.Commitments`.
+
+    u = (k + 2**256 - 1) / 2 mod n has sixteen digits U_j of 16 bits, and k = sum of (2 U_j - 2**16 + 1) 2**(16 j) mod n:
+    every digit is odd, so nothing is ever skipped. Window 0 has a row for each U_0, the others for positive digits only.
+    references (16 or more, m); scalars below n.
     """
-    half = np.uint64(1) << np.uint64(window - 1)
-    full = half << _ONE
-    for i in range(len(scalars)):
-        k = _load(scalars, i, 0)
-        negative = less(_HALF_ORDER_LIMBS, k)
-        if negative:
-            k = minus(_ORDER_LIMBS, k)
-        carry = _ZERO
-        for w in range(len(references)):
-            bit = w * window
-            word, shift = bit >> 6, np.uint64(bit & 63)
-            digit = k[word] >> shift if word < 4 else _ZERO
-            if word < 3 and shift != _ZERO:
-                digit |= k[word + 1] << (_WORD - shift)
-            digit = (digit & (full - _ONE)) + carry
-            carry = np.uint64(digit > half)
-            magnitude = full - digit if carry != _ZERO else digit
-            if magnitude == _ZERO:
-                references[w, i] = 0
+    tile = np.empty(
+        (4, _TILE), np.uint64
+    )  # words of many scalars side by side, so that the last loop is one of vectors
+    for first in range(0, len(scalars), _TILE):
+        size = min(_TILE, len(scalars) - first)
+        for i in range(size):
+            tile[0, i], tile[1, i], tile[2, i], tile[3, i] = odd_digits(_load(scalars, first + i, 0), negative)
+        for j in range(_WINDOWS):
+            words, shift, row = tile[j >> 2], np.uint64(_WINDOW * (j & 3)), references[j, first : first + size]
+            if j == 0:
+                for i in range(size):
+                    row[i] = np.int32(words[i] & _DIGIT) + np.int32(1)
             else:
-                row = w * np.int64(half) + np.int64(magnitude)
-                references[w, i] = -row if negative != (carry != _ZERO) else row
+                start = np.int32(_FULL + (j - 1) * _HALF)
+                for i in range(size):
+                    row[i] = _signed_row(start, np.int32((words[i] >> shift) & _DIGIT))
 
 
-@_kernel(types.void(_in_longs, _out_words))
-def scalars_of(values: npt.NDArray[np.int64], scalars: Words) -> None:
-    """scalars[i] = values[i] mod n."""
+@kernel(types.void(_in_longs, types.int64, _out_references))
+def recode_exponents(values: npt.NDArray[np.int64], first: int, references: npt.NDArray[np.int32]) -> None:
+    """Odd signed digits of 2 x + 1, as references to rows of odd multiples of G / 2 from `first` on: see `recode`.
+
+    references (windows, m) for windows of 16 bits, and -2**(16 windows - 1) <= x < 2**(16 windows - 1).
+    """
+    windows = len(references)
+    offset = _ONE << np.uint64(_WINDOW * windows - 1)
     for i in range(len(values)):
-        magnitude = np.uint64(values[i])
-        if values[i] < 0:
-            magnitude = ~magnitude + _ONE
-        k = (magnitude, _ZERO, _ZERO, _ZERO)
-        _store(scalars, i, 0, minus(_ORDER_LIMBS, k) if values[i] < 0 else k)
+        u = np.uint64(values[i]) + offset
+        for j in range(windows):
+            digit = np.int32((u >> np.uint64(_WINDOW * j)) & _DIGIT)
+            references[j, i] = _signed_row(np.int32(first + j * _HALF), digit)
 
 
-@_kernel(types.void(_out_words, _in_words, types.uint64))
+@kernel(types.void(_out_words, _in_words, types.uint64))
 def accumulate(sums: Words, scalars: Words, weight: np.uint64) -> None:
     """sums[i] += weight * scalars[i] as plain integers: sums (m, 5), scalars (m, 4), reduced or not.
 
@@ -490,14 +648,14 @@ def accumulate(sums: Words, scalars: Words, weight: np.uint64) -> None:
         sums[i, 4] += carry
 
 
-@_kernel(types.void(_in_words, _out_words))
+@kernel(types.void(_in_words, _out_words))
 def reduce_scalars(sums: Words, scalars: Words) -> None:
     """scalars[i] = sums[i] mod n, canonical: sums (m, 5), scalars (m, 4)."""
     for i in range(len(sums)):
         _store(scalars, i, 0, reduce_wide(_load(sums, i, 0), sums[i, 4]))
 
 
-@_kernel(types.void(_in_words, _in_signs, _out_words))
+@kernel(types.void(_in_words, _in_signs, _out_words))
 def project(scalars: Words, signs: npt.NDArray[np.int8], sums: Words) -> None:
     """sums[k] += sum over i of signs[k, i] * scalars[i]: scalars (d, 4) below n, signs (K, d) of +-1, sums (K, 5)."""
     for k in range(len(signs)):
@@ -512,7 +670,7 @@ def project(scalars: Words, signs: npt.NDArray[np.int8], sums: Words) -> None:
             sums[k, 4] += carry
 
 
-@_kernel(types.int64(_in_words))
+@kernel(types.int64(_in_words))
 def first_invalid(points: Words) -> int:
     """Index of the first row that is not a canonical affine point (infinity included), or -1."""
     for i in range(len(points)):
@@ -524,52 +682,71 @@ def first_invalid(points: Words) -> int:
     return -1
 
 
-@_kernel(types.void(_out_words, _in_words, types.int64))
-def insert_tags(slots: Words, points: Words, first: int) -> None:
-    """Put points first * G, (first + 1) * G, ... into the hash table of baby steps.
+@kernel(types.void(_in_words, _in_words, _out_bytes))
+def compare_rows(a: Words, b: Words, equal: npt.NDArray[np.uint8]) -> None:
+    """equal[i] = 1 where rows a[i] and b[i] are the same, else 0: a and b (m, width)."""
+    for i in range(len(a)):
+        difference = _ZERO
+        for j in range(a.shape[1]):
+            difference |= a[i, j] ^ b[i, j]
+        equal[i] = difference == _ZERO
 
-    slots (2**k, 2): the low limb of x, and 2 j + (y mod 2) for the point j * G; 0 there is a free slot. Linear probing.
+
+@compiled
+def _tag(word: np.uint64) -> np.uint64:
+    """The tag of a point whose x has this second word, at its place in an entry."""
+    return word << STEP_BITS
+
+
+@kernel(types.void(_out_slots, _in_words, types.int64))
+def insert_tags(slots: npt.NDArray[np.uint64], points: Words, first: int) -> None:
+    """Put points (2 first - 1) G / 2, (2 first + 1) G / 2, ... into the hash table of baby steps.
+
+    slots (2**k,), k >= 3: 34 bits of x, then 2 j + (y mod 2) for the point (2 j - 1) G / 2 in 30 bits; 0 is a free slot.
+    The low word of x names the bucket of eight slots where to begin; from there on, the first free one.
     """
     mask = np.uint64(len(slots) - 1)
     for i in range(len(points)):
-        slot = points[i, 0] & mask
-        while slots[slot, 1] != _ZERO:
+        slot = (points[i, 0] << BUCKET_BITS) & mask
+        while slots[slot] != _ZERO:
             slot = (slot + _ONE) & mask
-        slots[slot, 0] = points[i, 0]
-        slots[slot, 1] = (np.uint64(first + i) << _ONE) | (points[i, 4] & _ONE)
+        slots[slot] = _tag(points[i, 1]) | (np.uint64(first + i) << _ONE) | (points[i, 4] & _ONE)
 
 
-@_compiled
-def _look_up(slots: Words, tag: np.uint64, skip: int) -> tuple[np.uint64, int]:
-    """The entry of the (skip + 1)-th match of a tag or 0, and how many matches are still to be skipped."""
-    mask = np.uint64(len(slots) - 1)
-    slot = tag & mask
-    while slots[slot, 1] != _ZERO:
-        if slots[slot, 0] == tag:
+@compiled
+def _look_up(slots: npt.NDArray[np.uint64], low: np.uint64, high: np.uint64, skip: int) -> tuple[np.uint64, int]:
+    """The step of the (skip + 1)-th entry with the tag or 0, and how many matches are still to be skipped.
+
+    low, high: the first two words of x.
+    """
+    mask, tag = np.uint64(len(slots) - 1), _tag(high)
+    slot = (low << BUCKET_BITS) & mask
+    while slots[slot] != _ZERO:
+        if (slots[slot] ^ tag) <= STEP_MASK:
             if skip == 0:
-                return slots[slot, 1], 0
+                return slots[slot] & STEP_MASK, 0
             skip -= 1
         slot = (slot + _ONE) & mask
     return _ZERO, skip
 
 
-@_compiled
-def _signed_step(entry: np.uint64, y: Element) -> int:
-    """j or -j: the sign that makes the parity of y agree with the entry's."""
-    step = int(entry >> _ONE)
-    return step if ((entry ^ y[0]) & _ONE) == _ZERO else -step
+@compiled
+def _exponent(step: np.uint64, y: Element) -> int:
+    """j or 1 - j: m with (m - 1/2) G the point that has the step's x, and the parity of this y."""
+    j = int(step >> _ONE)
+    return j if ((step ^ y[0]) & _ONE) == _ZERO else 1 - j
 
 
-@_compiled
+@compiled
 def _chord(x1: Element, y1: Element, x2: Element, y2: Element, inverse: Element) -> tuple[Element, Element]:
     """Canonical x of the sum of two points, and the slope; inverse is 1 / (x2 - x1)."""
     slope = mul(sub(y2, y1), inverse)
     return normal(sub(sub(mul(slope, slope), x1), x2)), slope
 
 
-@_kernel(types.void(_in_words, _in_words, types.int64, _in_words, _in_longs, _out_longs, _out_bytes))
+@kernel(types.void(_in_slots, _in_words, types.int64, _in_words, _in_longs, _out_longs, _out_bytes))
 def search(
-    slots: Words,
+    slots: npt.NDArray[np.uint64],
     giants: Words,
     stride: int,
     points: Words,
@@ -577,17 +754,17 @@ def search(
     logs: npt.NDArray[np.int64],
     found: npt.NDArray[np.uint8],
 ) -> None:
-    """Candidates for the discrete logs of points in base G: baby step, giant step, both signs at once.
+    """Candidates m for points (m - 1/2) G: baby step, giant step, both signs at once.
 
     giants (s, 8) are the multiples 1 .. s of stride * G. For each point E the order of the search is fixed: E, then
     E - g stride G and E + g stride G for g = 1, 2, ...; both need the same 1 / (x_g - x_E), and only their x unless a
     tag fits. The first skips[i] matches are passed over, so that a false one can be continued behind. found[i] is 1 and
-    logs[i] the candidate, or found[i] is 0. Points are not infinity.
+    logs[i] the candidate, or found[i] is 0. Points are not infinity. A point that equals a giant step has no small m.
 
     (E -+ Q): lambda = (+-y_Q - y_E) / (x_Q - x_E), x3 = lambda**2 - x_E - x_Q, y3 = lambda (x_E - x3) - y_E.
     """
     tree = np.empty((2 * _BATCH, 4), np.uint64)
-    tags = np.empty((_BATCH, 2), np.uint64)
+    tags = np.empty((_BATCH, 2, 2), np.uint64)
     pending = np.empty(_BATCH, np.int64)
     left = np.empty(_BATCH, np.int64)  # matches still to be skipped
     mask = np.uint64(len(slots) - 1)
@@ -595,9 +772,9 @@ def search(
     while position < len(points):
         count = 0
         while count < _BATCH and position < len(points):
-            entry, skip = _look_up(slots, points[position, 0], skips[position])
+            entry, skip = _look_up(slots, points[position, 0], points[position, 1], skips[position])
             if entry != _ZERO:
-                logs[position] = _signed_step(entry, _load(points, position, 4))
+                logs[position] = _exponent(entry, _load(points, position, 4))
                 found[position] = 1
             else:
                 found[position] = 0
@@ -626,8 +803,8 @@ def search(
                     x2, y2 = _load(giants, first + s, 0), _load(giants, first + s, 4)
                     for side in range(2):
                         x3, _ = _chord(x1, y1, x2, negate_if(side == 0, y2), _load(tree, size + node, 0))
-                        tags[node, side] = x3[0]
-                        _prefetch(slots, np.int64(x3[0] & mask))
+                        tags[node, side, 0], tags[node, side, 1] = x3[0], x3[1]
+                        _prefetch(slots, np.int64((x3[0] << BUCKET_BITS) & mask))
             kept = 0
             for i in range(count):
                 target, skip = pending[i], left[i]
@@ -637,15 +814,13 @@ def search(
                     node = i * span + s
                     giant = (first + s + 1) * stride
                     x1, x2 = _load(points, target, 0), _load(giants, first + s, 0)
-                    if _equal(x1, x2) and skip == 0:  # E = +- giant step: the answer (and the tags mean nothing)
-                        logs[target] = giant if giants[first + s, 4] == points[target, 4] else -giant
-                        hit = True
-                        break
-                    entry, skip = _look_up(slots, tags[node, side], skip)
+                    if _equal(x1, x2):
+                        continue
+                    entry, skip = _look_up(slots, tags[node, side, 0], tags[node, side, 1], skip)
                     if entry != _ZERO:
                         y1, y2 = _load(points, target, 4), negate_if(side == 0, _load(giants, first + s, 4))
                         x3, slope = _chord(x1, y1, x2, y2, _load(tree, size + node, 0))
-                        baby = _signed_step(entry, normal(sub(mul(slope, sub(x1, x3)), y1)))
+                        baby = _exponent(entry, normal(sub(mul(slope, sub(x1, x3)), y1)))
                         logs[target] = baby + giant if side == 0 else baby - giant
                         hit = True
                         break

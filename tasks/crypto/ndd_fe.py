@@ -14,10 +14,10 @@
     (m, rho)    the opening          sum_i y_i U_ik = m_k G + rho_k H, which anybody can check
 
 Arrays: points (d, 8) and scalars (d, 4) uint64, little-endian limbs (`curve`). Every function that expands a mask has
-`start`, the index of its first coordinate, so that chunks can be worked on alone, in any order and in threads (kernels
-release the GIL); indices in errors count from the first coordinate of the whole.
+`start`, the index of its first coordinate, so that chunks can be worked on alone and in any order; indices in errors count
+from the first coordinate of the whole. `threads`: how many to use, for kernels release the GIL.
 
-The seam of a faster backend is `field`. Kernels index tables by secrets: they are not constant time.
+The arithmetic is that of `backend`. Kernels index tables by secrets: they are not constant time.
 
 Who may call what is decided elsewhere: the publisher makes ONE functional key a round (two, for different cohorts,
 would open a single update by subtraction), and a mask key belongs to one salt, thus to one submission.
@@ -25,9 +25,8 @@ would open a single update by subtraction), and a mask key belongs to one salt, 
 Source: the protocol's section NDD-FE. Errors: OutOfBound, InvalidEncoding, ValueError.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -38,22 +37,24 @@ from cryptography.hazmat.primitives.ciphers.modes import CTR
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from tasks.crypto import bsgs, curve, field
+from tasks.crypto import backend, bsgs, curve, field
 from tasks.crypto.bsgs import BabySteps, OutOfBound
-from tasks.crypto.curve import CHUNK, FixedBase, InvalidEncoding, Point
+from tasks.crypto.curve import CHUNK, InvalidEncoding
 from tasks.crypto.field import ORDER, Words
-from tasks.crypto.hash_to_curve import hash_to_curve
+from tasks.crypto.pedersen import H, commitments
 
 __all__ = [
     "ORDER", "BabySteps", "H", "InvalidEncoding", "Label", "OutOfBound",
     "blinding", "decode_points", "decode_scalars", "derive_key", "derive_projection_key", "encode_points",
-    "encode_scalars", "encrypt", "failing_coordinates", "failing_projections", "mask_key", "open_projection",
-    "open_sum", "weighted_sum",
+    "encode_scalars", "encoded_size", "encrypt", "failing_coordinates", "failing_projections", "mask_key",
+    "open_projection", "open_sum", "weighted_sum",
 ]  # fmt: skip
 
-H: Point = hash_to_curve(b"pedersen base H", b"HealChain-V01-CS01-with-secp256k1_XMD:SHA-256_SSWU_RO_")
-
 MAX_WEIGHT = 2**16
+_POINTS_HEADER = b"HCP\x01"
+_ZEROS = memoryview(bytes(32 * CHUNK))  # a stream is the encryption of zeros
+
+Signs = npt.NDArray[np.int8] | npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ def mask_key(shared_secret: bytes, role: Literal["publisher", "aggregator"], lab
     for name, value, length in (("shared secret", shared_secret, 32), ("domain", label.domain, 32), ("salt", salt, 16)):
         if len(value) != length:
             raise ValueError(f"expected a {name} of {length} bytes, got {len(value)}")
+    curve.whole(label.round_number, "round", 0, 2**64)
     # A length before every field: no two different labels have the same encoding.
     fields = (label.domain, label.task_id.encode(), label.round_number.to_bytes(8, "big"), salt)
     info = f"mask-{role}|".encode() + b"".join(len(item).to_bytes(4, "big") + item for item in fields)
@@ -85,39 +87,54 @@ def mask_key(shared_secret: bytes, role: Literal["publisher", "aggregator"], lab
 
 
 def encrypt(
-    values: npt.NDArray[np.int64], publisher_mask: bytes, aggregator_mask: bytes, *, bound: int, start: int = 0
+    values: npt.NDArray[np.int64],
+    publisher_mask: bytes,
+    aggregator_mask: bytes,
+    *,
+    bound: int,
+    start: int = 0,
+    threads: int = 1,
 ) -> Words:
     """(d, 8) ciphertext x_k G + (r_k + t_k) H of the (d,) int64 values, which are coordinates start .. start + d - 1.
 
     Raises ValueError naming the first coordinate with |value| > bound.
     """
-    if not 1 <= bound < 2**63:
-        raise ValueError(f"bound {bound} is not in [1, 2**63)")
-    values = _integers(values, "values")
-    outside = np.flatnonzero((values > bound) | (values < -bound))
-    if len(outside):
-        worst = int(outside[0])
+    values, bound = curve.longs(values, "values"), curve.whole(bound, "bound", 1, 2**63)
+    start = _checked_start(start, len(values))
+    if values.max(initial=0) > bound or values.min(initial=0) < -bound:
+        worst = int(np.flatnonzero((values > bound) | (values < -bound))[0])
         raise ValueError(f"coordinate {start + worst} is {values[worst]}, outside +-{bound}")
     ciphertext = np.empty((len(values), 8), np.uint64)
-    for chunk in _chunks(len(values)):
+    tables = commitments()
+
+    def work(chunk: slice) -> None:
         rho = _sum_streams([publisher_mask, aggregator_mask], [1, 1], chunk, start)
-        ciphertext[chunk] = _commit(values[chunk], rho, bound)
+        tables.commit_into(ciphertext[chunk], values[chunk], rho, bound)
+
+    backend.spread(work, len(values), CHUNK, threads)
     return ciphertext
 
 
 # --- the publisher --------------------------------------------------------------------------------------------------
 
 
-def derive_key(publisher_masks: Sequence[bytes], weights: Sequence[int], length: int, *, start: int = 0) -> Words:
+def derive_key(
+    publisher_masks: Sequence[bytes], weights: Sequence[int], length: int, *, start: int = 0, threads: int = 1
+) -> Words:
     """(length, 4) functional key f_k = sum_i y_i r_ik for coordinates start .. start + length - 1."""
-    _check_weights(weights, len(publisher_masks))
+    weights = _checked_weights(weights, len(publisher_masks))
+    length = curve.whole(length, "length", 0, 2**48)
+    start = _checked_start(start, length)
     key = np.empty((length, 4), np.uint64)
-    for chunk in _chunks(length):
+
+    def work(chunk: slice) -> None:
         key[chunk] = _sum_streams(publisher_masks, weights, chunk, start)
+
+    backend.spread(work, length, CHUNK, threads)
     return key
 
 
-def derive_projection_key(publisher_mask: bytes, coefficients: npt.NDArray[np.int64]) -> Words:
+def derive_projection_key(publisher_mask: bytes, coefficients: Signs) -> Words:
     """(K, 4) audit keys sum_k a_k r_ik of one miner, for K rows a of +-1: coefficients (K, d), all d coordinates.
 
     K projections are K linear equations in the update: the publisher keeps the K of a round far below d.
@@ -129,14 +146,23 @@ def derive_projection_key(publisher_mask: bytes, coefficients: npt.NDArray[np.in
 
 
 def blinding(
-    functional_key: Words, aggregator_masks: Sequence[bytes], weights: Sequence[int], *, start: int = 0
+    functional_key: Words,
+    aggregator_masks: Sequence[bytes],
+    weights: Sequence[int],
+    *,
+    start: int = 0,
+    threads: int = 1,
 ) -> Words:
     """(d, 4) blinding rho_k = f_k + sum_i y_i t_ik of the weighted sum."""
-    _check_weights(weights, len(aggregator_masks))
+    weights = _checked_weights(weights, len(aggregator_masks))
     functional_key = curve.words(functional_key, 4, "functional key")
+    start = _checked_start(start, len(functional_key))
     rho = np.empty_like(functional_key)
-    for chunk in _chunks(len(rho)):
+
+    def work(chunk: slice) -> None:
         rho[chunk] = _sum_streams(aggregator_masks, weights, chunk, start, functional_key[chunk])
+
+    backend.spread(work, len(rho), CHUNK, threads)
     return rho
 
 
@@ -150,30 +176,47 @@ def open_sum(
     table: BabySteps | None = None,
     start: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    threads: int = 1,
 ) -> tuple[npt.NDArray[np.int64], Words]:
     """The opening (m, rho) of the weighted sum: m (d,) int64 with |m_k| <= bound, rho (d, 4).
 
     Raises OutOfBound with the coordinates when a key, weight, mask or ciphertext is not the right one, or a sum is too
     large: what is returned has been encoded again and compared.
     """
-    rho = blinding(functional_key, aggregator_masks, weights, start=start)
-    sums = weighted_sum(ciphertexts, weights)
+    sums, rho = blinded_sum(functional_key, aggregator_masks, ciphertexts, weights, start=start, threads=threads)
+    return _logs(sums, bound, table, start, progress, threads), rho
+
+
+def blinded_sum(
+    functional_key: Words,
+    aggregator_masks: Sequence[bytes],
+    ciphertexts: Sequence[Words],
+    weights: Sequence[int],
+    *,
+    start: int = 0,
+    threads: int = 1,
+) -> tuple[Words, Words]:
+    """E_k - G / 2, (d, 8), whose logs are m_k - 1/2, and rho (d, 4): all of decryption but the recovery."""
+    rho = blinding(functional_key, aggregator_masks, weights, start=start, threads=threads)
+    sums = weighted_sum(ciphertexts, weights, threads=threads)
     _check_length(rho, len(sums), "functional key")
-    return _open(sums, rho, bound, table, start, progress), rho
+    _take_off(sums, rho, threads)
+    return sums, rho
 
 
 def open_projection(
     projection_key: Words,
     aggregator_mask: bytes,
-    ciphertext: Words,
-    coefficients: npt.NDArray[np.int64],
+    ciphertext: Words | Iterable[Words],
+    coefficients: Signs,
     *,
     bound: int,
     table: BabySteps | None = None,
 ) -> tuple[npt.NDArray[np.int64], Words]:
     """The openings of <a, x_i> for one miner: values (K,) int64, |value| <= bound, and rho (K, 4).
 
-    coefficients (K, d) of +-1, ciphertext (d, 8), projection_key (K, 4).
+    coefficients (K, d) of +-1, ciphertext (d, 8) or its consecutive chunks (n, 8), projection_key (K, 4). Of chunks, one
+    at a time is in memory.
     Raises OutOfBound with the projections' indices.
     """
     signs = _signs(coefficients)
@@ -184,53 +227,80 @@ def open_projection(
     field.accumulate(sums, own, np.uint64(1))
     field.accumulate(sums, projection_key, np.uint64(1))
     rho = _reduce(sums)
-    return _open(_project_points(ciphertext, signs), rho, bound, table, 0, None), rho
+    projected = _project_points(ciphertext, signs)
+    _take_off(projected, rho, 1)
+    return _logs(projected, bound, table, 0, None, 1), rho
 
 
 # --- anybody --------------------------------------------------------------------------------------------------------
 
 
-def weighted_sum(ciphertexts: Sequence[Words], weights: Sequence[int]) -> Words:
+def weighted_sum(ciphertexts: Sequence[Words], weights: Sequence[int], *, threads: int = 1) -> Words:
     """(d, 8) points sum_i y_i U_ik. Correct for equal and opposite points too; infinity is a row of zeros."""
-    _check_weights(weights, len(ciphertexts))
+    weights = _checked_weights(weights, len(ciphertexts))
     arrays = [curve.words(ciphertext, 8, f"ciphertext {i}") for i, ciphertext in enumerate(ciphertexts)]
     for i, array in enumerate(arrays):
         _check_length(array, len(arrays[0]), f"ciphertext {i}")
     total = np.empty_like(arrays[0])
-    for chunk in _chunks(len(total)):
-        total[chunk] = curve.weigh([array[chunk] for array in arrays], weights)
+
+    def work(chunk: slice) -> None:
+        curve.weigh(total[chunk], [array[chunk] for array in arrays], weights)
+
+    backend.spread(work, len(total), 4 * CHUNK, threads)
     return total
 
 
 def failing_coordinates(
-    ciphertexts: Sequence[Words], weights: Sequence[int], m: npt.NDArray[np.int64], rho: Words
+    ciphertexts: Sequence[Words],
+    weights: Sequence[int],
+    m: npt.NDArray[np.int64],
+    rho: Words,
+    *,
+    threads: int = 1,
 ) -> list[int]:
     """The coordinates k where sum_i y_i U_ik != m_k G + rho_k H; [] means that the opening holds. Public data only."""
-    return _failing(weighted_sum(ciphertexts, weights), m, rho)
+    return _failing(weighted_sum(ciphertexts, weights, threads=threads), m, rho, threads)
 
 
 def failing_projections(
-    ciphertext: Words, coefficients: npt.NDArray[np.int64], values: npt.NDArray[np.int64], rho: Words
+    ciphertext: Words | Iterable[Words], coefficients: Signs, values: npt.NDArray[np.int64], rho: Words
 ) -> list[int]:
-    """The projections whose published opening (values, rho) does not hold for this miner's ciphertext."""
-    return _failing(_project_points(ciphertext, _signs(coefficients)), values, rho)
+    """The projections whose published opening (values, rho) does not hold for this miner's ciphertext, or its chunks."""
+    return _failing(_project_points(ciphertext, _signs(coefficients)), values, rho, 1)
 
 
 # --- encodings ------------------------------------------------------------------------------------------------------
 
 
 def encode_points(points: Words) -> bytes:
-    """64 bytes a point, x then y, little-endian. Raises InvalidEncoding for what `decode_points` would refuse."""
+    """The header, then 64 bytes a point, x and y, little-endian. Raises InvalidEncoding for what nobody would accept.
+
+    header: "HCP", the version 1 as a byte, and the number of points as 8 bytes, little-endian.
+    """
     points = curve.words(points, 8, "points")
     _check_points(points)
-    return points.astype("<u8").tobytes()
+    return _POINTS_HEADER + len(points).to_bytes(8, "little") + points.astype("<u8", copy=False).tobytes()
 
 
 def decode_points(data: bytes) -> Words:
-    """(d, 8) points from 64 bytes each. Raises InvalidEncoding naming the first point that is not on the curve."""
-    points = _decode(data, 8)
+    """(d, 8) points from what `encode_points` makes.
+
+    Raises InvalidEncoding for another kind or version, another length, or naming the first point that is not on the curve.
+    """
+    header, count = data[:4], int.from_bytes(data[4:12], "little")
+    if header != _POINTS_HEADER:
+        known = "of another version" if header[:3] == _POINTS_HEADER[:3] else "not points"
+        raise InvalidEncoding(f"data beginning {header!r} are {known}: expected {_POINTS_HEADER!r}")
+    if len(data) != encoded_size(count):
+        raise InvalidEncoding(f"{len(data)} bytes announce {count} points, which would take {encoded_size(count)}")
+    points = np.frombuffer(data, "<u8", offset=12).astype(np.uint64).reshape(-1, 8)
     _check_points(points)
     return points
+
+
+def encoded_size(count: int) -> int:
+    """Bytes that `encode_points` makes of `count` points."""
+    return 12 + 64 * count
 
 
 def encode_scalars(scalars: Words) -> bytes:
@@ -242,19 +312,15 @@ def encode_scalars(scalars: Words) -> bytes:
 
 def decode_scalars(data: bytes) -> Words:
     """(d, 4) scalars from 32 bytes each. Raises InvalidEncoding naming the first one that is not below n."""
-    scalars = _decode(data, 4)
+    if len(data) % 32:
+        raise InvalidEncoding(f"{len(data)} bytes are not a multiple of 32")
+    scalars = np.frombuffer(data, "<u8").astype(np.uint64).reshape(-1, 4)
     _check_scalars(scalars)
     return scalars
 
 
-def _decode(data: bytes, width: int) -> Words:
-    if len(data) % (8 * width):
-        raise InvalidEncoding(f"{len(data)} bytes are not a multiple of {8 * width}")
-    return np.frombuffer(data, "<u8").astype(np.uint64).reshape(-1, width)
-
-
 def _check_points(points: Words) -> None:
-    index = field.first_invalid(points)
+    index = backend.first_invalid(points)
     if index >= 0:
         raise InvalidEncoding(f"point {index} is not a reduced point of the curve")
 
@@ -270,49 +336,45 @@ def _check_scalars(scalars: Words) -> None:
 # --- inside ---------------------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=1)
-def _blinding_base() -> FixedBase:
-    """Multiples of H for whole scalars: 16 windows of 16 bits, 32 MiB, built at first use."""
-    return FixedBase.build(H, window=16, windows=16)
-
-
 def _chunks(length: int) -> Iterator[slice]:
     return (slice(first, min(first + CHUNK, length)) for first in range(0, length, CHUNK))
 
 
-def _commit(values: npt.NDArray[np.int64], rho: Words, bound: int | None = None) -> Words:
-    """(m, 8) points values G + rho H."""
-    points = bsgs.encode_exponents(values, bound)
-    _blinding_base().add_to(points, rho)
-    return points
+def _take_off(sums: Words, rho: Words, threads: int) -> None:
+    """sums -= rho H + G / 2, in place."""
+    tables = commitments()
+    backend.spread(lambda chunk: tables.take_off(sums[chunk], rho[chunk]), len(sums), CHUNK, threads)
 
 
-def _open(
-    sums: Words,
-    rho: Words,
+def _logs(
+    points: Words,
     bound: int,
     table: BabySteps | None,
     start: int,
     progress: Callable[[int, int], None] | None,
+    threads: int,
 ) -> npt.NDArray[np.int64]:
-    """Discrete logs of sums - rho H."""
-    for chunk in _chunks(len(sums)):
-        _blinding_base().add_to(sums[chunk], rho[chunk], negative=True)
+    """m of points (m - 1/2) G."""
     try:
-        return bsgs.discrete_logs(sums, bound, table, progress)
+        return bsgs.half_logs(points, bound, table, progress, threads=threads)
     except OutOfBound as error:
         raise OutOfBound([start + k for k in error.coordinates], bound) from None
 
 
-def _failing(sums: Words, m: npt.NDArray[np.int64], rho: Words) -> list[int]:
-    m, rho = _integers(m, "m"), curve.words(rho, 4, "rho")
+def _failing(sums: Words, m: npt.NDArray[np.int64], rho: Words, threads: int) -> list[int]:
+    m, rho = curve.longs(m, "m"), curve.words(rho, 4, "rho")
     _check_scalars(rho)
     _check_length(m, len(sums), "m")
     _check_length(rho, len(sums), "rho")
-    failing = []
-    for chunk in _chunks(len(sums)):
-        differs = (_commit(m[chunk], rho[chunk]) != sums[chunk]).any(axis=1)
-        failing += (chunk.start + np.flatnonzero(differs)).tolist()
+    largest = max(int(m.max(initial=0)), -int(m.min(initial=0)) - 1)
+    holds = np.empty(len(sums), bool)
+    tables = commitments()
+
+    def work(chunk: slice) -> None:
+        holds[chunk] = backend.equal_rows(tables.commit(m[chunk], rho[chunk], largest), sums[chunk])
+
+    backend.spread(work, len(sums), CHUNK, threads)
+    failing: list[int] = np.flatnonzero(~holds).tolist()
     return failing
 
 
@@ -324,7 +386,9 @@ def _stream(key: bytes, start: int, length: int) -> Words:
     if len(key) != 32:
         raise ValueError(f"a mask key has 32 bytes, got {len(key)}")
     cipher = Cipher(AES(key), CTR((2 * start).to_bytes(16, "big"))).encryptor()
-    return np.frombuffer(cipher.update(bytes(32 * length)), "<u8").astype(np.uint64).reshape(-1, 4)
+    stream = np.empty(4 * length, "<u8")
+    cipher.update_into(_ZEROS[: 32 * length] if length <= CHUNK else bytes(32 * length), stream.view(np.uint8).data)
+    return stream.astype(np.uint64, copy=False).reshape(-1, 4)
 
 
 def _sum_streams(
@@ -354,39 +418,44 @@ def _project_stream(key: bytes, signs: npt.NDArray[np.int8]) -> Words:
     return _reduce(sums)
 
 
-def _project_points(ciphertext: Words, signs: npt.NDArray[np.int8]) -> Words:
+def _project_points(ciphertext: Words | Iterable[Words], signs: npt.NDArray[np.int8]) -> Words:
     """(K, 8) points sum_k a_k U_k. 64 partial sums a row, so that few projections still fill a batch."""
-    ciphertext = curve.words(ciphertext, 8, "ciphertext")
+    if isinstance(ciphertext, np.ndarray):
+        ciphertext = [ciphertext[chunk] for chunk in _chunks(len(ciphertext))]
     count, length = signs.shape
-    _check_length(ciphertext, length, "ciphertext")
-    columns = -(-length // 64)
-    references = np.zeros((count, 64 * columns), np.int32)
-    references[:, :length] = signs * np.arange(1, length + 1, dtype=np.int32)
     partial = np.zeros((64 * count, 8), np.uint64)
-    field.add_rows(partial, ciphertext, np.ascontiguousarray(references.reshape(64 * count, columns).T))
+    done = 0
+    for points in ciphertext:
+        points = curve.words(points, 8, "ciphertext")
+        part = signs[:, done : done + len(points)]
+        done += len(points)
+        if done > length:
+            break
+        columns = -(-len(points) // 64)
+        references = np.zeros((count, 64 * columns), np.int32)
+        references[:, : len(points)] = part * np.arange(1, len(points) + 1, dtype=np.int32)
+        backend.add_rows(partial, points, np.ascontiguousarray(references.reshape(64 * count, columns).T))
+    if done != length:
+        raise ValueError(f"ciphertext has {done} rows, expected {length}")
     return curve.sum_points(partial.reshape(count, 64, 8).swapaxes(0, 1))
 
 
-def _signs(coefficients: npt.NDArray[np.int64]) -> npt.NDArray[np.int8]:
+def _signs(coefficients: Signs) -> npt.NDArray[np.int8]:
     signs = np.asarray(coefficients)
-    if signs.ndim != 2 or not np.isin(signs, (-1, 1)).all():
+    if signs.ndim != 2 or not all(np.isin(signs[:, chunk], (-1, 1)).all() for chunk in _chunks(signs.shape[1])):
         raise ValueError(f"expected coefficients +-1 of shape (K, d), got shape {signs.shape}")
     return np.ascontiguousarray(signs, dtype=np.int8)
 
 
-def _integers(values: npt.ArrayLike, name: str) -> npt.NDArray[np.int64]:
-    integers = np.asarray(values)
-    if integers.ndim != 1 or integers.dtype != np.int64:
-        raise ValueError(f"{name}: expected int64 of shape (d,), got {integers.dtype} of shape {integers.shape}")
-    return integers
-
-
-def _check_weights(weights: Sequence[int], count: int) -> None:
+def _checked_weights(weights: Sequence[int], count: int) -> list[int]:
     if len(weights) != count or not count:
         raise ValueError(f"{len(weights)} weights for {count} miners")
-    for i, weight in enumerate(weights):
-        if not 0 < weight < MAX_WEIGHT:
-            raise ValueError(f"weight {i} is {weight}, not in [1, {MAX_WEIGHT})")
+    return [curve.whole(weight, f"weight {i}", 1, MAX_WEIGHT) for i, weight in enumerate(weights)]
+
+
+def _checked_start(start: int, length: int) -> int:
+    """Two blocks a scalar: at 2**127 the counter would begin again, and a mask would be used twice."""
+    return curve.whole(start, "start", 0, 2**127 - length + 1)
 
 
 def _check_length(rows: npt.NDArray[np.int64] | Words, length: int, name: str) -> None:

@@ -86,7 +86,7 @@ class Ours:
 
 
 @pytest.fixture(scope="module")
-def ours():
+def ours(chosen):
     return Ours()
 
 

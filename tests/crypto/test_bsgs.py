@@ -1,6 +1,7 @@
 """Discrete logs: every exponent within the bound is found, no other is, whatever the table holds."""
 
 import pickle
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from tasks.crypto import bsgs, ndd_fe
 from tasks.crypto.bsgs import BabySteps, OutOfBound, baby_steps, default_size, discrete_logs, encode_exponents
+from tasks.crypto.curve import integers_of
 from tests import oracle
 from tests.crypto import rows, tuples
 
@@ -40,9 +42,11 @@ def test_every_exponent_is_found_and_one_past_the_edge_is_not(bound, size):
 
 @pytest.mark.parametrize(("size", "bound"), [(2**12, 2**20), (2**16, 2**24), (1000, 2**20), (2**18, 2**32)])
 def test_edges_of_steps_and_bound(size, bound):
-    stride = 2 * size + 1
-    edges = [0, 1, size - 1, size, size + 1, stride - 1, stride, stride + 1, stride + size, stride + size + 1]
-    edges += [2 * stride, 7 * stride - size, bound - 1, bound]
+    # A giant step skips 2 size, and reaches from 1 - size to size around it: both ends of the first, and of a later one.
+    stride = 2 * size
+    edges = [0, 1, size - 1, size, size + 1, stride - 1, stride, stride + 1, stride + size - 1, stride + size]
+    edges += [stride + size + 1, 2 * stride, 7 * stride - size, 7 * stride - size + 1, 7 * stride + size]
+    edges += [bound - stride - size, bound - size, bound - 1, bound]
     exponents = np.array([sign * e for e in edges for sign in (1, -1)], np.int64)
     table = baby_steps(size)
     assert (discrete_logs(encode_exponents(exponents), bound, table) == exponents).all()
@@ -71,47 +75,102 @@ def test_a_lone_point_costs_one_inversion_for_many_giant_steps():
 
 # --- tags that fit by accident --------------------------------------------------------------------------------------
 
+STEP_BITS, BUCKET = 30, 8
 
-def forged(size, *entries):
-    """A table with false entries (exponent whose tag is used, exponent it claims), put in before the true ones."""
-    slots = np.zeros_like(baby_steps(size).slots)
-    mask = len(slots) - 1
 
-    def put(tag, entry):
-        slot = tag & mask
-        while slots[slot, 1]:
-            slot = (slot + 1) & mask
-        slots[slot] = tag, entry
+def place(exponent, slots):
+    """First slot of the bucket of (m - 1/2) G, and its tag, in the upper 34 bits of an entry."""
+    x = integers_of(half_points(exponent))[0]
+    return (x & 2**64 - 1) * BUCKET % len(slots), (x >> 64 << STEP_BITS) & 2**64 - 1
+
+
+def half_points(*exponents):
+    """Rows (m - 1/2) G by the oracle."""
+    half = oracle.multiply((oracle.N + 1) // 2, oracle.G)
+    return rows([oracle.add(oracle.multiply(m, oracle.G), oracle.negate(half)) for m in exponents])
+
+
+def forged(size, *entries, room=1):
+    """A table with false entries (exponent whose tag is used, step it claims), put in before the true ones.
+
+    A step is 2 j + parity, for the exponent j or 1 - j. room: so many times as many slots.
+    """
+    true = baby_steps(size).slots
+    slots = np.zeros(len(true) * room, np.uint64)
+
+    def put(exponent, step):
+        slot, tag = place(exponent, slots)
+        while slots[slot]:
+            slot = (slot + 1) % len(slots)
+        slots[slot] = tag | step
 
     for exponent, claimed in entries:
-        put(int(points(exponent)[0, 0]), claimed)
-    for tag, entry in baby_steps(size).slots.tolist():
-        if entry:
-            put(tag, entry)
+        put(exponent, claimed)
+    for entry in sorted(int(entry) & 2**STEP_BITS - 1 for entry in true if entry):
+        put(entry >> 1, entry)
     return BabySteps(size, slots)
+
+
+def test_a_table_of_true_entries_is_the_one_that_is_built():
+    assert sorted(forged(10).slots.tolist()) == sorted(baby_steps(10).slots.tolist())
 
 
 def test_a_false_tag_in_the_same_chain_is_passed_over():
     table = forged(10, (4, 2 * 7), (4, 2 * 9 + 1), (4, 2 * 1))
-    assert discrete_logs(points(4, -4, 7, 0), 10, table).tolist() == [4, -4, 7, 0]
+    assert discrete_logs(points(4, -4, -3, 7, 0), 10, table).tolist() == [4, -4, -3, 7, 0]
+
+
+@pytest.mark.parametrize("lies", range(1, 20))
+def test_false_tags_that_fill_the_bucket_go_on_in_the_next(lies):
+    table = forged(10, *[(4, 2 * (7 + i % 3) + i % 2) for i in range(lies)], room=4)
+    first, tag = place(4, table.slots)
+    chain = [int(table.slots[(first + i) % len(table.slots)]) ^ tag < 2**STEP_BITS for i in range(40)]
+    assert chain[:lies] == [True] * lies
+    assert chain[lies:].count(True) == 1, "the true entry is behind them"
+    exponents = [4, -3, 7, -7, 0, 1, 10, -10]
+    assert discrete_logs(points(*exponents), 10, table).tolist() == exponents
+    assert failing(points(11, 4, -14), 10, table) == [0, 2]
+
+
+def test_a_chain_goes_around_the_end_of_the_table():
+    size = 10
+    slots = np.zeros_like(baby_steps(size).slots)
+    last = next(m for m in range(1, size + 1) if place(m, slots)[0] == len(slots) - BUCKET)
+    table = forged(size, *[(last, 2 * (1 + (last + i) % 9) + i % 2) for i in range(11)])
+    exponents = list(range(-size, size + 1))
+    assert discrete_logs(points(*exponents), size, table).tolist() == exponents
 
 
 def test_a_false_tag_at_an_earlier_giant_step_is_passed_over():
-    # 50 = 2 * 21 + 8 is found at the second giant step; its own tag, and that of 50 - 21, are claimed by others.
-    table = forged(10, (50, 2 * 3), (29, 2 * 5 + 1), (71, 2 * 2))
-    assert discrete_logs(points(50, -50, 29, 71, 8), 100, table).tolist() == [50, -50, 29, 71, 8]
+    # 50 = 2 * 20 + 10 is found at the second giant step; its own tag, and that of 50 - 20, are claimed by others.
+    table = forged(10, (50, 2 * 3), (30, 2 * 5 + 1), (70, 2 * 2), (-49, 2 * 6))
+    exponents = [50, -50, 30, 70, 10, -29, -49]
+    assert discrete_logs(points(*exponents), 100, table).tolist() == exponents
+
+
+def test_a_lie_about_the_parity_of_y_yields_no_wrong_number():
+    true = baby_steps(10).slots
+    table = BabySteps(10, np.where(true != 0, true ^ np.uint64(1), 0).astype(np.uint64))
+    assert failing(points(4, -4, 7), 10, table) == [0, 1, 2]
+    for exponent in range(11, 51):  # with giant steps y may not be asked for at all
+        with suppress(OutOfBound):
+            assert discrete_logs(points(exponent), 50, table).tolist() == [exponent]
 
 
 def test_a_false_tag_without_a_true_one_ends_in_refusal():
-    table = forged(10, (500, 2 * 3), (479, 2 * 3))
-    assert failing(points(500, 3), 100, table) == [0]
+    table = forged(10, (500, 2 * 3), (480, 2 * 3), (-479, 2 * 3 + 1))
+    assert failing(points(500, 3, -499, 480), 100, table) == [0, 2, 3]
 
 
 def test_a_table_full_of_lies_yields_no_wrong_number():
-    slots = baby_steps(10).slots.copy()
-    slots[:, 1] = np.where(slots[:, 1] != 0, slots[:, 1] ^ np.uint64(2), 0)  # j claims j ^ 1
-    exponents = list(range(-10, 11))
-    assert failing(points(*exponents), 10, BabySteps(10, slots)) == [k for k, m in enumerate(exponents) if m]
+    true = baby_steps(10).slots
+    slots = np.where(true != 0, true ^ np.uint64(4), 0).astype(np.uint64)  # j claims j ^ 2
+    exponents = list(range(-9, 11))
+    assert failing(points(*exponents), 10, BabySteps(10, slots)) == list(range(20))
+
+
+def test_a_table_without_a_single_entry_finds_nothing():
+    assert failing(points(1, 5, 0), 100, BabySteps(10, np.zeros(32, np.uint64))) == [0, 1, 2]
 
 
 # --- interface ------------------------------------------------------------------------------------------------------
@@ -120,12 +179,12 @@ def test_a_table_full_of_lies_yields_no_wrong_number():
 def test_tables_are_shared_and_read_only():
     assert baby_steps(50) is baby_steps(50)
     with pytest.raises(ValueError, match="read-only"):
-        baby_steps(50).slots[0, 0] = 1
+        baby_steps(50).slots[0] = 1
 
 
 @pytest.mark.parametrize("bound", [1, 2, 1000, 2**20, 2**24, 2**32, 2**48])
 def test_the_default_table_fits_the_bound(bound):
-    assert 1 <= default_size(bound) <= min(2 * bound, 2**22)
+    assert 1 <= default_size(bound) <= min(2 * bound, 2**24)
     assert discrete_logs(points(1, -1), 2**10).tolist() == [1, -1]
     assert failing(points(2**10 + 1, -1025, 1024), 2**10) == [0, 1], "the table may reach further than the bound"
 

@@ -1,19 +1,15 @@
 """Points against coincurve (libsecp256k1) and the oracle, one at a time and in arrays."""
 
-from itertools import pairwise
-
 import numpy as np
 import pytest
 from coincurve import PublicKey
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.crypto import curve, field
+from tasks.crypto import backend, curve, field
 from tasks.crypto.curve import (
     GENERATOR,
     INFINITY,
-    ORDER,
-    FixedBase,
     InvalidEncoding,
     Point,
     add,
@@ -25,8 +21,12 @@ from tasks.crypto.curve import (
     multiply,
     negate,
     points_of,
+    progression,
     scalar_array,
+    weighing,
 )
+from tasks.crypto.field import ORDER
+from tasks.crypto.pedersen import commitments, exponent_windows
 from tests import oracle
 from tests.crypto import load, rows, tuples
 
@@ -118,7 +118,7 @@ def test_every_kind_of_addition_inside_one_batch():
     left = [a for a in small for _ in small] * 15
     right = [b for _ in small for b in small] * 15  # 1215 pairs: more than one batch
     total = rows(left)
-    field.add_rows(total, rows(right), np.arange(1, len(right) + 1, dtype=np.int32)[None])
+    backend.add_rows(total, rows(right), np.arange(1, len(right) + 1, dtype=np.int32)[None])
     expected = [oracle.add(a, b) for a in small for b in small] * 15
     assert tuples(total) == expected
 
@@ -132,18 +132,18 @@ def test_points_with_tiny_and_huge_coordinates_add_up():
     right = [b for _ in points for b in points]
     for sign in (1, -1):
         total = rows(left)
-        field.add_rows(total, rows(right), sign * np.arange(1, len(right) + 1, dtype=np.int32)[None])
+        backend.add_rows(total, rows(right), sign * np.arange(1, len(right) + 1, dtype=np.int32)[None])
         expected = [oracle.add(a, b if sign > 0 else oracle.negate(b)) for a, b in zip(left, right, strict=True)]
         assert tuples(total) == expected
         # And back: the results are tiny again.
-        field.add_rows(total, rows(right), -sign * np.arange(1, len(right) + 1, dtype=np.int32)[None])
+        backend.add_rows(total, rows(right), -sign * np.arange(1, len(right) + 1, dtype=np.int32)[None])
         assert tuples(total) == left
 
 
 def test_references_subtract_and_skip():
     table = rows(small_points(9))
     total = rows([oracle.G] * 19)
-    field.add_rows(total, table, np.arange(-9, 10, dtype=np.int32)[None])
+    backend.add_rows(total, table, np.arange(-9, 10, dtype=np.int32)[None])
     expected = [oracle.add(oracle.G, oracle.multiply(4 - j, oracle.G)) for j in reversed(range(9))]
     expected += [oracle.G, *(oracle.add(oracle.G, oracle.multiply(j - 4, oracle.G)) for j in range(9))]
     assert tuples(total) == expected
@@ -153,12 +153,12 @@ def test_references_subtract_and_skip():
 def test_batches_of_every_size_agree(size):
     points = multiples(GENERATOR, size)
     total = points.copy()
-    field.add_rows(total, points, np.arange(1, size + 1, dtype=np.int32)[None])
+    backend.add_rows(total, points, np.arange(1, size + 1, dtype=np.int32)[None])
     assert (total == multiples(GENERATOR, 2 * size)[1::2]).all()
 
 
 def test_nothing_is_added_to_an_empty_array():
-    field.add_rows(np.empty((0, 8), np.uint64), rows([oracle.G]), np.empty((3, 0), np.int32))
+    backend.add_rows(np.empty((0, 8), np.uint64), rows([oracle.G]), np.empty((3, 0), np.int32))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 8, 100])
@@ -167,44 +167,70 @@ def test_multiples_are_multiples(count):
     assert multiples(GENERATOR, count).ctypes.data % 64 == 0
 
 
-@pytest.fixture(scope="module")
-def second_base():
-    return oracle.multiply(0xDEADBEEF << 130, oracle.G)
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 8, 9, 64, 100])
+@pytest.mark.parametrize(("start", "step"), [(5, 3), (1, 2), (ORDER - 40, 2), (2**200, 1), (-8, 3)])
+def test_progressions_step_by_step(start, step, count):
+    first, stride = multiply(start % ORDER, GENERATOR), multiply(step, GENERATOR)
+    assert tuples(progression(first, stride, count)) == [peer(start + j * step) for j in range(count)]
 
 
-@pytest.fixture(scope="module", params=[(4, 64), (5, 52), (13, 20)])
-def base(request, second_base):
-    return FixedBase.build(Point(*second_base), *request.param)
+# --- commitments ----------------------------------------------------------------------------------------------------
 
 
-def test_fixed_base_agrees_with_libsecp256k1(base, second_base):
-    points = np.zeros((len(EDGES), 8), np.uint64)
-    base.add_to(points, scalar_array(EDGES))
-    assert tuples(points) == [peer(k, second_base) for k in EDGES]
-    base.add_to(points, scalar_array(EDGES), negative=True)
-    assert not points.any(), "what was added is taken off again"
+def commitment(x, rho):
+    """x G + rho H by libsecp256k1."""
+    return oracle.add(peer(x), peer(rho, oracle.H))
+
+
+def test_commitments_agree_with_libsecp256k1_at_the_edges():
+    values = np.resize([0, 1, -1, 2, 1000, -32768, 32767], len(EDGES)).astype(np.int64)
+    points = commitments().commit(values, scalar_array(EDGES), 32768)
+    assert tuples(points) == [commitment(int(x), rho) for x, rho in zip(values, EDGES, strict=True)]
 
 
 @settings(max_examples=25)
-@given(st.lists(scalars, min_size=1, max_size=20))
-def test_fixed_base_agrees_on_random_scalars(base, second_base, values):
-    points = np.zeros((len(values), 8), np.uint64)
-    base.add_to(points, scalar_array(values))
-    assert tuples(points) == [peer(k, second_base) for k in values]
+@given(st.lists(st.tuples(st.integers(-(2**63), 2**63 - 1), scalars), min_size=1, max_size=20))
+def test_random_commitments_agree_with_libsecp256k1(pairs):
+    values, rho = np.array([x for x, _ in pairs], np.int64), scalar_array([rho for _, rho in pairs])
+    assert tuples(commitments().commit(values, rho, 2**63 - 1)) == [commitment(*pair) for pair in pairs]
 
 
-@pytest.mark.parametrize("bits", [1, 3, 4, 12, 13, 25, 26, 63, 64])
-def test_short_scalars_need_few_windows_and_are_right_at_both_ends(bits):
-    base = FixedBase.build(GENERATOR, window=13, windows=5)
-    values = [2**bits - 1, -(2**bits) + 1, 2 ** (bits - 1), -(2 ** (bits - 1)), 0, 1, -1]
-    points = np.zeros((len(values), 8), np.uint64)
-    base.add_to(points, scalar_array(values), bits=bits)
-    assert tuples(points) == [peer(v) for v in values]
+@pytest.mark.parametrize("bits", [1, 3, 14, 15, 16, 31, 32, 47, 48, 62, 63])
+def test_short_exponents_need_few_windows_and_are_right_at_both_ends(bits):
+    bound = 2**bits - 1
+    values = np.array([bound, -bound, -bound - 1, 2 ** (bits - 1), -(2 ** (bits - 1)), 0, 1, -1], np.int64)
+    assert exponent_windows(bound) == bits // 16 + 1
+    halves = commitments().half_exponents(values, bound)
+    half = oracle.multiply((ORDER + 1) // 2, oracle.G)
+    assert tuples(halves) == [oracle.add(peer(int(x)), half) for x in values]
+    rho = [7**90 + i for i in range(len(values))]
+    points = commitments().commit(values, scalar_array(rho), bound)
+    assert tuples(points) == [commitment(int(x), r) for x, r in zip(values, rho, strict=True)]
 
 
-def test_a_table_refuses_longer_scalars():
-    with pytest.raises(ValueError, match="longer"):
-        FixedBase.build(GENERATOR, window=4, windows=2).add_to(np.zeros((1, 8), np.uint64), scalar_array([1]), bits=8)
+def test_what_was_put_on_is_taken_off_again_with_half_the_generator():
+    half = oracle.multiply((ORDER + 1) // 2, oracle.G)
+    values = np.arange(-(len(EDGES) // 2), len(EDGES) - len(EDGES) // 2)
+    points = commitments().commit(values, scalar_array(EDGES), 100)
+    commitments().take_off(points, scalar_array(EDGES))
+    assert tuples(points) == [oracle.add(peer(int(x)), oracle.negate(half)) for x in values]
+
+
+@pytest.mark.parametrize("rho", [0, 1, ORDER - 1, 2**16 - 1, ORDER - 2**16 + 1, ORDER // 2])
+def test_blindings_whose_partial_sums_meet_a_row_are_right(rho):
+    """Equal to a row, opposite to one, or infinite in between: the exceptional additions of a commitment."""
+    edges = [k % ORDER for shift in range(0, 256, 16) for k in (rho << shift, (rho << shift) + 1, -(rho << shift))]
+    values = np.zeros(len(edges), np.int64)
+    assert tuples(commitments().commit(values, scalar_array(edges), 1)) == [commitment(0, k) for k in edges]
+
+
+# --- weighted sums --------------------------------------------------------------------------------------------------
+
+
+def weighed(arrays, weights):
+    total = np.empty_like(arrays[0])
+    curve.weigh(total, arrays, weights)
+    return total
 
 
 @settings(max_examples=25)
@@ -214,22 +240,63 @@ def test_weighted_sums_of_points_agree_with_the_oracle(weights, data):
     exponents = [data.draw(st.lists(st.integers(-2, 2), min_size=6, max_size=6)) for _ in weights]
     arrays = [rows([oracle.multiply(e, oracle.G) for e in row]) for row in exponents]
     expected = [sum(y * row[k] for y, row in zip(weights, exponents, strict=True)) for k in range(6)]
-    assert tuples(curve.weigh(arrays, weights)) == [peer(e) for e in expected]
+    assert tuples(weighed(arrays, weights)) == [peer(e) for e in expected]
 
 
-@given(st.integers(1, 2**20))
-def test_non_adjacent_digits_sum_up(weight):
-    digits = curve._non_adjacent(weight)
-    assert sum(d << i for i, d in enumerate(digits)) == weight
-    assert not any(a and b for a, b in pairwise(digits))
+def executed(weights):
+    """What a program makes of the numbers (0, .., 1, .., 0): its weights, and how many slots it has touched."""
+    program, slots = weighing(tuple(weights))
+    held = {}
+    for kind, slot, other in program.tolist():
+        unit = tuple(int(j == other) for j in range(len(weights)))
+        if kind == backend.BEGIN:
+            held[slot] = unit
+        elif kind == backend.COPY:
+            held[slot] = held[other]
+        else:
+            assert kind != backend.DOUBLE or slot == other
+            term = unit if kind == backend.ADD_ARRAY else held[other]
+            held[slot] = tuple(a + b for a, b in zip(held[slot], term, strict=True))
+    assert set(held) <= set(range(slots))
+    return list(held[0])
+
+
+@given(st.lists(st.integers(1, 2**16 - 1), min_size=1, max_size=60))
+def test_a_program_makes_the_weights(weights):
+    assert executed(weights) == weights
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        [1], [2], [65535], [1] * 60, [7] * 60, [65535] * 60, [2**i for i in range(16)], [2**i for i in range(16)] * 3,
+        [65535, *[1] * 59], [32768, *[1] * 59], [*range(1, 61)], [65535 - i for i in range(60)], [65535, 65534],
+        [1, 65535], [2, 3], [46368, 28657, 17711],
+    ],
+)  # fmt: skip
+def test_programs_of_special_weights_make_them(weights):
+    assert executed(weights) == weights
+    additions = sum(
+        kind in (backend.ADD_ARRAY, backend.ADD_SLOT, backend.DOUBLE) for kind, *_ in weighing(tuple(weights))[0]
+    )
+    assert additions <= len(weights) * max(2, max(weights).bit_length()) + 32, "no more than by doubling and adding"
+
+
+def test_fifty_distinct_weights_of_sixteen_bits_agree_with_the_oracle():
+    rng = np.random.default_rng(50)
+    weights = (rng.choice(2**15, 50, replace=False) + 2**15).tolist()
+    exponents = rng.integers(1, 2**60, (50, 3)).tolist()
+    arrays = [rows([peer(e) for e in row]) for row in exponents]
+    expected = [sum(y * row[k] for y, row in zip(weights, exponents, strict=True)) for k in range(3)]
+    assert tuples(weighed(arrays, weights)) == [oracle.multiply(e, oracle.G) for e in expected]
 
 
 def test_the_curve_check_names_the_first_bad_row():
     good = multiples(GENERATOR, 50)
-    assert field.first_invalid(good) == -1
+    assert backend.first_invalid(good) == -1
     for column in range(8):
         bad = good.copy()
         bad[17, column] ^= np.uint64(1)
         bad[30] = 0
-        assert field.first_invalid(bad) == 17
-    assert field.first_invalid(np.zeros((1, 8), np.uint64)) == 0
+        assert backend.first_invalid(bad) == 17
+    assert backend.first_invalid(np.zeros((1, 8), np.uint64)) == 0

@@ -1,5 +1,6 @@
 """Field and scalar arithmetic against Python integers, at the limbs where carries break."""
 
+import ctypes
 import itertools
 
 import numpy as np
@@ -64,6 +65,11 @@ def reduce_wide(low, high):
 
 
 @njit
+def odd_digits(k, negative):
+    return field.odd_digits(k, negative)
+
+
+@njit
 def mul_add(a, b, c, d):
     return field.mul_add(a, b, c, d)
 
@@ -114,7 +120,27 @@ def test_the_second_fold_of_a_product_carries():
 
 @pytest.mark.parametrize("a", EDGES)
 def test_inverse(a):
-    assert value(field.inverse(limbs(a))) % P == (pow(a, -1, P) if a % P else 0)
+    assert value(field.inverse(limbs(a))) == (pow(a, -1, P) if a % P else 0)
+
+
+def test_inverse_of_what_takes_many_or_few_division_steps():
+    small = [
+        *range(1, 200),
+        *(2**i for i in range(256)),
+        *(2**i - 1 for i in range(1, 257)),
+        *(3**i for i in range(161)),
+    ]
+    fractions = [a * pow(b, -1, P) % P for a in small[:14] for b in small[200:400:7]]
+    for a in [*small, *(P - a for a in small if a < P), *(pow(a, -1, P) for a in small if a % P), *fractions]:
+        assert value(field.inverse(limbs(a))) == pow(a, -1, P)
+
+
+@given(numbers)
+def test_inverse_in_place_by_its_address(a):
+    words = np.array(limbs(a), np.uint64)
+    pointer = ctypes.POINTER(ctypes.c_uint64)
+    ctypes.CFUNCTYPE(None, pointer)(field.invert_at.address)(words.ctypes.data_as(pointer))
+    assert value(words.tolist()) == (pow(a, -1, P) if a % P else 0)
 
 
 @given(numbers, st.one_of(st.integers(0, 2**64 - 1), st.sampled_from(LIMBS)))
@@ -147,8 +173,8 @@ def test_elements_never_leave_uint64(operation):
 
 
 KERNELS = [
-    field.add_rows, field.recode, field.scalars_of, field.accumulate, field.reduce_scalars, field.project,
-    field.first_invalid, field.insert_tags, field.search,
+    field.add_rows, field.recode, field.recode_exponents, field.accumulate, field.reduce_scalars, field.project,
+    field.first_invalid, field.compare_rows, field.insert_tags, field.search,
 ]  # fmt: skip
 
 
@@ -173,26 +199,64 @@ def test_weighted_scalars_accumulate(terms):
     assert integers_of(scalars) == [sum(scalar * weight for scalar, weight in terms) % ORDER]
 
 
-def test_signed_integers_become_scalars():
-    values = np.array([0, 1, -1, 2**63 - 1, -(2**63), -(2**63) + 1, 12345], np.int64)
-    scalars = np.empty((len(values), 4), np.uint64)
-    field.scalars_of(values, scalars)
-    assert integers_of(scalars) == [int(v) % ORDER for v in values]
+# --- digits ---------------------------------------------------------------------------------------------------------
+
+FULL, HALF = 2**16, 2**15
+SCALARS = [0, 1, 2, ORDER // 2 - 1, ORDER // 2, ORDER // 2 + 1, ORDER - 1, ORDER - 2, 2**255, 2**255 - 1, 2**128 - 1]
+SCALARS += [2**i - 1 for i in range(0, 256, 7)] + [int("8000" * 16, 16) % ORDER, int("7fff" * 16, 16)]
+SCALARS += [k % ORDER for k in (2**256 - 1, -(2**256) + 1, 2**256 + 1, 2**256 - ORDER - 1, 2**256 - ORDER)]
 
 
-@pytest.mark.parametrize("window", [1, 2, 5, 8, 13, 16])
-def test_digits_sum_up_to_the_scalar(window):
-    half = ORDER // 2
-    scalars = [0, 1, 2, half - 1, half, half + 1, ORDER - 1, ORDER - 2, 2**255, 2**255 - 1, 2**128 - 1]
-    scalars += [2**i - 1 for i in range(0, 256, 7)] + [int("8000" * 16, 16) % ORDER, int("7fff" * 16, 16)]
-    references = np.empty((-(-256 // window), len(scalars)), np.int32)
-    field.recode(scalar_array(scalars), window, references)
-    rows = 1 << (window - 1)
+def digit(reference, window, first):
+    """The odd number whose row of a window a reference names; rows of 1, 3, 5, ... begin at `first`."""
+    row = abs(reference) - 1 - (first + window * HALF)
+    assert 0 <= row < HALF, "a digit names a row of its own window"
+    return (2 * row + 1) * (1 if reference > 0 else -1)
+
+
+def test_odd_digits_are_half_of_what_they_should_be_modulo_the_order():
+    for k in SCALARS:
+        assert value(odd_digits(limbs(k), False)) == (k + 2**256 - 1) * pow(2, -1, ORDER) % ORDER
+        assert value(odd_digits(limbs(k), True)) == (-k + 2**256 - 1) * pow(2, -1, ORDER) % ORDER
+
+
+@given(st.integers(0, ORDER - 1), st.booleans())
+def test_odd_digits_of_random_scalars(k, negative):
+    expected = ((-k if negative else k) + 2**256 - 1) * pow(2, -1, ORDER) % ORDER
+    assert value(odd_digits(limbs(k), negative)) == expected
+
+
+@pytest.mark.parametrize("negative", [False, True])
+@pytest.mark.parametrize("count", [1, 7, 8, 63, 64, 65, 200])
+def test_digits_sum_up_to_the_scalar(count, negative):
+    scalars = (SCALARS * 4)[:count]
+    references = np.empty((16, count), np.int32)
+    field.recode(scalar_array(scalars), negative, references)
     for i, scalar in enumerate(scalars):
-        total = 0
-        for w, reference in enumerate(references[:, i].tolist()):
-            if reference:
-                row = abs(reference) - 1
-                assert row // rows == w, "a digit names a row of its own window"
-                total += (1 if reference > 0 else -1) * (row % rows + 1) << (w * window)
-        assert total % ORDER == scalar
+        first, *others = references[:, i].tolist()
+        assert 1 <= first <= FULL, "window 0 has a row for each digit"
+        total = 2 * (first - 1) - FULL + 1
+        total += sum(digit(reference, j, FULL) << 16 * (j + 1) for j, reference in enumerate(others))
+        assert total % ORDER == (-scalar if negative else scalar) % ORDER
+
+
+@pytest.mark.parametrize("windows", [1, 2, 3, 4])
+def test_digits_of_exponents_sum_up_to_twice_and_one(windows):
+    half = 2 ** (16 * windows - 1)
+    exponents = [-half, -half + 1, -2, -1, 0, 1, 2, half // 2, -half // 2, half - 2, half - 1]
+    references = np.empty((windows, len(exponents)), np.int32)
+    field.recode_exponents(np.array(exponents, np.int64), 1000, references)
+    for i, exponent in enumerate(exponents):
+        digits = [digit(reference, j, 1000) for j, reference in enumerate(references[:, i].tolist())]
+        assert sum(d << 16 * j for j, d in enumerate(digits)) == 2 * exponent + 1
+
+
+def test_rows_are_compared_word_by_word():
+    for width in (4, 8):
+        a = np.arange(6 * width, dtype=np.uint64).reshape(6, width)
+        for column in range(width):
+            for bit in (0, 63):
+                b, equal = a.copy(), np.full(6, 7, np.uint8)
+                b[3, column] ^= np.uint64(1 << bit)
+                field.compare_rows(a, b, equal)
+                assert equal.tolist() == [1, 1, 1, 0, 1, 1]

@@ -1,6 +1,7 @@
 """The scheme does what the protocol says, and fails loudly when anything is not as it should be."""
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -58,7 +59,7 @@ class Round:
 
 
 @pytest.fixture(scope="module")
-def round_():
+def round_(chosen):
     values = np.random.default_rng(7).integers(-100, 101, (4, 20))
     return Round.of(values, [1, 3, 2, 9])
 
@@ -437,6 +438,32 @@ def test_projections_of_one_miner_open_and_are_verifiable(d):
     assert ndd_fe.failing_projections(ciphertext, signs, opened, rho) == []
     opened[2] += 1
     assert ndd_fe.failing_projections(ciphertext, signs, opened, rho) == [2]
+
+
+@pytest.mark.parametrize("sizes", [(5000,), (1, 4999), (1024, 1024, 1024, 1024, 904), (64,) * 78 + (8,)])
+def test_a_projection_of_consecutive_chunks_is_that_of_the_whole(sizes):
+    signs = np.random.default_rng(3).choice(np.array([-1, 1], np.int8), (2, 5000))
+    round_ = Round.of(np.random.default_rng(4).integers(-50, 51, (1, 5000)), [1])
+    whole, edges = round_.ciphertexts[0], np.cumsum((0, *sizes))
+    key = ndd_fe.derive_projection_key(round_.publisher_masks[0], signs)
+
+    def chunks():
+        return (whole[first:last] for first, last in pairwise(edges))
+
+    expected = ndd_fe.open_projection(key, round_.aggregator_masks[0], whole, signs, bound=250_000)
+    opened, rho = ndd_fe.open_projection(key, round_.aggregator_masks[0], chunks(), signs, bound=250_000)
+    assert opened.tolist() == expected[0].tolist()
+    assert rho.tolist() == expected[1].tolist()
+    assert ndd_fe.failing_projections(chunks(), signs, opened, rho) == []
+    assert ndd_fe.failing_projections(chunks(), signs, opened + 1, rho) == [0, 1]
+
+
+@pytest.mark.parametrize("rows", [9, 11])
+@pytest.mark.parametrize("in_chunks", [False, True])
+def test_a_ciphertext_of_another_length_is_not_projected(rows, in_chunks):
+    signs, points = np.ones((1, 10), np.int8), Round.of(np.ones((1, rows)), [1]).ciphertexts[0]
+    with pytest.raises(ValueError, match=f"ciphertext has {rows} rows, expected 10"):
+        ndd_fe.failing_projections([points] if in_chunks else points, signs, np.zeros(1, np.int64), np.zeros((1, 4)))
 
 
 def test_projections_of_another_miner_do_not_open():
