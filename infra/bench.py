@@ -1,12 +1,16 @@
 """What learning under encryption costs, and what it gives up: measured here and now, never asserted by a test.
 
-learning       for each ready task and seed: accuracy after the last round, encrypted and sparse, and the same run in
-               plaintext and dense; the encrypted run encrypts, sums and recovers every coordinate for real
-cryptography   microseconds a coordinate, one thread, medians; beside it libsecp256k1 through coincurve, one point
-               operation at a time, on the same work in the same minute
+run         the small ready tasks over several seeds: accuracy after the last round, encrypted and sparse, and the same run
+            in plaintext and dense
+run_model   fashion-mnist, 409 034 parameters, ten miners: accuracy of every round in plaintext and encrypted, dense and
+            sparse, and where the time of a round goes
+
+Every encrypted round encrypts, audits, sums, recovers and verifies every coordinate for real, from bytes to bytes. What
+the chain, the store and the scheduler take is not in it.
 """
 
 import json
+import math
 import platform
 import statistics
 import time
@@ -18,33 +22,140 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from coincurve import PrivateKey, PublicKey
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from contracts.task_spec import TaskSpec, load_task_file
-from infra.simulate import simulate, simulate_dense
-from tasks.crypto import bsgs, curve, ndd_fe
+from infra.simulate import Stopwatch, simulate, simulate_dense
+from tasks.crypto import ndd_fe
+from tasks.global_model import initial_model
+from tasks.learning.compression import density_of_round
+from tasks.learning.training import Evaluation
 
 Integers = npt.NDArray[np.int64]
 
 TASKS = ("breast-cancer", "digits")
-COORDINATES, MINERS, REPEATS, PEER_COORDINATES = 20_000, 5, 5, 200
+MODEL, MODEL_MINERS = "fashion-mnist", 10
+DENSITIES = {"encrypted, dense": 1.0, "encrypted, 90 % sparse": 0.1, "encrypted, 99 % sparse": 0.01}
+PLAIN = "plaintext, dense"
+
+# Parts of a round, by who does them: each miner the first three, publisher and aggregator together the audit, the publisher
+# the key, the aggregator the next three, each of the others the last.
+PARTS = (
+    "training", "compressing", "encrypting", "auditing", "key", "opening", "stepping", "evaluating", "verifying"
+)  # fmt: skip
+OF_A_MINER = ("training", "compressing", "encrypting")
+CRYPTOGRAPHY = ("encrypting", "auditing", "key", "opening", "verifying")
 
 
 def run(out: Path, seeds: int, console: Console) -> dict[str, Any]:
-    """Measure, print both tables, write `out`. Takes some minutes."""
+    """Measure the small tasks, print a table, write `out`. Takes some minutes."""
     torch.set_num_threads(1)
-    cost = cryptography(console)
     learnt = [
         learning(name, seed) for name in TASKS for seed in track(range(seeds), f"learning {name}", console=console)
     ]
-    result = {"machine": machine(), "cryptography_us_per_coordinate": cost, "learning": learnt}
+    result = {"machine": machine(), "learning": learnt}
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1))
     _print(result, console)
     return result
+
+
+def run_model(out: Path, console: Console, rounds: int | None = None) -> list[dict[str, Any]]:
+    """Measure fashion-mnist, print the tables, write `out` and beside it a plot `.svg`; one row for each run and round.
+
+    rounds: of each run; the task's own number without it. One thread for training, so that seconds are those of a core.
+    """
+    torch.set_num_threads(1)
+    spec = load_task_file(_ready(MODEL)).spec()
+    rows = _play(PLAIN, spec, rounds, console)
+    for name, density in DENSITIES.items():
+        rows += _play(name, _at_density(spec, density), rounds, console)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(rows, indent=1))
+    out.with_suffix(".svg").write_text(draw_accuracies(accuracies(rows)))
+    _print_model(rows, console)
+    return rows
+
+
+def _play(name: str, spec: TaskSpec, rounds: int | None, console: Console) -> list[dict[str, Any]]:
+    """One run of the model: a row for each round with its accuracy and the seconds of each part and party."""
+    watch = Stopwatch()
+    rows: list[dict[str, Any]] = []
+    dimension, rules = initial_model(spec).parameters.size, spec.compression
+
+    def record(evaluation: Evaluation) -> None:
+        number = len(rows) + 1
+        share = 1.0 if name == PLAIN else density_of_round(number, rules.density, rules.warmup_rounds)
+        row: dict[str, Any] = {
+            "run": name,
+            "round": number,
+            "parameters": dimension,
+            "coordinates": math.ceil(dimension * share),
+            "miners": MODEL_MINERS,
+            "accuracy": evaluation.correct / evaluation.total,
+            "seconds": {part: [round(spent, 4) for spent in entries] for part, entries in watch.take().items()},
+        }
+        rows.append(row)
+        console.print(
+            f"{name}, round {number}: {100 * row['accuracy']:.2f} %, {sum_of_parties(row, PARTS):.1f} s of work"
+        )
+
+    if name == PLAIN:
+        simulate_dense(spec, miners=MODEL_MINERS, rounds=rounds, watch=watch, on_round=record)
+    else:
+        combine = encrypted_sum(spec, watch)
+        simulate(spec, miners=MODEL_MINERS, rounds=rounds, combine=combine, watch=watch, on_round=record)
+    return rows
+
+
+def _at_density(spec: TaskSpec, density: float) -> TaskSpec:
+    """The same task with another density; a dense one has nothing to warm up to."""
+    rules = spec.compression
+    changed = {"density": density, "warmup_rounds": 0 if density == 1 else rules.warmup_rounds}
+    return spec.model_copy(update={"compression": rules.model_copy(update=changed)})
+
+
+def _ready(name: str) -> str:
+    return (files("deployments") / "ready" / f"{name}.toml").read_text()
+
+
+def sum_of_parties(row: dict[str, Any], parts: Sequence[str]) -> float:
+    """Seconds of all parties together in a round. Verifying is measured once, and every other miner does it."""
+    entries = {**row["seconds"], "verifying": row["seconds"].get("verifying", []) * (row["miners"] - 1)}
+    return math.fsum(second for part in parts for second in entries.get(part, []))
+
+
+def in_parallel(row: dict[str, Any], parts: Sequence[str]) -> float:
+    """Seconds of the given parts on the way from a round's start to its end, each party on a machine of its own.
+
+    Miners work side by side and the slowest is waited for; what the others do follows one after another, the verifying by
+    all of them at once.
+    """
+    seconds = row["seconds"]
+    miners = [dict(zip(OF_A_MINER, times, strict=True)) for times in _by_miner(seconds)]
+    slowest = max(miners, key=lambda spent: math.fsum(spent.values()))
+    after = [second for part in PARTS if part not in OF_A_MINER and part in parts for second in seconds.get(part, [])]
+    return math.fsum([slowest[part] for part in OF_A_MINER if part in parts] + after)
+
+
+def _by_miner(seconds: dict[str, list[float]]) -> list[tuple[float, ...]]:
+    nothing = [0.0] * len(seconds["training"])
+    return list(zip(*(seconds.get(part, nothing) for part in OF_A_MINER), strict=True))
+
+
+def settled(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rounds of one run that send as few coordinates as its last one: those after the warm-up."""
+    return [row for row in rows if row["coordinates"] == rows[-1]["coordinates"]]
+
+
+def accuracies(rows: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
+    """Accuracy after each round, by run."""
+    curves: dict[str, list[float]] = {}
+    for row in rows:
+        curves.setdefault(row["run"], []).append(row["accuracy"])
+    return curves
 
 
 def machine() -> dict[str, Any]:
@@ -63,10 +174,9 @@ def _cpuinfo() -> list[str]:
 
 def learning(name: str, seed: int) -> dict[str, Any]:
     """One task and seed, encrypted and sparse beside plaintext and dense."""
-    text = (files("deployments") / "ready" / f"{name}.toml").read_text()
-    spec = load_task_file(text, seed=seed).spec()
+    spec = load_task_file(_ready(name), seed=seed).spec()
     started = time.perf_counter()
-    encrypted = simulate(spec, combine=encrypted_sum(spec))
+    encrypted = simulate(spec, combine=encrypted_sum(spec, Stopwatch()))
     seconds = time.perf_counter() - started
     dense = simulate_dense(spec)
     return {
@@ -79,73 +189,45 @@ def learning(name: str, seed: int) -> dict[str, Any]:
     }
 
 
-def encrypted_sum(spec: TaskSpec) -> Callable[[list[Integers], Sequence[int]], Integers]:
-    """The scheme end to end, in place of a plain sum: encrypt, derive the key, open, and check the opening."""
+def encrypted_sum(spec: TaskSpec, watch: Stopwatch) -> Callable[[list[Integers], Sequence[int]], Integers]:
+    """The scheme end to end, in place of a plain sum, as its parties do it: each from the bytes that it receives.
+
+    watch: gets encrypting (of each miner), auditing (the publisher's and the aggregator's part), key, opening, verifying.
+    """
     rng = np.random.default_rng(spec.seed)
+    bound = spec.compression.bound
 
     def combine(vectors: list[Integers], weights: Sequence[int]) -> Integers:
-        keys = [(rng.bytes(32), rng.bytes(32)) for _ in vectors]
-        bound = spec.compression.bound
-        ciphertexts = [ndd_fe.encrypt(vector, *key, bound=bound) for vector, key in zip(vectors, keys, strict=True)]
-        functional_key = ndd_fe.derive_key([key[0] for key in keys], weights, len(vectors[0]))
-        opened, blinding = ndd_fe.open_sum(
-            functional_key, [key[1] for key in keys], ciphertexts, weights, bound=spec.recovery_bound(sum(weights))
-        )
-        if ndd_fe.failing_coordinates(ciphertexts, weights, opened, blinding):
-            raise AssertionError("an honest opening does not hold")
+        length, keys = len(vectors[0]), [(rng.bytes(32), rng.bytes(32)) for _ in vectors]
+        masks = [own for _, own in keys]
+        signs = rng.choice(np.array([-1, 1], np.int8), (spec.voting.audit_projections, length))
+
+        submitted = []
+        for vector, key in zip(vectors, keys, strict=True):
+            with watch.measure("encrypting"):
+                submitted.append(ndd_fe.encode_points(ndd_fe.encrypt(vector, *key, bound=bound)))
+        with watch.measure("auditing"):
+            audit_keys = [ndd_fe.derive_projection_key(shared, signs) for shared, _ in keys]
+        with watch.measure("key"):
+            granted = ndd_fe.encode_scalars(ndd_fe.derive_key([shared for shared, _ in keys], weights, length))
+
+        with watch.measure("opening"):
+            ciphertexts = [ndd_fe.decode_points(data) for data in submitted]
+        with watch.measure("auditing"):
+            for audit_key, mask, ciphertext in zip(audit_keys, masks, ciphertexts, strict=True):
+                ndd_fe.open_projection(audit_key, mask, ciphertext, signs, bound=spec.projection_bound(length))
+        with watch.measure("opening"):
+            opened, blinding = ndd_fe.open_sum(
+                ndd_fe.decode_scalars(granted), masks, ciphertexts, weights, bound=spec.recovery_bound(sum(weights))
+            )
+        with watch.measure("verifying"):
+            received = [ndd_fe.decode_points(data) for data in submitted]
+            failing = ndd_fe.failing_coordinates(received, weights, opened, blinding)
+        if failing:
+            raise AssertionError(f"an honest opening does not hold at coordinate {failing[0]}")
         return opened
 
     return combine
-
-
-def cryptography(console: Console) -> dict[str, float]:
-    """Microseconds a coordinate of each part, one thread."""
-    rng = np.random.default_rng(0)
-    bound, weights = 2047, [16, 11, 7, 5, 3]
-    vectors = [rng.integers(-bound, bound + 1, COORDINATES) for _ in range(MINERS)]
-    keys = [(rng.bytes(32), rng.bytes(32)) for _ in range(MINERS)]
-    with console.status("measuring the cryptography"):
-        ciphertexts = [ndd_fe.encrypt(vector, *key, bound=bound) for vector, key in zip(vectors, keys, strict=True)]
-        functional_key = ndd_fe.derive_key([key[0] for key in keys], weights, COORDINATES)
-        masks = [key[1] for key in keys]
-        largest = bound * sum(weights)
-        opened, blinding = ndd_fe.open_sum(functional_key, masks, ciphertexts, weights, bound=largest)
-        # What recovery receives: small multiples of G, in no order.
-        points = curve.multiples(curve.GENERATOR, largest)[rng.integers(0, largest, COORDINATES)]
-        return {
-            "encrypt": _median_us(lambda: ndd_fe.encrypt(vectors[0], *keys[0], bound=bound), COORDINATES),
-            "derive key, 5 miners": _median_us(
-                lambda: ndd_fe.derive_key([key[0] for key in keys], weights, COORDINATES), COORDINATES
-            ),
-            "aggregate, 5 miners": _median_us(lambda: ndd_fe.weighted_sum(ciphertexts, weights), COORDINATES),
-            "recover": _median_us(lambda: bsgs.discrete_logs(points, largest), COORDINATES),
-            "open the sum, all of it": _median_us(
-                lambda: ndd_fe.open_sum(functional_key, masks, ciphertexts, weights, bound=largest), COORDINATES
-            ),
-            "verify the opening": _median_us(
-                lambda: ndd_fe.failing_coordinates(ciphertexts, weights, opened, blinding), COORDINATES
-            ),
-            "encrypt, libsecp256k1": _median_us(lambda: _peer_encrypt(vectors[0][:PEER_COORDINATES]), PEER_COORDINATES),
-        }
-
-
-def _peer_encrypt(values: Integers) -> None:
-    """x * G + rho * H with libsecp256k1: two multiplications and one addition a coordinate."""
-    base = PrivateKey(b"\x02" * 32).public_key
-    for index, value in enumerate(values.tolist(), start=1):
-        short = PrivateKey.from_int(abs(value) + 1).public_key
-        PublicKey.combine_keys([short, base.multiply(index.to_bytes(32, "big"))])
-
-
-def _median_us(work: Callable[[], Any], coordinates: int) -> float:
-    """Median microseconds a coordinate over some repeats, after one that warms up."""
-    work()
-    spent = []
-    for _ in range(REPEATS):
-        started = time.perf_counter()
-        work()
-        spent.append((time.perf_counter() - started) / coordinates * 1e6)
-    return round(statistics.median(spent), 3)
 
 
 def _print(result: dict[str, Any], console: Console) -> None:
@@ -161,8 +243,77 @@ def _print(result: dict[str, Any], console: Console) -> None:
         shares = [f"{100 * share:.2f} %" for share in (sparse, lowest, dense)]
         table.add_row(name, str(len(runs)), *shares, f"{100 * (sparse - dense):+.2f} points", f"{seconds:.1f}")
     console.print(table)
-    cost = Table("Cryptography, one thread", "µs a coordinate")
-    for part, spent in result["cryptography_us_per_coordinate"].items():
-        cost.add_row(part, f"{spent:.2f}")
-    console.print(cost)
     console.print(f"{result['machine']['processor']}, {result['machine']['cores']} cores")
+
+
+def _print_model(rows: Sequence[dict[str, Any]], console: Console) -> None:
+    curves = accuracies(rows)
+    learnt = Table("round", *curves, title="Accuracy after each round")
+    for number in range(max(map(len, curves.values()))):
+        found = (f"{100 * curve[number]:.2f} %" if number < len(curve) else "" for curve in curves.values())
+        learnt.add_row(str(number + 1), *found)
+    console.print(learnt)
+
+    spent = Table("median seconds of a round after the warm-up", *curves, title="Where the time goes, one thread")
+    after = {name: settled([row for row in rows if row["run"] == name]) for name in curves}
+    spent.add_row("coordinates sent", *(f"{found[0]['coordinates']:,}" for found in after.values()))
+    for part in PARTS:
+        seconds = (statistics.median(sum_of_parties(row, [part]) for row in found) for found in after.values())
+        spent.add_row(f"{part}, all parties", *(f"{second:.2f}" for second in seconds))
+    for name, of in (("all parties", sum_of_parties), ("parties in parallel", in_parallel)):
+        seconds = (statistics.median(of(row, PARTS) for row in found) for found in after.values())
+        spent.add_row(f"the round, {name}", *(f"{second:.2f}" for second in seconds))
+        shares = (
+            statistics.median(100 * of(row, CRYPTOGRAPHY) / of(row, PARTS) for row in found) for found in after.values()
+        )
+        spent.add_row(f"of it cryptography, {name}", *(f"{share:.1f} %" for share in shares))
+    console.print(spent)
+    about = machine()
+    console.print(f"{about['processor']}, {about['cores']} cores")
+
+
+# ── the plot ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+COLOURS = ("#6b7280", "#1d4ed8", "#0f8a5f", "#c2410c")
+DASHES = ("6 4", "none", "none", "none")
+WIDTH, HEIGHT = 720, 380  # of the picture
+LEFT, RIGHT, TOP, BOTTOM = 52, 200, 16, 40  # distances of the plot from its edges
+
+
+def draw_accuracies(curves: dict[str, list[float]]) -> str:
+    """An SVG of accuracy over rounds, one line for each run, named at its end. Accuracies are in [0, 1]."""
+    longest = max(map(len, curves.values()))
+    floor = math.floor(20 * min(map(min, curves.values()))) / 20  # to the next 5 % below and above
+    ceiling = max(math.ceil(20 * max(map(max, curves.values()))) / 20, floor + 0.05)
+
+    def x(number: int) -> float:
+        return round(LEFT + (WIDTH - LEFT - RIGHT) * (number - 1) / max(longest - 1, 1), 1)
+
+    def y(accuracy: float) -> float:
+        return round(TOP + (HEIGHT - TOP - BOTTOM) * (ceiling - accuracy) / (ceiling - floor), 1)
+
+    shapes = []
+    for level in range(round(100 * floor), round(100 * ceiling) + 1, 5):
+        at = y(level / 100)
+        shapes.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at}" y2="{at}" stroke="#d8dbe0"/>')
+        shapes.append(f'<text x="{LEFT - 8}" y="{at + 4}" text-anchor="end">{level} %</text>')
+    for number in range(1, longest + 1, -(-longest // 10)):
+        shapes.append(f'<text x="{x(number)}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{number}</text>')
+    shapes.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 6}" text-anchor="end">round</text>')
+
+    # Names stand beside the ends of their lines, in the order of the lines, a line of text apart at least.
+    below = float(TOP)
+    for name, curve in sorted(curves.items(), key=lambda item: -item[1][-1]):
+        index = list(curves).index(name) % len(COLOURS)
+        points = " ".join(f"{x(number)},{y(accuracy)}" for number, accuracy in enumerate(curve, start=1))
+        line = f'fill="none" stroke="{COLOURS[index]}" stroke-width="2" stroke-dasharray="{DASHES[index]}"'
+        shapes.append(f'<polyline points="{points}" {line}/>')
+        below = max(below + 16, y(curve[-1]) + 4)
+        label = f"{100 * curve[-1]:.2f} % {name}"
+        shapes.append(f'<text x="{x(len(curve)) + 8}" y="{below}" style="fill:{COLOURS[index]}">{label}</text>')
+    drawn = "\n".join(shapes)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="12" '
+        f'role="img" fill="#374151"><title>Accuracy after each round</title>\n'
+        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>\n{drawn}\n</svg>\n'
+    )

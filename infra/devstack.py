@@ -11,7 +11,9 @@ Setting up twice changes nothing: a run that was killed finds its parties, its c
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from eth_account import Account
@@ -25,9 +27,9 @@ from blocks.registry import Registry
 from contracts import bindings
 from contracts.task_spec import DatasetRequirement
 from deployments.register import register_blocks
-from tasks.learning.datasets import Dataset, dirichlet_partition, encode_npz, load_ready, split
+from tasks.learning.datasets import Dataset, decode_idx, dirichlet_partition, encode_npz, load_ready, split
 
-READY_DATASETS = ("breast-cancer", "digits")
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package of it has the files
 VALIDATION_SHARE = 0.3
 LABEL_SKEW_ALPHA = 0.5
 ALLOWANCE_WEI = 10**19
@@ -90,18 +92,49 @@ def _give_data(homes: dict[str, Path], requirement: DatasetRequirement, seed: in
         )
     if data:
         raise ValueError(f"--data is given for {', '.join(data)} but not for {', '.join(without)}: give all or none")
-    for name, part in split_among(load_ready(requirement.name), requirement, len(homes) - 1, seed).items():
+    for name, part in ready_parts(requirement, len(homes) - 1, seed).items():
         draft = homes[name] / ".data.npz"
         draft.write_bytes(encode_npz(part))
         draft.replace(homes[name] / "data.npz")
 
 
-def split_among(dataset: Dataset, requirement: DatasetRequirement, miners: int, seed: int) -> dict[str, Dataset]:
-    """A validation set for the publisher and label-skewed (Dirichlet) parts for the miners, by actor name."""
-    train, validation = split(dataset, VALIDATION_SHARE, seed)
+def ready_parts(requirement: DatasetRequirement, miners: int, seed: int) -> dict[str, Dataset]:
+    """A ready data set by actor name: a validation set for the publisher, label-skewed (Dirichlet) parts for the miners."""
+    train, validation = READY_DATASETS[requirement.name](seed)
     parts = dirichlet_partition(train.labels, miners, LABEL_SKEW_ALPHA, seed, requirement.samples_min)
     named = {f"miner-{number}": train.take(indices) for number, indices in enumerate(parts, start=1)}
     return {"publisher": validation, **named}
+
+
+def _packaged(name: str, seed: int) -> tuple[Dataset, Dataset]:
+    """(train, validation) of a data set that is installed with scikit-learn, divided by the seed."""
+    return split(load_ready(name), VALIDATION_SHARE, seed)
+
+
+def _fashion_mnist(_seed: int) -> tuple[Dataset, Dataset]:
+    """(train, validation): the 60 000 and the 10 000 images that the data set itself keeps apart."""
+    train, validation = (
+        decode_idx(_read_idx(f"{part}-images-idx3-ubyte.gz"), _read_idx(f"{part}-labels-idx1-ubyte.gz"), classes=10)
+        for part in ("train", "t10k")
+    )
+    return train, validation
+
+
+def _read_idx(name: str) -> bytes:
+    path = FASHION_MNIST / name
+    if not path.is_file():
+        raise ValueError(
+            f"dataset.name = 'fashion-mnist': {path} is missing. On Debian: apt-get install -y dataset-fashion-mnist; or "
+            "give every actor images of its own by --data NAME=PATH, a MedMNIST-style .npz"
+        )
+    return path.read_bytes()
+
+
+READY_DATASETS: dict[str, Callable[[int], tuple[Dataset, Dataset]]] = {
+    "breast-cancer": partial(_packaged, "breast-cancer"),
+    "digits": partial(_packaged, "digits"),
+    "fashion-mnist": _fashion_mnist,
+}
 
 
 def _deploy(folder: Path) -> Chain:

@@ -1,25 +1,48 @@
 """A whole task's learning in one process, from the very functions that the steps call: no chain, no messages, no homes.
 
 For benchmarks and research. Encryption is exact on integers, so `combine` may be the real encryption or a plain sum, and
-the models are those of the real run.
+the models are those of the real run. What each part of a round takes is on a `Stopwatch`.
 """
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
 
 from contracts.task_spec import TaskSpec
-from infra.devstack import split_among
+from infra.devstack import ready_parts
 from tasks.cohort import fixed_weights
 from tasks.contribute import local_round
-from tasks.global_model import build_network, initial_model, next_model
+from tasks.global_model import GlobalModel, build_network, initial_model, next_model
 from tasks.learning.compression import Memory
-from tasks.learning.datasets import Dataset, load_ready, rescale
+from tasks.learning.datasets import Dataset, rescale
 from tasks.learning.training import Evaluation, evaluate, train
 
 Integers = npt.NDArray[np.int64]
 Combine = Callable[[list[Integers], Sequence[int]], Integers]
+
+
+class Stopwatch:
+    """Wall seconds by part of a round: one entry for each party that does the part, in the order in which they did it."""
+
+    def __init__(self) -> None:
+        self._spent: dict[str, list[float]] = {}
+
+    def add(self, part: str, seconds: float) -> None:
+        self._spent.setdefault(part, []).append(seconds)
+
+    @contextmanager
+    def measure(self, part: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.add(part, time.perf_counter() - started)
+
+    def take(self) -> dict[str, list[float]]:
+        """What was measured since the last call."""
+        spent, self._spent = self._spent, {}
+        return spent
 
 
 def plain_sum(vectors: list[Integers], weights: Sequence[int]) -> Integers:
@@ -30,7 +53,7 @@ def plain_sum(vectors: list[Integers], weights: Sequence[int]) -> Integers:
 def shares(spec: TaskSpec, miners: int) -> tuple[list[Dataset], Dataset]:
     """Each miner's part of a ready data set, and the publisher's validation set, as the model takes them."""
     rules = spec.dataset
-    named = split_among(load_ready(rules.name), rules, miners, spec.seed)
+    named = ready_parts(rules, miners, spec.seed)
     if rules.low:
         named = {
             name: rescale(part, low=rules.low, high=rules.high, transform=rules.transform)
@@ -41,9 +64,20 @@ def shares(spec: TaskSpec, miners: int) -> tuple[list[Dataset], Dataset]:
 
 
 def simulate(
-    spec: TaskSpec, *, miners: int = 5, rounds: int | None = None, combine: Combine = plain_sum
+    spec: TaskSpec,
+    *,
+    miners: int = 5,
+    rounds: int | None = None,
+    combine: Combine = plain_sum,
+    watch: Stopwatch | None = None,
+    on_round: Callable[[Evaluation], None] | None = None,
 ) -> list[Evaluation]:
-    """The evaluation after each round of the task as it really runs: sparse, in fixed point, summed by `combine`."""
+    """The evaluation after each round of the task as it really runs: sparse, in fixed point, summed by `combine`.
+
+    watch: gets training and compressing of each miner, stepping and evaluating. Training has the drawing of the support in
+    it, which is small beside it. on_round: called with each evaluation as it comes.
+    """
+    watch = watch or Stopwatch()
     parts, validation = shares(spec, miners)
     weights = fixed_weights(spec, [len(part) for part in parts])
     model = initial_model(spec)
@@ -53,39 +87,76 @@ def simulate(
         vectors = []
         for miner, part in enumerate(parts):
             order = _sample_order(spec, number, miner)
-            _, vector, memories[miner] = local_round(spec, model, part, memories[miner], number, sample_order=order)
+            vector, memories[miner] = _local_round(spec, model, part, memories[miner], number, order, watch)
             vectors.append(vector)
-        model = next_model(spec, model, number, combine(vectors, weights), sum(weights))
-        evaluations.append(evaluate(build_network(spec), model.parameters, validation))
+        opened = combine(vectors, weights)
+        with watch.measure("stepping"):
+            model = next_model(spec, model, number, opened, sum(weights))
+        with watch.measure("evaluating"):
+            evaluations.append(evaluate(build_network(spec), model.parameters, validation))
+        if on_round is not None:
+            on_round(evaluations[-1])
     return evaluations
 
 
-def simulate_dense(spec: TaskSpec, *, miners: int = 5, rounds: int | None = None) -> list[Evaluation]:
+def simulate_dense(
+    spec: TaskSpec,
+    *,
+    miners: int = 5,
+    rounds: int | None = None,
+    watch: Stopwatch | None = None,
+    on_round: Callable[[Evaluation], None] | None = None,
+) -> list[Evaluation]:
     """The same task in plaintext: every coordinate, as floats, federated averaging with the same weights."""
+    watch = watch or Stopwatch()
     parts, validation = shares(spec, miners)
     weights = fixed_weights(spec, [len(part) for part in parts])
     network, rules = build_network(spec), spec.training
     parameters = initial_model(spec).parameters
     evaluations = []
     for number in range(1, (rounds or spec.rounds.max_rounds) + 1):
-        trained = [
-            train(
-                network,
-                parameters,
-                part,
-                epochs=rules.local_epochs,
-                batch_size=rules.batch_size,
-                learning_rate=rules.learning_rate,
-                momentum=rules.momentum,
-                weight_decay=rules.weight_decay,
-                proximal=rules.proximal,
-                seed=_sample_order(spec, number, miner),
-            )
-            for miner, part in enumerate(parts)
-        ]
-        parameters = np.average(trained, axis=0, weights=weights).astype(np.float32)
-        evaluations.append(evaluate(network, parameters, validation))
+        trained = []
+        for miner, part in enumerate(parts):
+            with watch.measure("training"):
+                local = train(
+                    network,
+                    parameters,
+                    part,
+                    epochs=rules.local_epochs,
+                    batch_size=rules.batch_size,
+                    learning_rate=rules.learning_rate,
+                    momentum=rules.momentum,
+                    weight_decay=rules.weight_decay,
+                    proximal=rules.proximal,
+                    seed=_sample_order(spec, number, miner),
+                )
+            trained.append(local)
+        with watch.measure("stepping"):
+            parameters = np.average(trained, axis=0, weights=weights).astype(np.float32)
+        with watch.measure("evaluating"):
+            evaluations.append(evaluate(network, parameters, validation))
+        if on_round is not None:
+            on_round(evaluations[-1])
     return evaluations
+
+
+def _local_round(
+    spec: TaskSpec,
+    model: GlobalModel,
+    part: Dataset,
+    memory: Memory,
+    number: int,
+    order: int,
+    watch: Stopwatch,
+) -> tuple[Integers, Memory]:
+    """A miner's quantised values and next memory; the end of the last epoch divides training from compressing."""
+    marks = [time.perf_counter()]
+    _, vector, memory = local_round(
+        spec, model, part, memory, number, sample_order=order, on_epoch=lambda *_: marks.append(time.perf_counter())
+    )
+    watch.add("training", marks[-1] - marks[0])
+    watch.add("compressing", time.perf_counter() - marks[-1])
+    return vector, memory
 
 
 def _sample_order(spec: TaskSpec, round_number: int, miner: int) -> int:

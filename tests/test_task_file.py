@@ -2,12 +2,16 @@
 
 import json
 import random
+import re
 import tomllib
 from typing import Any
 
 import pytest
 
 from contracts.task_spec import InvalidTask, PublishedTask, TaskFile, TaskSpec, load_task_file
+from infra.devstack import READY_DATASETS
+from tasks.learning.compression import density_of_round
+from tasks.publish import check_runnable
 from tests.protocol.world import TERMS
 from tests.test_imports import ROOT
 
@@ -65,7 +69,25 @@ def test_the_ready_tasks_are_in_order(path):
 
 
 def test_there_are_ready_tasks():
-    assert len(READY) >= 2
+    assert [path.stem for path in READY] == sorted(READY_DATASETS)
+
+
+@pytest.mark.parametrize("path", READY, ids=lambda path: path.stem)
+def test_the_ready_tasks_can_run_and_have_every_coordinate_checked(path):
+    spec = load_task_file(path.read_text()).spec()
+    dimension = check_runnable(spec)
+    comment = re.search(r"# (.*) parameters", path.read_text().split("[model.options]")[1])
+    assert comment is not None
+    assert dimension == int(comment[1].replace(" ", ""))
+    most = max(density_of_round(number, spec.compression.density, spec.compression.warmup_rounds) for number in (1, 9))
+    assert spec.voting.spot_checks * spec.voting.chunk_coordinates >= most * dimension
+
+
+def test_one_ready_task_is_a_real_network_and_ten_miners():
+    spec = load_task_file((ROOT / "deployments" / "ready" / "fashion-mnist.toml").read_text()).spec()
+    assert check_runnable(spec) >= 400_000
+    assert spec.participants.miners_min == 10
+    assert spec.compression.density == 0.1
 
 
 def test_an_override_replaces_a_field_and_is_checked_too():

@@ -28,6 +28,7 @@ Transform = Literal["linear", "sqrt", "log"]
 
 MAX_ARCHIVE_BYTES = 2**31  # of an archive's arrays together; more is refused before memory is taken
 MAX_IMAGE_PIXELS = 2**24  # of one image file, before it is resized
+IDX_BYTES = b"\0\0\x08"  # begins an idx file of unsigned bytes; the number of dimensions follows
 MEDMNIST_SPLITS = {"train": "train", "validation": "val", "test": "test"}
 IMAGE_MODES = {1: "L", 3: "RGB"}
 IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
@@ -158,6 +159,40 @@ def encode_npz(dataset: Dataset) -> bytes:
     return encode_arrays(
         {"features": dataset.features, "labels": dataset.labels, "classes": np.asarray(dataset.classes, dtype=np.int64)}
     )
+
+
+def decode_idx(images: bytes, labels: bytes, classes: int) -> Dataset:
+    """Gzip-compressed idx files, as the MNIST family of data sets comes: images (n, H, W) uint8 and labels (n,) uint8."""
+    return Dataset(
+        _images(_idx_array(images, "images", 3), "images"), _labels(_idx_array(labels, "labels", 1), "labels"), classes
+    )
+
+
+def _idx_array(data: bytes, field: str, dimensions: int) -> npt.NDArray[np.uint8]:
+    """The array of one idx file: IDX_BYTES, the number of dimensions, each length as big-endian uint32, the elements.
+
+    Unpacks what the header promises and no more, and only if that is within MAX_ARCHIVE_BYTES.
+    """
+    unpacker = zlib.decompressobj(wbits=31)
+    try:
+        size = 4 + 4 * dimensions
+        header = unpacker.decompress(data, size)
+        if header[:4] != IDX_BYTES + bytes([dimensions]) or len(header) != size:
+            raise InvalidDataset(
+                f"{field}: header {header.hex()}, expected {IDX_BYTES.hex()}{dimensions:02x} and {dimensions} lengths"
+            )
+        shape = struct.unpack_from(f">{dimensions}I", header, 4)
+        expected = math.prod(shape)
+        if expected > MAX_ARCHIVE_BYTES:
+            raise InvalidDataset(f"{field}: {expected} bytes of shape {shape}, expected at most {MAX_ARCHIVE_BYTES}")
+        content = unpacker.decompress(unpacker.unconsumed_tail, expected + 1)
+    except zlib.error as error:
+        raise InvalidDataset(f"{field}: {error}, expected a gzip-compressed idx file") from error
+    # The end of the stream carries its checksum: without it, an element may have changed unseen.
+    if len(content) != expected or not unpacker.eof or unpacker.unused_data:
+        found = "more" if len(content) > expected or unpacker.unused_data else f"{len(content)} bytes, then no end"
+        raise InvalidDataset(f"{field}: {found}, expected {expected} bytes of shape {shape}")
+    return np.frombuffer(content, dtype=np.uint8).reshape(shape)
 
 
 def decode_images(

@@ -1,5 +1,6 @@
 """Compression: nothing is lost, everybody computes the same support, and no coordinate leaves its range."""
 
+import hashlib
 import math
 
 import numpy as np
@@ -136,6 +137,50 @@ def test_a_support_is_a_known_answer():
     assert second.tolist() == [1, 2, 6]  # 2 before 3: equal, so by index
 
 
+def sorted_support(dimension, number, last, *, density, explore_share, seed, warmup_rounds):
+    """The slow twin: what `support` says, with whole vectors sorted."""
+    sizes = [
+        max(1, math.ceil(dimension * round(1e6 * compression.density_of_round(n, density, warmup_rounds)) / 1e6))
+        for n in range(1, number + 1)
+    ]
+    exploring = [sizes[0], *(math.ceil(size * round(1e6 * explore_share) / 1e6) for size in sizes[1:])]
+    stream = hashlib.shake_256(b"support" + seed).digest(8 * dimension)
+    keys = [int.from_bytes(stream[8 * i : 8 * i + 8], "little") for i in range(dimension)]
+    order = sorted(range(dimension), key=lambda i: (keys[i], i))
+    count = sizes[-1] if last is None else exploring[-1]
+    chosen = {order[(sum(exploring[:-1]) + i) % dimension] for i in range(count)}
+    if last is not None:
+        largest = sorted((i for i in range(dimension) if i not in chosen), key=lambda i: (-abs(last[i]), i))
+        chosen |= set(largest[: sizes[-1] - count])
+    return sorted(chosen)
+
+
+@given(
+    st.integers(1, 120),
+    st.integers(1, 12),
+    st.floats(0.01, 1),
+    st.floats(0, 1),
+    st.integers(0, 4),
+    st.binary(max_size=8),
+    st.data(),
+)
+@settings(deadline=None, max_examples=300)
+def test_a_support_is_that_of_whole_vectors_sorted(d, number, density, share, warmup, seed, data):
+    # Few values, so that many are equal in size, also at the edge: then the index decides.
+    values = arrays(np.float32, d, elements=st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0, -3.0]))
+    last = data.draw(st.none() | values)
+    options = {"density": density, "explore_share": share, "seed": seed, "warmup_rounds": warmup}
+    support = compression.support(d, number, last, **options)
+    assert support.tolist() == sorted_support(d, number, last, **options)
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=30), st.data())
+def test_equal_keys_are_ordered_by_index(values, data):
+    count = data.draw(st.integers(0, len(values)))
+    chosen = compression._smallest(np.array(values, np.uint64), count)
+    assert set(np.flatnonzero(chosen)) == set(sorted(range(len(values)), key=lambda i: (values[i], i))[:count])
+
+
 def test_exploring_visits_every_coordinate_before_one_twice():
     last, visited = np.zeros(100, dtype=np.float32), []
     for number in range(1, 11):
@@ -228,6 +273,24 @@ def test_scores_are_norms_in_millionths_of_a_step():
     assert compression.score(np.array([1, 1])) == 1_414_213
     assert compression.score(np.zeros(0, np.int64)) == 0
     assert compression.score(np.full(3, 2**62)) == math.isqrt(3 * 2**124 * 10**12)
+
+
+@given(
+    arrays(
+        np.int64,
+        st.integers(0, 40),
+        elements=st.integers(-(2**63), 2**63 - 1) | st.sampled_from([-(2**63), 2**63 - 1, 2**42, 2**42 - 1, -(2**21)]),
+    )
+)
+@settings(deadline=None, max_examples=300)
+def test_a_score_is_exact_for_every_integer(quantised):
+    assert compression.score(quantised) == math.isqrt(sum(x * x for x in quantised.tolist()) * 10**12)
+
+
+@pytest.mark.parametrize("extreme", [-(2**63), 2**63 - 1, 2**42 - 1, 2**42 + 2**21 - 1, -1, 2047])
+def test_a_score_is_exact_where_partial_sums_are_largest(extreme):
+    size = 2**21 + 3  # two whole blocks and a part
+    assert compression.score(np.full(size, extreme)) == math.isqrt(size * extreme**2 * 10**12)
 
 
 @given(arrays(np.int64, st.integers(1, 50), elements=st.integers(-2047, 2047)))

@@ -1,7 +1,10 @@
 """Samples: decoding refuses what it should and says why; shares keep every sample once."""
 
 import contextlib
+import gzip
 import io
+import struct
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -199,6 +202,80 @@ def test_a_huge_image_is_refused_by_its_header(monkeypatch):
     monkeypatch.setattr(datasets, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(InvalidDataset, match=r"files\[0\]: 600 x 400 pixels, expected at most 1000"):
         datasets.decode_images([("a", png(600, 400))], ["a", "b"], (8, 8))
+
+
+# ── idx files ──
+
+
+def idx(array, *, magic=None, shape=None):
+    """The bytes of an array of uint8 as an idx file; magic and shape as given instead of its own."""
+    dimensions = array.shape if shape is None else shape
+    header = magic or bytes([0, 0, 8, len(dimensions)])
+    return gzip.compress(header + struct.pack(f">{len(dimensions)}I", *dimensions) + array.tobytes())
+
+
+IMAGES = RNG.integers(0, 256, (6, 4, 5), dtype=np.uint8)
+LABELS = np.array([0, 1, 2, 0, 1, 2], dtype=np.uint8)
+
+
+def test_idx_files_give_images_and_labels():
+    clothes = datasets.decode_idx(idx(IMAGES), idx(LABELS), 3)
+    assert (clothes.input_shape, clothes.classes, clothes.labels.tolist()) == ((1, 4, 5), 3, LABELS.tolist())
+    assert np.array_equal(clothes.features[:, 0], IMAGES.astype(np.float32) / np.float32(255))
+
+
+def flipped(data, index):
+    return data[:index] + bytes([data[index] ^ 1]) + data[index + 1 :]
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        (idx(LABELS), idx(LABELS), "images: header 0000080100000006.*, expected 00000803 and 3 lengths"),
+        (idx(IMAGES), idx(IMAGES), "labels: header 00000803.*, expected 00000801 and 1 lengths"),
+        (idx(IMAGES, magic=b"\0\0\x0d\x03"), idx(LABELS), "images: header 00000d03"),  # floats
+        (gzip.compress(b""), idx(LABELS), "images: header , expected"),
+        (gzip.compress(b"\0\0\x08\x03\0\0"), idx(LABELS), "images: header 000008030000, expected"),
+        (idx(IMAGES, shape=(7, 4, 5)), idx(LABELS), "images: 120 bytes, then no end, expected 140 bytes of shape"),
+        (idx(IMAGES, shape=(5, 4, 5)), idx(LABELS), "images: more, expected 100 bytes of shape"),
+        (idx(IMAGES, shape=(2**32 - 1,) * 3), idx(LABELS), r"images: \d{29} bytes of shape .*, expected at most"),
+        (idx(IMAGES, shape=(0, 4, 5)), idx(LABELS), "images: more, expected 0 bytes"),
+        (idx(IMAGES[:0]), idx(LABELS[:0]), "labels: empty"),
+        (idx(IMAGES), idx(LABELS[:5]), r"labels: int64 of shape \(5,\), expected int64 of shape \(6,\)"),
+        (idx(IMAGES), idx(LABELS + 1), "labels: values from 1 to 3, expected 0 to 2"),
+        (IMAGES.tobytes(), idx(LABELS), "images: .*, expected a gzip-compressed idx file"),
+        (b"", idx(LABELS), "images: header , expected"),
+        (idx(IMAGES)[:-9], idx(LABELS), "images: .*, then no end, expected 120 bytes"),
+        (idx(IMAGES)[:-1], idx(LABELS), "images: 120 bytes, then no end, expected 120 bytes"),
+        (idx(IMAGES) + b"\0", idx(LABELS), "images: more, expected 120 bytes"),
+        (flipped(idx(IMAGES), -8), idx(LABELS), "images: .*incorrect data check.*, expected a gzip"),
+    ],
+)
+def test_other_bytes_are_no_idx_files(images, labels, message):
+    with pytest.raises(InvalidDataset, match=message):
+        datasets.decode_idx(images, labels, 3)
+
+
+def test_an_idx_file_that_unpacks_to_more_than_it_says_is_not_unpacked():
+    bomb = gzip.compress(b"\0\0\x08\x01" + struct.pack(">I", 6) + bytes(2**28))
+    tracemalloc.start()
+    with pytest.raises(InvalidDataset, match="labels: more, expected 6 bytes"):
+        datasets.decode_idx(idx(IMAGES), bomb, 3)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**24
+
+
+@given(st.binary(max_size=200), st.integers(0, 60))
+@settings(deadline=None, max_examples=200)
+def test_an_idx_file_that_somebody_changed_is_refused_or_says_the_same(noise, at):
+    whole = idx(LABELS)
+    changed = whole[:at] + noise + whole[at + len(noise) :]
+    try:
+        decoded = datasets.decode_idx(idx(IMAGES), changed, 3)
+    except InvalidDataset:
+        return
+    assert decoded.labels.tolist() == LABELS.tolist()  # a date or a name in the gzip header
 
 
 # ── one sample ──
