@@ -308,7 +308,6 @@ class AbortReason(StrEnum):
     KEY_REFUSED = "functional key refused"
     DECRYPT_FAILED = "decrypt failed"
     RECOVERY_FAILED = "recovery failed"
-    REENCODING_MISMATCH = "re-encoding mismatch"
     MAX_ROUNDS = "accuracy not reached in the agreed rounds"
     CANDIDATE_REJECTED = "candidate rejected"
     PUBLISH_FAILED = "publish failed"

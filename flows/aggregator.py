@@ -3,7 +3,7 @@
 from prefect import flow
 
 from tasks import aggregate as aggregating
-from tasks import settle
+from tasks import opening, settle
 
 
 @flow(name="collect", flow_run_name="M4 collect · {task_id} · round {round_number} · {actor}", persist_result=False)
@@ -20,8 +20,10 @@ def audit(task_id: str, round_number: int, actor: str) -> dict[str, str]:
 
 @flow(name="aggregate", flow_run_name="M4 aggregate · {task_id} · round {round_number} · {actor}", persist_result=False)
 def aggregate(task_id: str, round_number: int, actor: str) -> dict[str, str]:
-    """M4. Open the weighted sum, make the next model, evaluate it, propose a block if it is good enough."""
-    return aggregating.open_round(task_id, round_number, actor)
+    """M4. Open the weighted sum on the actor's workers, make the next model, evaluate it, propose a block if it is good."""
+    groups = opening.plan_opening(task_id, round_number, actor)
+    outcomes = opening.open_in_groups(task_id, round_number, groups, actor)
+    return aggregating.finish_round(task_id, round_number, outcomes, actor)
 
 
 @flow(name="publish-block", flow_run_name="M6 publish block · {task_id} · {actor}", persist_result=False)

@@ -3,11 +3,9 @@
 Algorithm 4 of the protocol. What one miner does wrong is refused with the reason, and the round goes on without it.
 """
 
-from collections.abc import Iterable
-from itertools import pairwise
+import math
+from collections.abc import Callable, Iterable
 
-import numpy as np
-import numpy.typing as npt
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
@@ -20,39 +18,35 @@ from contracts.messages import (
     Candidate,
     Cohort,
     Collection,
-    KeyGrant,
     KeyRequest,
     Registration,
     RoundResult,
     Submission,
     struct_hash,
 )
-from contracts.task_spec import PPM, PublishedTask, TaskSpec
+from contracts.task_spec import PPM, PublishedTask
+from tasks.chunks import put_manifest
 from tasks.cohort import registered_samples, trusted_cohort
-from tasks.contribute import chunk_digests, read_chunk
+from tasks.contribute import submitted_ciphertext
 from tasks.crypto import ecies, ndd_fe
 from tasks.delivery import delivered_requirement, delivered_validation
 from tasks.dispatch import report_progress
 from tasks.global_model import (
+    Opening,
     accepted,
     build_network,
-    encode_opening,
     model_after,
     next_model,
     round_support,
     weights_of,
 )
-from tasks.keys import KeyRefused, audit_vectors, key_context, masks_of, signed_submissions, too_few
+from tasks.keys import audit_vectors, key_context, masks_of, open_scalars, sealed_size, signed_submissions, too_few
 from tasks.learning.models import encode_parameters
 from tasks.learning.training import Evaluation, evaluate
+from tasks.opening import Outcome, need_plan
 from tasks.publish import published_task
 from tasks.records import BadRecord, Station, brief, give_up, station
 from tasks.show import show_progress, show_table
-
-Points = npt.NDArray[np.uint64]
-
-MAX_EXCESSIVE = 64  # coordinates beyond the bound that are searched further, a fraction of a second each
-MAX_SEARCH = 2**40
 
 
 @task(persist_result=False, cache_policy=NO_CACHE)
@@ -72,9 +66,10 @@ def collect_submissions(task_id: str, round_number: int, actor: str) -> dict[str
     coordinates = len(round_support(terms.spec, model, round_number))
     good: dict[Address, Submission] = {}
     refused: dict[Address, str] = {}
-    for miner in cohort.miners:
+    for index, miner in enumerate(cohort.miners):
+        progress = share_of("checking", index, len(cohort.miners))
         try:
-            good[miner] = check_submission(st, terms, miner, round_number, model.sha256, coordinates)
+            good[miner] = check_submission(st, terms, miner, round_number, model.sha256, coordinates, progress)
         except BadRecord as error:
             refused[miner] = brief(error)
     if shortage := too_few(terms, cohort, round_number, good, refused):
@@ -97,7 +92,8 @@ def audit_submissions(task_id: str, round_number: int, actor: str) -> dict[str, 
     """M4, the aggregator: drop the miners whose ciphertext is malformed; ask for the key for exactly the others.
 
     A projection <x, a> of a well-formed update is small, so its discrete logarithm is found; that of anything else is
-    a random point. Without this, one bad ciphertext would spoil the sum of all.
+    a random point. Without this, one bad ciphertext would spoil the sum of all. In memory are the +-1 vectors, one byte an
+    entry, and one piece of one ciphertext.
     """
     st = station(actor)
     if said := st.said(KeyRequest, task_id, round_number):
@@ -110,25 +106,28 @@ def audit_submissions(task_id: str, round_number: int, actor: str) -> dict[str, 
         if grant.collection != struct_hash(collection):
             raise BadRecord(f"the audit keys are for collection {grant.collection}")
         context = key_context("audit", task_id, round_number, grant.collection)
-        keys = ndd_fe.decode_scalars(st.me.open_sealed(st.store.get(terms.publisher, grant.sealed_sha256), context))
+        count = terms.spec.voting.audit_projections * len(submissions)
+        sealed = st.store.get(terms.publisher, grant.sealed_sha256, max_bytes=sealed_size(count))
+        keys = open_scalars(sealed, st.me, context, count)
     except (BadRecord, MissingArtifact, TamperedArtifact, ValueError) as error:
         return give_up(st, task_id, round_number, "audit", AbortReason.DECRYPT_FAILED, str(error))
     vectors = audit_vectors(st, terms, grant.block_number, submissions[0].coordinates)
     masks = masks_of(st, cohort, submissions, "aggregator")
+    bound = terms.spec.projection_bound(submissions[0].coordinates)
+    table = audit_table(bound, len(keys))
     good: dict[Address, Submission] = {}
     refused: dict[Address, str] = {}
     for index, submission in enumerate(submissions):
         key = keys[index * len(vectors) : (index + 1) * len(vectors)]
-        bound = terms.spec.projection_bound(submission.coordinates)
+        progress = share_of("auditing", index, len(submissions))
         try:
-            ciphertext = whole_ciphertext(st, submission, terms.spec.voting.chunk_coordinates)
-            ndd_fe.open_projection(key, masks[index], ciphertext, vectors, bound=bound)
+            ciphertext = submitted_ciphertext(st.store, submission, terms.spec.voting.chunk_coordinates)
+            ndd_fe.open_projection(key, masks[index], ciphertext.pieces(progress), vectors, bound=bound, table=table)
             good[submission.miner] = submission
         except ndd_fe.OutOfBound as error:
             refused[submission.miner] = f"malformed ciphertext: audit projections {error.coordinates} are out of range"
         except BadRecord as error:
             refused[submission.miner] = brief(error)
-        report_progress((index + 1) / len(submissions), "auditing")
     show_submissions(task_id, round_number, cohort, good)
     if shortage := too_few(terms, cohort, round_number, good, refused):
         return give_up(st, task_id, round_number, "audit", AbortReason.NOT_ENOUGH_SUBMISSIONS, shortage)
@@ -146,11 +145,27 @@ def audit_submissions(task_id: str, round_number: int, actor: str) -> dict[str, 
     )
 
 
+def audit_table(bound: int, projections: int) -> ndd_fe.BabySteps:
+    """Baby steps for a few logarithms up to a large bound: about as many as all their giant steps together."""
+    return ndd_fe.BabySteps.build(min(max(1, math.isqrt(bound * projections // 2)), 2**20))
+
+
+def share_of(what: str, index: int, count: int) -> Callable[[float], None]:
+    """Progress of the index-th of `count` equal parts, as progress of the whole."""
+    return lambda fraction: report_progress((index + fraction) / count, what)
+
+
 def check_submission(
-    st: Station, terms: PublishedTask, miner: Address, round_number: int, base: str, coordinates: int
+    st: Station,
+    terms: PublishedTask,
+    miner: Address,
+    round_number: int,
+    base: str,
+    coordinates: int,
+    progress: Callable[[float], None],
 ) -> Submission:
-    """The miner's submission, its ciphertext decoded once. Raises BadRecord with the reason."""
-    task_id, size = terms.task_id, terms.spec.voting.chunk_coordinates
+    """The miner's submission, its ciphertext decoded once, piece by piece. Raises BadRecord with the reason."""
+    task_id = terms.task_id
     submission = st.find(Submission, miner, task_id, round_number)
     if submission is None:
         raise BadRecord("nothing submitted in time")
@@ -168,54 +183,38 @@ def check_submission(
     registered = registered_samples(st, registration)
     if submission.sample_count != registered:
         raise BadRecord(f"sample_count = {submission.sample_count}, registered are {registered}")
-    digests = chunk_digests(st, submission, size)
-    for index in range(len(digests)):
-        read_chunk(st, submission, digests, index, size)
+    ciphertext = submitted_ciphertext(st.store, submission, terms.spec.voting.chunk_coordinates)
+    for _ in ciphertext.pieces(progress):
+        pass  # reading checks it
     return submission
 
 
 @task(persist_result=False, cache_policy=NO_CACHE)
-def open_round(task_id: str, round_number: int, actor: str) -> dict[str, str]:
-    """M4, the aggregator: decrypt, recover, check, step, evaluate; propose a block when the accuracy is met."""
+def finish_round(task_id: str, round_number: int, outcomes: list[Outcome], actor: str) -> dict[str, str]:
+    """M4, the aggregator: publish the opening, step, evaluate; propose a block when the accuracy is met."""
     st = station(actor)
     st.mine(Candidate, task_id, round_number)  # back into the store, should it have gone from there
     if said := st.said(RoundResult, task_id, round_number):
         return said
+    for outcome in outcomes:
+        if outcome.reason is not None:
+            detail = f"round {round_number}: {outcome.detail}"[:2000]
+            return give_up(st, task_id, round_number, "aggregate", outcome.reason, detail)
     terms, cohort = published_task(st, task_id), trusted_cohort(st, task_id)
     spec = terms.spec
     request = accepted(st, cohort, round_number)
-    weights = weights_of(cohort, request)
 
-    def stop(reason: AbortReason, error: object) -> dict[str, str]:
-        return give_up(st, task_id, round_number, "aggregate", reason, f"round {round_number}: {error}"[:2000])
-
-    try:
-        functional_key = read_functional_key(st, terms, request)
-    except (BadRecord, MissingArtifact, TamperedArtifact, ValueError) as error:
-        return stop(AbortReason.DECRYPT_FAILED, error)
-    try:
-        submissions = signed_submissions(st, cohort, request)
-        masks = masks_of(st, cohort, submissions, "aggregator")
-        size = spec.voting.chunk_coordinates
-        ciphertexts = [whole_ciphertext(st, submission, size) for submission in submissions]
-        weighted_sum, blinding = open_sum(spec, functional_key, masks, ciphertexts, weights)
-    except (BadRecord, KeyRefused, MissingArtifact) as error:
-        return stop(AbortReason.DECRYPT_FAILED, error)
-    except ndd_fe.OutOfBound as error:
-        return stop(AbortReason.RECOVERY_FAILED, error)
-    if failing := ndd_fe.failing_coordinates(ciphertexts, weights, weighted_sum, blinding):
-        return stop(AbortReason.REENCODING_MISMATCH, f"coordinates {failing[:10]} do not re-encode")
-
-    model = next_model(spec, model_after(st, spec, cohort, round_number - 1), round_number, weighted_sum, sum(weights))
+    opening = publish_opening(st, task_id, round_number, outcomes)
+    before, weight = model_after(st, spec, cohort, round_number - 1), sum(weights_of(cohort, request))
+    model = next_model(spec, before, round_number, opening.weighted_sum(), weight)
     required_ppm, _ = delivered_requirement(st, terms)
     judged = evaluate(build_network(spec), model.parameters, delivered_validation(st, terms, 0))
     accuracy = judged.correct / judged.total
     show_progress(f"accuracy-{task_id}", 100 * accuracy, f"Accuracy after round {round_number}, in percent")
     model_ref = st.store.put(st.address, encode_parameters(model.parameters))
-    opening_ref = st.store.put(st.address, encode_opening(weighted_sum, blinding))
     candidate_name = ZERO32
     if judged.correct * PPM >= required_ppm * judged.total:
-        candidate = propose(st, cohort, round_number, model_ref.uri, model.sha256, opening_ref.sha256, judged)
+        candidate = propose(st, cohort, round_number, model_ref.uri, model.sha256, opening.sha256, judged)
         st.post(candidate)
         candidate_name = struct_hash(candidate)
     return st.post(
@@ -224,7 +223,7 @@ def open_round(task_id: str, round_number: int, actor: str) -> dict[str, str]:
             round_number=round_number,
             aggregator=st.address,
             request=struct_hash(request),
-            opening_sha256=opening_ref.sha256,
+            opening_sha256=opening.sha256,
             model_sha256=model.sha256,
             correct=judged.correct,
             total=judged.total,
@@ -234,59 +233,12 @@ def open_round(task_id: str, round_number: int, actor: str) -> dict[str, str]:
     )
 
 
-def open_sum(
-    spec: TaskSpec, functional_key: Points, masks: list[bytes], ciphertexts: list[Points], weights: list[int]
-) -> tuple[npt.NDArray[np.int64], Points]:
-    """The opening (m, rho). Raises OutOfBound when a coordinate is beyond even what the audit lets pass.
-
-    The audit bounds a projection, not each coordinate: a miner can exceed the bound in a few. These are searched further,
-    so that the true sum is published, and `next_model` leaves them out. One miner does not end the round of all.
-    """
-    total = sum(weights)
-    try:
-        return ndd_fe.open_sum(
-            functional_key,
-            masks,
-            ciphertexts,
-            weights,
-            bound=spec.recovery_bound(total),
-            progress=lambda done, all_of_them: report_progress(done / all_of_them, "recovering the sum"),
-        )
-    except ndd_fe.OutOfBound as error:
-        if len(error.coordinates) > MAX_EXCESSIVE:
-            raise
-        excessive = set(error.coordinates)
-    wide = min(spec.projection_bound(len(functional_key)) * total, MAX_SEARCH)
-    weighted_sum = np.zeros(len(functional_key), np.int64)
-    blinding = np.zeros_like(functional_key)
-    edges = sorted({0, len(functional_key), *excessive, *(k + 1 for k in excessive)})
-    for start, end in pairwise(edges):
-        weighted_sum[start:end], blinding[start:end] = ndd_fe.open_sum(
-            functional_key[start:end],
-            masks,
-            [ciphertext[start:end] for ciphertext in ciphertexts],
-            weights,
-            bound=wide if start in excessive else spec.recovery_bound(total),
-            start=start,
-        )
-    return weighted_sum, blinding
-
-
-def read_functional_key(st: Station, terms: PublishedTask, request: KeyRequest) -> npt.NDArray[np.uint64]:
-    """The publisher's functional key for exactly this request, unsealed. Raises BadRecord, Unopenable."""
-    grant = st.need(KeyGrant, terms.publisher, terms.task_id, request.round_number)
-    name = struct_hash(request)
-    if grant.request != name:
-        raise BadRecord(f"the functional key is for request {grant.request}, not for {name}")
-    sealed = st.store.get(terms.publisher, grant.sealed_sha256)
-    context = key_context("functional key", terms.task_id, request.round_number, name)
-    return ndd_fe.decode_scalars(st.me.open_sealed(sealed, context))
-
-
-def whole_ciphertext(st: Station, submission: Submission, chunk_coordinates: int) -> Points:
-    digests = chunk_digests(st, submission, chunk_coordinates)
-    chunks = [read_chunk(st, submission, digests, index, chunk_coordinates) for index in range(len(digests))]
-    return np.concatenate(chunks)
+def publish_opening(st: Station, task_id: str, round_number: int, outcomes: list[Outcome]) -> Opening:
+    """Store the manifest of the opening whose chunks the groups stored. Raises MissingArtifact for an unplanned round."""
+    plan = need_plan(st, task_id, round_number)
+    digests = [digest for outcome in outcomes for digest in outcome.digests]
+    sha256 = put_manifest(st.store, st.address, plan.layout, digests)
+    return Opening.listed(st.store, st.address, sha256, size=plan.chunk_coordinates, at_most=plan.coordinates)
 
 
 def propose(

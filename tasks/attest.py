@@ -7,6 +7,7 @@ accuracy, reproduced exactly.
 """
 
 import secrets
+from collections.abc import Sequence
 
 import numpy as np
 from prefect import task
@@ -17,15 +18,16 @@ from contracts.messages import Announcement, Attestation, Candidate, Cohort, Rou
 from contracts.task_spec import PublishedTask
 from tasks.aggregate import latest_score_commits
 from tasks.cohort import trusted_cohort
-from tasks.contribute import chunk_digests, read_chunk, read_prepared, score_at
+from tasks.contribute import Ciphertext, read_prepared, score_at, submitted_ciphertext
 from tasks.crypto import ndd_fe
 from tasks.crypto.ecies import Unopenable
 from tasks.delivery import deliver, delivered_validation
-from tasks.global_model import accepted, build_network, decode_opening, model_after, weights_of
+from tasks.dispatch import report_progress
+from tasks.global_model import Opening, accepted, build_network, model_after, weights_of
 from tasks.keys import encryption_keys
 from tasks.learning.datasets import Dataset
 from tasks.learning.training import Diverged, evaluate
-from tasks.publish import published_task, secrets_of
+from tasks.publish import check_runnable, published_task, secrets_of
 from tasks.records import BadRecord, Station, station
 from tasks.samples import load_samples
 
@@ -153,26 +155,39 @@ def check_opening_once(st: Station, terms: PublishedTask, cohort: Cohort, round_
 def check_opening(st: Station, terms: PublishedTask, cohort: Cohort, result: RoundResult) -> None:
     """Check (m, rho) of random chunks against the commitments that the miners signed: it opens them, or it is a lie.
 
-    Which chunks is drawn here, unknown to the aggregator; it cannot open a commitment in two ways.
+    Which chunks is drawn here, unknown to the aggregator; it cannot open a commitment in two ways. One piece of every
+    ciphertext and of the opening is in memory (`chunks`).
     """
     number, size = result.round_number, terms.spec.voting.chunk_coordinates
     request = accepted(st, cohort, number)
     if result.request != struct_hash(request):
         raise Objection(f"round {number}: the result is for other submissions than the published list")
-    weighted_sum, blinding = decode_opening(st.store.get(cohort.aggregator, result.opening_sha256))
-    submissions = []
+    dimension = check_runnable(terms.spec)
+    opening = Opening.listed(st.store, cohort.aggregator, result.opening_sha256, size=size, at_most=dimension)
+    layout, ciphertexts = opening.layout, []
     for miner, name in zip(request.miners, request.submissions, strict=True):
         submission = st.need(Submission, miner, terms.task_id, number)
-        if struct_hash(submission) != name or submission.coordinates != len(weighted_sum):
+        if struct_hash(submission) != name or submission.coordinates != layout.coordinates:
             raise Objection(f"round {number}: the submission of {miner} is not the one in the list")
-        submissions.append((submission, chunk_digests(st, submission, size)))
-    chunks = range(-(-len(weighted_sum) // size))
-    for index in secrets.SystemRandom().sample(chunks, min(len(chunks), terms.spec.voting.spot_checks)):
-        part = slice(index * size, (index + 1) * size)
-        ciphertexts = [read_chunk(st, submission, digests, index, size) for submission, digests in submissions]
-        failing = ndd_fe.failing_coordinates(
-            ciphertexts, weights_of(cohort, request), weighted_sum[part], blinding[part]
-        )
+        ciphertexts.append(submitted_ciphertext(st.store, submission, size))
+    checks = min(len(layout.chunks), terms.spec.voting.spot_checks)
+    drawn = sorted(secrets.SystemRandom().sample(layout.chunks, checks))
+    done = 0
+    for chunks in layout.pieces(drawn):
+        failing = failing_coordinates(ciphertexts, weights_of(cohort, request), opening, chunks)
         if failing:
-            first = index * size + failing[0]
-            raise Objection(f"round {number}: the published sum does not open the ciphertexts at coordinate {first}")
+            raise Objection(
+                f"round {number}: the published sum does not open the ciphertexts at coordinate {failing[0]}"
+            )
+        done += len(chunks)
+        report_progress(done / len(drawn), f"verifying the sum of round {number}")
+
+
+def failing_coordinates(
+    ciphertexts: Sequence[Ciphertext], weights: Sequence[int], opening: Opening, chunks: Sequence[int]
+) -> list[int]:
+    """The coordinates in some chunks, ascending, that the opening does not open. Raises BadRecord."""
+    layout, points = opening.layout, [ciphertext.points(chunks) for ciphertext in ciphertexts]
+    rows = ndd_fe.failing_coordinates(points, weights, *opening.opened(chunks))
+    # All chunks but the last one of the layout are full, and that one, if it is here, comes last.
+    return [chunks[row // layout.size] * layout.size + row % layout.size for row in rows]

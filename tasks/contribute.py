@@ -8,7 +8,7 @@ the same ciphertext; it never trains again, and never puts one mask on two diffe
 import hashlib
 import json
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy.typing as npt
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from blocks.artifacts import MissingArtifact, TamperedArtifact
+from blocks.artifacts import ArtifactStore, MissingArtifact
 from contracts.messages import (
     Address,
     Bytes,
@@ -30,6 +30,7 @@ from contracts.messages import (
     score_commit,
 )
 from contracts.task_spec import TaskSpec
+from tasks.chunks import Chunked, Layout, chunk_root, joined, put_chunks, put_manifest
 from tasks.cohort import trusted_cohort
 from tasks.crypto import merkle, ndd_fe
 from tasks.dispatch import report_progress
@@ -39,11 +40,8 @@ from tasks.learning.compression import Memory
 from tasks.learning.datasets import Dataset, decode_arrays, encode_arrays
 from tasks.learning.training import train
 from tasks.publish import published_task
-from tasks.records import BadRecord, Station, parse_json, station
+from tasks.records import BadRecord, Station, station
 from tasks.samples import load_samples
-
-POINT_BYTES = 64
-MAX_CHUNK_LIST_BYTES = 16 << 20
 
 
 class TooLate(RuntimeError):
@@ -181,7 +179,10 @@ def local_round(
 
 @task(persist_result=False, cache_policy=NO_CACHE)
 def encrypt_and_submit(task_id: str, round_number: int, actor: str) -> dict[str, str]:
-    """M3, second half: encrypt, upload in chunks, sign, submit. Raises TooLate when the round is closed."""
+    """M3, second half: encrypt, upload in chunks, sign, submit. Raises TooLate when the round is closed.
+
+    Beside the prepared round, one piece of ciphertext is in memory (`chunks`).
+    """
     st = station(actor)
     if posted := st.mine(Submission, task_id, round_number):
         return st.reference(posted)
@@ -198,13 +199,12 @@ def encrypt_and_submit(task_id: str, round_number: int, actor: str) -> dict[str,
         st.me.mask_key(cohort.publisher_key, "publisher", label, salt),
         st.me.mask_key(cohort.aggregator_key, "aggregator", label, salt),
     )
-    size = spec.voting.chunk_coordinates
+    layout = Layout(len(prepared.values), spec.voting.chunk_coordinates)
     digests = []
-    for start in range(0, len(prepared.values), size):
-        piece = prepared.values[start : start + size]
-        points = ndd_fe.encrypt(piece, *masks, bound=spec.compression.bound, start=start)
-        digests.append(st.store.put(st.address, ndd_fe.encode_points(points)).sha256)
-        report_progress((start + len(piece)) / len(prepared.values), "encrypting")
+    for piece in layout.pieces(layout.chunks):
+        values = prepared.values[layout.span(piece)]
+        digests += store_ciphertext(st.store, st.address, layout, piece, values, masks, bound=spec.compression.bound)
+        report_progress(layout.span(piece).stop / layout.coordinates, "encrypting")
 
     base = (
         st.need(RoundResult, cohort.aggregator, task_id, round_number - 1).model_sha256
@@ -217,9 +217,9 @@ def encrypt_and_submit(task_id: str, round_number: int, actor: str) -> dict[str,
             round_number=round_number,
             miner=st.address,
             base_model_sha256=base,
-            ciphertext_root=ciphertext_root(digests),
-            chunks_sha256=st.store.put(st.address, json.dumps(digests).encode()).sha256,
-            coordinates=len(prepared.values),
+            ciphertext_root=chunk_root(digests),
+            chunks_sha256=put_manifest(st.store, st.address, layout, digests),
+            coordinates=layout.coordinates,
             score_commit=score_at(prepared, task_id, st.address),
             salt=salt,
             sample_count=len(load_samples(st.me, spec.dataset, "train")),
@@ -227,39 +227,55 @@ def encrypt_and_submit(task_id: str, round_number: int, actor: str) -> dict[str,
     )
 
 
-def ciphertext_root(chunk_digests: list[Bytes32]) -> Bytes32:
-    """Merkle root over the SHA-256 digests of a ciphertext's chunks; the miner signs it."""
-    return "0x" + merkle.root([merkle.leaf_hash(bytes.fromhex(digest[2:])) for digest in chunk_digests]).hex()
+def store_ciphertext(
+    store: ArtifactStore,
+    owner: Address,
+    layout: Layout,
+    piece: range,
+    values: npt.NDArray[np.int64],
+    masks: tuple[bytes, bytes],
+    *,
+    bound: int,
+) -> list[Bytes32]:
+    """Encrypt one piece, values (n,) with |value| <= bound, and store it; masks: K_iP, K_iA. The chunks' digests."""
+    points = ndd_fe.encrypt(values, *masks, bound=bound, start=layout.span(piece).start)
+    return put_chunks(store, owner, map(ndd_fe.encode_points, layout.cut(points)))
 
 
-def chunk_digests(st: Station, submission: Submission, chunk_coordinates: int) -> list[Bytes32]:
-    """Digests of a submission's chunks, checked against the root that its miner signed. Raises BadRecord."""
-    try:
-        data = st.store.get(submission.miner, submission.chunks_sha256, max_bytes=MAX_CHUNK_LIST_BYTES)
-        digests: Any = parse_json(data)
-        expected = -(-submission.coordinates // chunk_coordinates)
-        if not isinstance(digests, list) or len(digests) != expected:
-            raise BadRecord(f"the ciphertext of {submission.miner} does not have {expected} chunks")
-        if ciphertext_root(digests) != submission.ciphertext_root:
-            raise BadRecord(f"the chunks of {submission.miner} do not hash to the root that it signed")
-    except (MissingArtifact, TamperedArtifact, ValueError, TypeError) as error:
-        raise BadRecord(f"ciphertext of {submission.miner}: {error}") from error
-    return digests
+class Ciphertext(Chunked):
+    """A miner's ciphertext in the store."""
+
+    WHAT = "ciphertext"
+
+    def points(self, chunks: Iterable[int]) -> npt.NDArray[np.uint64]:
+        """The points (n, 8) of some chunks, on the curve, one chunk after another. Raises BadRecord."""
+        return joined(self._chunk(index) for index in chunks)
+
+    def pieces(self, progress: Callable[[float], None]) -> Iterator[npt.NDArray[np.uint64]]:
+        """All points, piece by piece; `progress` is told the share read so far, in (0, 1]. Raises BadRecord."""
+        for piece in self.layout.pieces(self.layout.chunks):
+            yield self.points(piece)
+            progress(self.layout.span(piece).stop / self.layout.coordinates)
+
+    def _chunk(self, index: int) -> npt.NDArray[np.uint64]:
+        count = self.layout.length(index)
+        points = self.read(index, ndd_fe.encoded_size(count), ndd_fe.decode_points)
+        if len(points) != count:
+            raise BadRecord(f"chunk {index} of the ciphertext of {self.owner}: {len(points)} points, expected {count}")
+        return points
 
 
-def read_chunk(
-    st: Station, submission: Submission, digests: list[Bytes32], index: int, chunk_coordinates: int
-) -> npt.NDArray[np.uint64]:
-    """One chunk's points, (n, 8), on the curve. Raises BadRecord."""
-    count = min(chunk_coordinates, submission.coordinates - index * chunk_coordinates)
-    try:
-        data = st.store.get(submission.miner, digests[index], max_bytes=count * POINT_BYTES)
-        points = ndd_fe.decode_points(data)
-    except (MissingArtifact, TamperedArtifact, ndd_fe.InvalidEncoding, ValueError) as error:
-        raise BadRecord(f"chunk {index} of {submission.miner}: {error}") from error
-    if len(points) != count:
-        raise BadRecord(f"chunk {index} of {submission.miner} has {len(points)} points, {count} are announced")
-    return points
+def submitted_ciphertext(store: ArtifactStore, submission: Submission, size: int) -> Ciphertext:
+    """The ciphertext that a miner signed, in chunks of `size`; its points are not read yet. Raises BadRecord."""
+    count = submission.coordinates
+    ciphertext = Ciphertext.listed(store, submission.miner, submission.chunks_sha256, size=size, at_most=count)
+    if ciphertext.layout.coordinates != count:
+        raise BadRecord(
+            f"the manifest of {submission.miner} lists {ciphertext.layout.coordinates} coordinates, {count} are signed"
+        )
+    if ciphertext.root() != submission.ciphertext_root:
+        raise BadRecord(f"the chunks of {submission.miner} do not hash to the root that it signed")
+    return ciphertext
 
 
 def _memory_before(

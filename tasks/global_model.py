@@ -5,6 +5,7 @@ W_r       W_{r-1} + server step of the mean of the sum opened in round r
 support   the coordinates of round r, from the mean of round r-1 and the seed
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +13,10 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
-from blocks.artifacts import sha256_hex
-from contracts.messages import Bytes32, Cohort, Collection, KeyRequest, RoundResult
+from blocks.artifacts import ArtifactStore, sha256_hex
+from contracts.messages import Address, Bytes32, Cohort, Collection, KeyRequest, RoundResult
 from contracts.task_spec import TaskSpec
+from tasks.chunks import Chunked, Layout, check_header, encode_header, joined, put_chunks
 from tasks.crypto import ndd_fe
 from tasks.learning import aggregation, compression, models
 from tasks.records import BadRecord, Station
@@ -24,6 +26,7 @@ Integers = npt.NDArray[np.int64]
 Scalars = npt.NDArray[np.uint64]
 
 OPENING_MAGIC = b"HCO1"
+ENTRY_BYTES = 8 + 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +40,28 @@ class GlobalModel:
     @property
     def sha256(self) -> Bytes32:
         return sha256_hex(models.encode_parameters(self.parameters))
+
+
+class Opening(Chunked):
+    """The opening (m, rho) of a round in the store."""
+
+    WHAT = "opening"
+
+    def opened(self, chunks: Iterable[int]) -> tuple[Integers, Scalars]:
+        """m (n,) and rho (n, 4) of some chunks, one after another. Raises BadRecord."""
+        parts = [self._chunk(index) for index in chunks]
+        return joined(m for m, _ in parts), joined(rho for _, rho in parts)
+
+    def weighted_sum(self) -> Integers:
+        """m (k,), all of it. Of rho, a piece at a time is in memory. Raises BadRecord."""
+        weighted_sum = np.empty(self.layout.coordinates, np.int64)
+        for piece in self.layout.pieces(self.layout.chunks):
+            weighted_sum[self.layout.span(piece)] = self.opened(piece)[0]
+        return weighted_sum
+
+    def _chunk(self, index: int) -> tuple[Integers, Scalars]:
+        count = self.layout.length(index)
+        return self.read(index, opening_size(count), lambda data: decode_opening(data, count))
 
 
 def build_network(spec: TaskSpec) -> nn.Module:
@@ -81,9 +106,9 @@ def model_after(station: Station, spec: TaskSpec, cohort: Cohort, round_number: 
     """W_r, replayed from the openings. Raises BadRecord when a published digest is not that of the replayed model."""
     model = initial_model(spec)
     for number in range(1, round_number + 1):
-        result, weighted_sum = opened_round(station, cohort, number)
+        result, opening = opened_round(station, spec, cohort, number, at_most=model.parameters.size)
         weight = sum(weights_of(cohort, accepted(station, cohort, number)))
-        model = next_model(spec, model, number, weighted_sum, weight)
+        model = next_model(spec, model, number, opening.weighted_sum(), weight)
         if model.sha256 != result.model_sha256:
             raise BadRecord(
                 f"round {number}: the published model {result.model_sha256} is not W_{number - 1} plus the server step "
@@ -92,11 +117,13 @@ def model_after(station: Station, spec: TaskSpec, cohort: Cohort, round_number: 
     return model
 
 
-def opened_round(station: Station, cohort: Cohort, round_number: int) -> tuple[RoundResult, Integers]:
-    """The aggregator's signed result of a round, and the sum m (k,) it opened."""
+def opened_round(
+    station: Station, spec: TaskSpec, cohort: Cohort, round_number: int, *, at_most: int
+) -> tuple[RoundResult, Opening]:
+    """The aggregator's signed result of a round, and its opening of at most `at_most` coordinates. Raises BadRecord."""
     result = station.need(RoundResult, cohort.aggregator, cohort.task_id, round_number)
-    weighted_sum, _ = decode_opening(station.store.get(cohort.aggregator, result.opening_sha256))
-    return result, weighted_sum
+    size = spec.voting.chunk_coordinates
+    return result, Opening.listed(station.store, cohort.aggregator, result.opening_sha256, size=size, at_most=at_most)
 
 
 def accepted(station: Station, cohort: Cohort, round_number: int) -> KeyRequest:
@@ -121,19 +148,26 @@ def weights_of(cohort: Cohort, request: KeyRequest) -> list[int]:
     return [weight[miner] for miner in request.miners]
 
 
+def store_opening(
+    store: ArtifactStore, owner: Address, layout: Layout, weighted_sum: Integers, blinding: Scalars
+) -> list[Bytes32]:
+    """Store a piece of an opening, m (n,) and rho (n, 4), from the beginning of a chunk on; the chunks' digests."""
+    parts = zip(layout.cut(weighted_sum), layout.cut(blinding), strict=True)
+    return put_chunks(store, owner, (encode_opening(m, rho) for m, rho in parts))
+
+
 def encode_opening(weighted_sum: Integers, blinding: Scalars) -> bytes:
-    """(m, rho) of a round: magic, count, m as little-endian int64, rho as 32-byte little-endian scalars."""
-    header = OPENING_MAGIC + len(weighted_sum).to_bytes(8, "little")
+    """One chunk of (m, rho): header, m as little-endian int64, rho as 32-byte little-endian scalars."""
+    header = encode_header(OPENING_MAGIC, len(weighted_sum))
     return header + weighted_sum.astype("<i8").tobytes() + ndd_fe.encode_scalars(blinding)
 
 
-def decode_opening(data: bytes) -> tuple[Integers, Scalars]:
-    """(m, rho). Raises BadRecord for anything that `encode_opening` does not produce."""
-    count = int.from_bytes(data[4:12], "little")
-    if data[:4] != OPENING_MAGIC or len(data) != 12 + 40 * count:
-        raise BadRecord(f"opening: {len(data)} bytes beginning {data[:4]!r} are no opening of {count} coordinates")
-    weighted_sum = np.frombuffer(data, dtype="<i8", count=count, offset=12).astype(np.int64)
-    try:
-        return weighted_sum, ndd_fe.decode_scalars(data[12 + 8 * count :])
-    except ndd_fe.InvalidEncoding as error:
-        raise BadRecord(f"opening: {error}") from error
+def opening_size(count: int) -> int:
+    """Bytes of an encoded chunk of `count` coordinates."""
+    return 12 + ENTRY_BYTES * count
+
+
+def decode_opening(data: bytes, count: int) -> tuple[Integers, Scalars]:
+    """(m, rho) of a chunk of `count`. Raises ValueError for anything that `encode_opening` does not produce."""
+    body = check_header(data, OPENING_MAGIC, count, ENTRY_BYTES)
+    return np.frombuffer(body, dtype="<i8", count=count).astype(np.int64), ndd_fe.decode_scalars(body[8 * count :])

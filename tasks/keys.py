@@ -14,7 +14,8 @@ import numpy.typing as npt
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from blocks.artifacts import MissingArtifact
+from blocks.artifacts import ArtifactStore, MissingArtifact
+from blocks.identity import Identity
 from contracts.messages import (
     AbortReason,
     Address,
@@ -24,17 +25,22 @@ from contracts.messages import (
     Collection,
     KeyGrant,
     KeyRequest,
+    PublicKey,
     Registration,
     Submission,
     struct_hash,
 )
 from contracts.task_spec import PublishedTask
+from tasks.chunks import Chunked, Layout, check_header, encode_header, joined, put_chunks, put_manifest
 from tasks.cohort import trusted_cohort
 from tasks.contribute import label_of
 from tasks.crypto import ecies, ndd_fe
+from tasks.dispatch import report_progress
 from tasks.global_model import accepted, check_listing, weights_of
 from tasks.publish import published_task
 from tasks.records import BadRecord, Station, give_up, station
+
+KEY_MAGIC = b"HCK1"
 
 
 class KeyRefused(RuntimeError):
@@ -62,8 +68,11 @@ def grant_audit(task_id: str, round_number: int, actor: str) -> dict[str, str]:
     st.chain.wait_for_block(block_number)
     vectors = audit_vectors(st, terms, block_number, submissions[0].coordinates)
     masks = masks_of(st, cohort, submissions, "publisher")
-    keys = np.concatenate([ndd_fe.derive_projection_key(mask, vectors) for mask in masks])
-    sealed = seal_for_aggregator(st, cohort, keys, key_context("audit", task_id, round_number, name))
+    keys = np.empty((len(masks) * len(vectors), 4), np.uint64)
+    for index, mask in enumerate(masks):
+        keys[index * len(vectors) : (index + 1) * len(vectors)] = ndd_fe.derive_projection_key(mask, vectors)
+        report_progress((index + 1) / len(masks), "deriving audit keys")
+    sealed = seal_scalars(keys, cohort.aggregator_key, key_context("audit", task_id, round_number, name))
     return st.post(
         AuditGrant(
             task_id=task_id,
@@ -71,14 +80,17 @@ def grant_audit(task_id: str, round_number: int, actor: str) -> dict[str, str]:
             publisher=st.address,
             collection=name,
             block_number=block_number,
-            sealed_sha256=sealed,
+            sealed_sha256=st.store.put(st.address, sealed).sha256,
         )
     )
 
 
 @task(persist_result=False, cache_policy=NO_CACHE)
 def derive_round_key(task_id: str, round_number: int, actor: str) -> dict[str, str]:
-    """2.2, the publisher: the functional key of the round, for exactly the requested submissions, sealed to A."""
+    """2.2, the publisher: the functional key of the round, for exactly the requested submissions, sealed to A.
+
+    One piece of the key is in memory (`chunks`).
+    """
     st = station(actor)
     terms, cohort = published_task(st, task_id), trusted_cohort(st, task_id)
     request = accepted(st, cohort, round_number)
@@ -93,17 +105,20 @@ def derive_round_key(task_id: str, round_number: int, actor: str) -> dict[str, s
     except (BadRecord, KeyRefused, MissingArtifact) as error:
         return give_up(st, task_id, round_number, "derive-key", AbortReason.KEY_REFUSED, str(error))
 
-    masks = masks_of(st, cohort, submissions, "publisher")
-    functional_key = ndd_fe.derive_key(masks, weights_of(cohort, request), submissions[0].coordinates)
+    masks, weights = masks_of(st, cohort, submissions, "publisher"), weights_of(cohort, request)
+    layout = Layout(submissions[0].coordinates, terms.spec.voting.chunk_coordinates)
     context = key_context("functional key", task_id, round_number, name)
-    sealed = seal_for_aggregator(st, cohort, functional_key, context)
+    digests = []
+    for piece in layout.pieces(layout.chunks):
+        digests += store_key(st.store, st.address, layout, piece, masks, weights, cohort.aggregator_key, context)
+        report_progress(layout.span(piece).stop / layout.coordinates, "deriving the functional key")
     return st.post(
         KeyGrant(
             task_id=task_id,
             round_number=round_number,
             publisher=st.address,
             request=name,
-            sealed_sha256=sealed,
+            sealed_sha256=put_manifest(st.store, st.address, layout, digests),
         )
     )
 
@@ -183,26 +198,74 @@ def encryption_keys(st: Station, cohort: Cohort) -> list[str]:
     return keys
 
 
-def audit_vectors(st: Station, terms: PublishedTask, block_number: int, coordinates: int) -> npt.NDArray[np.int64]:
-    """The public +-1 vectors (K, k) of a round, from a block hash."""
+def audit_vectors(st: Station, terms: PublishedTask, block_number: int, coordinates: int) -> npt.NDArray[np.int8]:
+    """The public +-1 vectors (K, k) of a round, from a block hash: K bytes a coordinate."""
     block_hash = bytes(st.chain.web3.eth.get_block(block_number)["hash"])
     count = terms.spec.voting.audit_projections
     size = -(-count * coordinates // 8)
     stream = hashlib.shake_256(b"audit" + terms.task_id.encode() + block_hash).digest(size)
-    bits = np.unpackbits(np.frombuffer(stream, dtype=np.uint8))[: count * coordinates]
-    return (2 * bits.astype(np.int64) - 1).reshape(count, coordinates)
+    signs = np.unpackbits(np.frombuffer(stream, dtype=np.uint8), count=count * coordinates).view(np.int8)
+    signs *= 2
+    signs -= 1
+    return signs.reshape(count, coordinates)
 
 
-def seal_for_aggregator(st: Station, cohort: Cohort, scalars: npt.NDArray[np.uint64], context: bytes) -> Bytes32:
-    """Seal scalars (m, 4) to the drawn aggregator and store them; the digest of what was stored."""
-    sealed = ecies.seal(
-        ndd_fe.encode_scalars(scalars),
-        bytes.fromhex(cohort.aggregator_key[2:]),
+def store_key(
+    store: ArtifactStore,
+    owner: Address,
+    layout: Layout,
+    piece: range,
+    masks: Sequence[bytes],
+    weights: Sequence[int],
+    recipient_key: PublicKey,
+    context: bytes,
+) -> list[Bytes32]:
+    """Derive one piece of the functional key from the masks K_iP, seal it chunk by chunk; the chunks' digests."""
+    span = layout.span(piece)
+    key = ndd_fe.derive_key(masks, weights, span.stop - span.start, start=span.start)
+    parts = zip(piece, layout.cut(key), strict=True)
+    sealed = (seal_scalars(part, recipient_key, chunk_context(context, index)) for index, part in parts)
+    return put_chunks(store, owner, sealed)
+
+
+class SealedKey(Chunked):
+    """The functional key of a round in the store, each chunk sealed to the aggregator for its place."""
+
+    WHAT = "functional key"
+
+    def scalars(self, chunks: Iterable[int], me: Identity, context: bytes) -> npt.NDArray[np.uint64]:
+        """The scalars (n, 4) of some chunks, unsealed by `me`, one chunk after another. Raises BadRecord."""
+        return joined(self._chunk(index, me, chunk_context(context, index)) for index in chunks)
+
+    def _chunk(self, index: int, me: Identity, context: bytes) -> npt.NDArray[np.uint64]:
+        count = self.layout.length(index)
+        return self.read(index, sealed_size(count), lambda data: open_scalars(data, me, context, count))
+
+
+def seal_scalars(scalars: npt.NDArray[np.uint64], recipient_key: PublicKey, context: bytes) -> bytes:
+    """Seal scalars (n, 4): header, then 32 bytes each."""
+    return ecies.seal(
+        encode_header(KEY_MAGIC, len(scalars)) + ndd_fe.encode_scalars(scalars),
+        bytes.fromhex(recipient_key[2:]),
         ephemeral_seed=secrets.token_bytes(48),
         context=context,
     )
-    return st.store.put(st.address, sealed).sha256
+
+
+def open_scalars(sealed: bytes, me: Identity, context: bytes, count: int) -> npt.NDArray[np.uint64]:
+    """The `count` scalars (n, 4) sealed to me. Raises Unopenable, or ValueError for what `seal_scalars` does not make."""
+    return ndd_fe.decode_scalars(check_header(me.open_sealed(sealed, context), KEY_MAGIC, count, 32))
+
+
+def sealed_size(count: int) -> int:
+    """Bytes of `count` sealed scalars: the sender's point, the header, the scalars, the tag."""
+    return 33 + 12 + 32 * count + 16
 
 
 def key_context(purpose: str, task_id: str, round_number: int, name: str) -> bytes:
     return f"{purpose}|{task_id}|{round_number}|{name}".encode()
+
+
+def chunk_context(context: bytes, index: int) -> bytes:
+    """A chunk opens in its own place only."""
+    return context + f"|{index}".encode()

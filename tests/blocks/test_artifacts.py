@@ -56,6 +56,35 @@ def test_putting_again_changes_nothing(store):
     assert only_file(store).stat().st_mtime_ns == written.st_mtime_ns
 
 
+@pytest.mark.parametrize("durable", [True, False])
+@pytest.mark.parametrize("left", [b"", b"mod", b"modeL", bytes(5)])
+def test_putting_again_repairs_what_a_power_cut_left(store, left, durable):
+    reference = store.put(ME, b"model", durable=durable)
+    only_file(store).write_bytes(left)
+    assert store.put(ME, b"model", durable=durable) == reference
+    assert store.get(ME, reference.sha256) == b"model"
+    assert len(files(store)) == 1
+
+
+def test_many_blobs_share_one_sync(store, monkeypatch):
+    """Each put of its own syncs file and folder; with durable=False none does, and one sync is for all."""
+    synced = []
+    real = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(descriptor) or real(descriptor))
+    for number in range(10):
+        store.put(ME, bytes([number]), durable=False)
+    store.sync()
+    assert synced == []
+    assert len(files(store)) == 10
+    store.put(ME, b"at once")
+    assert len(synced) == 2
+
+
+def test_a_store_that_is_not_there_cannot_be_synced(store):
+    with pytest.raises(FileNotFoundError):
+        store.sync()
+
+
 def test_each_owner_has_a_folder_of_its_own(store):
     reference = store.put(ME, b"model")
     with pytest.raises(MissingArtifact, match="is not in the store"):
@@ -243,7 +272,7 @@ for attempt in range(10):
     if pid == 0:
         for number in range(10**9):
             data = number.to_bytes(8, "big") * 40_000
-            store.put("0x" + "ab" * 20, data)
+            store.put("0x" + "ab" * 20, data, durable=number % 2 == 0)
             store.post("0x" + "ab" * 20, f"t/{number:05d}/R.json", data[:200_000])
     time.sleep(0.05 + 0.011 * attempt)
     os.kill(pid, signal.SIGKILL)

@@ -2,13 +2,16 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from contracts.messages import Abort, AbortReason, AuditGrant, Collection, KeyGrant, KeyRequest, Submission, struct_hash
-from tasks.aggregate import read_functional_key, whole_ciphertext
-from tasks.crypto import ecies, ndd_fe
+from tasks.chunks import Layout, put_manifest
+from tasks.contribute import submitted_ciphertext
+from tasks.crypto import ndd_fe
 from tasks.crypto.ecies import Unopenable
-from tasks.keys import KeyRefused, key_context, masks_of, signed_submissions
+from tasks.keys import KeyRefused, chunk_context, key_context, masks_of, open_scalars, signed_submissions, store_key
+from tasks.opening import make_plan, sealed_key
 from tasks.publish import published_task
 from tests.protocol.world import TASK_ID, World
 
@@ -26,22 +29,32 @@ def smaller_request(world: World) -> KeyRequest:
     )
 
 
+def read_functional_key(world: World) -> np.ndarray:
+    """The functional key as the aggregator reads it."""
+    st = world.station(world.aggregator)
+    plan = make_plan(st, published_task(st, TASK_ID), world.cohort(), world.find(KeyRequest, world.aggregator))
+    key = sealed_key(st.store, plan)
+    return key.scalars(key.layout.chunks, st.me, key_context("functional key", TASK_ID, 1, plan.request))
+
+
 def test_the_aggregator_opens_the_key_and_the_sum_with_it(world_after):
     world = world_after("derive-key")
-    st = world.station(world.aggregator)
-    request = world.find(KeyRequest, world.aggregator)
-    key = read_functional_key(st, published_task(st, TASK_ID), request)
+    key = read_functional_key(world)
     assert key.shape == (world.find(Submission, "miner-1").coordinates, 4)
 
 
 def test_nobody_else_opens_the_sealed_key(world_after):
     world = world_after("derive-key")
-    grant, request = world.find(KeyGrant, "publisher"), world.find(KeyRequest, world.aggregator)
+    request = world.find(KeyRequest, world.aggregator)
     context = key_context("functional key", TASK_ID, 1, struct_hash(request))
-    for name in ("publisher", *world.others):
-        st = world.station(name)
-        with pytest.raises(Unopenable):
-            st.me.open_sealed(st.store.get(world.address("publisher"), grant.sealed_sha256), context)
+    st = world.station(world.aggregator)
+    key = sealed_key(st.store, make_plan(st, published_task(st, TASK_ID), world.cohort(), request))
+    for index in key.layout.chunks:
+        sealed = st.store.get(key.owner, key.digest(index))
+        for name in ("publisher", *world.others):
+            with pytest.raises(Unopenable):
+                open_scalars(sealed, world.station(name).me, chunk_context(context, index), key.layout.length(index))
+        assert len(open_scalars(sealed, st.me, chunk_context(context, index), key.layout.length(index)))
 
 
 def test_a_second_key_for_other_miners_of_the_round_is_refused(world_after):
@@ -77,12 +90,15 @@ def test_the_refusal_survives_a_kill_between_claim_and_grant_and_a_restart(world
 
 def test_a_killed_publisher_derives_the_same_key_for_the_same_request(world_after):
     world = world_after("derive-key")
-    st = world.station(world.aggregator)
-    request = world.find(KeyRequest, world.aggregator)
-    first = read_functional_key(st, published_task(st, TASK_ID), request)
+    first = read_functional_key(world)
     world.forget(KeyGrant, "publisher")  # killed before the grant was signed
     world.do("derive-key", "publisher")
-    assert (read_functional_key(st, published_task(st, TASK_ID), request) == first).all()
+    assert (read_functional_key(world) == first).all()
+
+
+def whole_ciphertext(world: World, submission: Submission) -> np.ndarray:
+    ciphertext = submitted_ciphertext(world.store, submission, world.file.voting.chunk_coordinates)
+    return ciphertext.points(ciphertext.layout.chunks)
 
 
 def test_two_keys_of_one_round_would_reveal_a_single_update(world_after):
@@ -103,7 +119,7 @@ def test_two_keys_of_one_round_would_reveal_a_single_update(world_after):
             ndd_fe.open_sum(
                 key,
                 masks_of(aggregator, cohort, submissions, "aggregator"),
-                [whole_ciphertext(publisher, one, world.file.voting.chunk_coordinates) for one in submissions],
+                [whole_ciphertext(world, one) for one in submissions],
                 weights,
                 bound=10**6,
             )[0]
@@ -188,15 +204,12 @@ def test_a_wrong_functional_key_ends_the_round_loudly(world_after):
     world = world_after("derive-key")
     grant, request = world.find(KeyGrant, "publisher"), world.find(KeyRequest, world.aggregator)
     st = world.station("publisher")
-    wrong = ndd_fe.derive_key([b"\x07" * 32], [1], world.find(Submission, "miner-1").coordinates)
-    sealed = ecies.seal(
-        ndd_fe.encode_scalars(wrong),
-        bytes.fromhex(world.cohort().aggregator_key[2:]),
-        ephemeral_seed=b"\x01" * 48,
-        context=key_context("functional key", TASK_ID, 1, struct_hash(request)),
-    )
-    reference = st.store.put(st.address, sealed)
-    world.forge(grant.model_copy(update={"sealed_sha256": reference.sha256}), signer="publisher")
+    layout = Layout(world.find(Submission, "miner-1").coordinates, world.file.voting.chunk_coordinates)
+    context = key_context("functional key", TASK_ID, 1, struct_hash(request))
+    recipient = world.cohort().aggregator_key
+    digests = store_key(st.store, st.address, layout, layout.chunks, [b"\x07" * 32], [1], recipient, context)
+    wrong = put_manifest(st.store, st.address, layout, digests)
+    world.forge(grant.model_copy(update={"sealed_sha256": wrong}), signer="publisher")
     abort = world.do("aggregate", world.aggregator)
     assert abort.reason == AbortReason.RECOVERY_FAILED
 

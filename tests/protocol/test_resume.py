@@ -20,7 +20,7 @@ from contracts import bindings
 from tests.protocol.world import TERMS
 
 # While homes and keys are made; in M2; between the submissions; while the sum is opened; between the votes and the reveals.
-KILLED_AT = (16, 94, 75, 50, 55)
+KILLED_AT = (16, 94, 44, 50, 80)
 
 
 pytestmark = pytest.mark.timeout(900)

@@ -16,7 +16,8 @@ from contracts.messages import (
     sign,
     struct_hash,
 )
-from tasks.contribute import TooLate, ciphertext_root, label_of, read_prepared
+from tasks.chunks import chunk_root, put_manifest
+from tasks.contribute import Ciphertext, TooLate, label_of, read_prepared, submitted_ciphertext
 from tasks.crypto import ndd_fe
 from tasks.global_model import model_after
 from tasks.records import record_path
@@ -150,24 +151,23 @@ def test_submitting_twice_hands_in_one_submission(world_after):
     assert world.do("submit", "miner-1") == first
 
 
+def ciphertext_of(world: World, name: str) -> Ciphertext:
+    size = world.file.voting.chunk_coordinates
+    return submitted_ciphertext(world.store, world.find(Submission, name), size)
+
+
 def tamper_chunk(world: World, name: str, data: bytes) -> None:
     """Replace the miner's first chunk by other bytes, properly listed and signed."""
-    st = world.station(name)
-    submission = world.find(Submission, name)
-    digests = json.loads(st.store.get(st.address, submission.chunks_sha256))
-    digests[0] = st.store.put(st.address, data).sha256
-    change(
-        world,
-        name,
-        ciphertext_root=ciphertext_root(digests),
-        chunks_sha256=st.store.put(st.address, json.dumps(digests).encode()).sha256,
-    )
+    ciphertext = ciphertext_of(world, name)
+    digests = [ciphertext.digest(index) for index in ciphertext.layout.chunks]
+    digests[0] = world.store.put(ciphertext.owner, data).sha256
+    listing = put_manifest(world.store, ciphertext.owner, ciphertext.layout, digests)
+    change(world, name, ciphertext_root=chunk_root(digests), chunks_sha256=listing)
 
 
 def first_chunk(world: World, name: str) -> bytes:
-    st = world.station(name)
-    digests = json.loads(st.store.get(st.address, world.find(Submission, name).chunks_sha256))
-    return st.store.get(st.address, digests[0])
+    ciphertext = ciphertext_of(world, name)
+    return world.store.get(ciphertext.owner, ciphertext.digest(0))
 
 
 def test_points_off_the_curve_are_refused(world_after):
@@ -197,9 +197,8 @@ def test_an_oversized_chunk_is_refused_before_it_is_read(world_after):
 def test_a_truncated_artifact_is_refused(world_after):
     world = world_after("submit")
     culprit = world.others[0]
-    st = world.station(culprit)
-    digests = json.loads(st.store.get(st.address, world.find(Submission, culprit).chunks_sha256))
-    blob = next((world.folder / "store" / st.address.lower() / "blobs").rglob(digests[0][2:]))
+    ciphertext = ciphertext_of(world, culprit)
+    blob = next((world.folder / "store" / ciphertext.owner.lower() / "blobs").rglob(ciphertext.digest(0)[2:]))
     blob.write_bytes(blob.read_bytes()[:-64])
     assert "truncated or changed" in refused(world)[culprit]
 
@@ -231,11 +230,11 @@ def test_a_copied_ciphertext_is_refused(world_after):
     world = world_after("submit")
     victim, thief = world.others[:2]
     copied = world.find(Submission, victim)
-    st, other = world.station(thief), world.station(victim)
-    digests = json.loads(other.store.get(other.address, copied.chunks_sha256))
+    ciphertext, address = ciphertext_of(world, victim), world.address(thief)
+    digests = [ciphertext.digest(index) for index in ciphertext.layout.chunks]
     for digest in digests:
-        st.store.put(st.address, other.store.get(other.address, digest))
-    listing = st.store.put(st.address, json.dumps(digests).encode()).sha256
+        world.store.put(address, world.store.get(ciphertext.owner, digest))
+    listing = put_manifest(world.store, address, ciphertext.layout, digests)
     change(world, thief, ciphertext_root=copied.ciphertext_root, chunks_sha256=listing, salt=copied.salt)
     assert list(audited_out(world)) == [thief]
 
@@ -296,7 +295,8 @@ def test_the_masks_of_a_submission_are_bound_to_its_miner(world_after):
 def opened_sum(world: World) -> np.ndarray:
     from tasks.global_model import opened_round
 
-    return opened_round(world.station("publisher"), world.cohort(), 1)[1]
+    station, spec, cohort = world.station("publisher"), world.file.spec(), world.cohort()
+    return opened_round(station, spec, cohort, 1, at_most=10_000)[1].weighted_sum()
 
 
 def weighted_sum_of(world: World, names: list[str]) -> np.ndarray:

@@ -20,7 +20,8 @@ from contracts.messages import (
     struct_hash,
 )
 from tasks import aggregate
-from tasks.global_model import build_network, decode_opening, encode_opening, model_after, next_model, weights_of
+from tasks.chunks import Layout, put_manifest
+from tasks.global_model import build_network, model_after, next_model, opened_round, store_opening, weights_of
 from tasks.learning.datasets import Dataset, decode_npz, encode_npz
 from tasks.learning.models import encode_parameters
 from tasks.settle import collect_votes
@@ -51,14 +52,17 @@ def publish_opening(world: World, weighted_sum: np.ndarray, blinding: np.ndarray
     st, spec, cohort = world.station(world.aggregator), world.file.spec(), world.cohort()
     request = aggregate.accepted(st, cohort, 1)
     model = next_model(spec, model_after(st, spec, cohort, 0), 1, weighted_sum, sum(weights_of(cohort, request)))
-    opening = st.store.put(st.address, encode_opening(weighted_sum, blinding))
+    layout = Layout(len(weighted_sum), spec.voting.chunk_coordinates)
+    digests = store_opening(st.store, st.address, layout, weighted_sum, blinding)
+    opening_sha256 = put_manifest(st.store, st.address, layout, digests)
     st.store.put(st.address, encode_parameters(model.parameters))
-    republish(world, opening_sha256=opening.sha256, model_sha256=model.sha256)
+    republish(world, opening_sha256=opening_sha256, model_sha256=model.sha256)
 
 
 def true_opening(world: World) -> tuple[np.ndarray, np.ndarray]:
-    st = world.station(world.aggregator)
-    return decode_opening(st.store.get(st.address, world.find(RoundResult, world.aggregator).opening_sha256))
+    st, spec = world.station(world.aggregator), world.file.spec()
+    opening = opened_round(st, spec, world.cohort(), 1, at_most=10_000)[1]
+    return opening.opened(opening.layout.chunks)
 
 
 def test_an_honest_candidate_is_accepted_by_everybody(world_after):

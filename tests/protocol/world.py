@@ -16,7 +16,7 @@ from blocks.registry import Registry
 from contracts.messages import Abort, Cohort, Message
 from contracts.task_spec import TaskFile
 from infra.devstack import Stack, set_up
-from tasks import aggregate, attest, cohort, contribute, keys, publish, settle
+from tasks import aggregate, attest, cohort, contribute, keys, opening, publish, settle
 from tasks.records import Station, load_record, record_path, station
 
 TASK_ID = "test-task-1"
@@ -86,7 +86,7 @@ STEPS: dict[str, Callable[..., Any]] = {
     "grant-audit": lambda name, r: keys.grant_audit.fn(TASK_ID, r, name),
     "audit": lambda name, r: aggregate.audit_submissions.fn(TASK_ID, r, name),
     "derive-key": lambda name, r: keys.derive_round_key.fn(TASK_ID, r, name),
-    "aggregate": lambda name, r: aggregate.open_round.fn(TASK_ID, r, name),
+    "aggregate": lambda name, r: aggregate_here(name, r),
     "open-validation": lambda name, r: attest.open_validation_to_voters.fn(TASK_ID, r, name),
     "attest": lambda name, r: attest.judge_candidate.fn(TASK_ID, r, name),
     "publish-block": lambda name, r: settle.publish_voted_block.fn(TASK_ID, r, name),
@@ -97,6 +97,13 @@ STEPS: dict[str, Callable[..., Any]] = {
     "refund": lambda name, r: settle.take_refund.fn(TASK_ID, name),
 }
 ORDER = ("publish", *(name for name in STEPS if name not in ("reveal-accuracy-instead", "refund")))
+
+
+def aggregate_here(name: str, r: int) -> Any:
+    """The flow `aggregate` with its groups one after another."""
+    groups = opening.plan_opening.fn(TASK_ID, r, name)
+    outcomes = [opening.open_group.fn(TASK_ID, r, name, group.start, group.stop - 1) for group in groups]
+    return aggregate.finish_round.fn(TASK_ID, r, outcomes, name)
 
 
 def task_file(**changes: Any) -> TaskFile:
