@@ -1,6 +1,8 @@
 # make round   set up, then run one task from publication to payment
 # make test    set up, then lint, type-check and run all tests
-# make bench   set up, then measure learning under encryption and the cost of the cryptography
+# make bench   set up, then measure learning under encryption; bench-model: a network of 409 034 parameters;
+#              bench-crypto: the cryptography beside its peers; bench-stream: 25 million coordinates through the disk
+# make fuzz    set up, then compare ten million random coordinates with an independent implementation
 # Each sets up what it needs in the project's own virtual environment, .venv; a second call finds it ready.
 
 PYTHON ?= python3.11
@@ -9,7 +11,7 @@ READY := $(VENV)/ready
 SHELL := /bin/bash
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: round test bench contracts clean
+.PHONY: round test bench bench-model bench-crypto bench-stream fuzz contracts clean
 .DEFAULT_GOAL := round
 
 round: $(READY)
@@ -23,6 +25,18 @@ test: $(READY) contracts/node_modules/ready
 
 bench: $(READY)
 	$(VENV)/bin/healchain bench --out build/bench.json
+
+bench-model: $(READY)
+	$(VENV)/bin/healchain bench-model --out build/bench-model.json
+
+bench-crypto: $(READY)
+	$(VENV)/bin/healchain bench-crypto --out build/bench-crypto.json
+
+bench-stream: $(READY)
+	$(VENV)/bin/healchain bench-stream --out build/bench-stream.json
+
+fuzz: $(READY)
+	$(VENV)/bin/healchain fuzz --out build/fuzz.json
 
 # Recompile the contracts after a change of their sources; ABI and bytecode are committed.
 contracts: contracts/node_modules/ready

@@ -32,7 +32,12 @@ TaskArgument = Annotated[str, typer.Argument(metavar="TASK.toml", help="a task f
 @app.command()
 def run(
     task: TaskArgument,
-    miners: Annotated[int, typer.Option(min=1, help="how many miners take part; one is drawn as aggregator")] = 5,
+    miners: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="how many miners take part, one of them drawn as aggregator; default: 5, or what is asked"
+        ),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="public seed of model and data split; default: the task's")] = None,
     out: Annotated[Path, typer.Option(help="folder of the run: homes, store, chain, report")] = Path("build/run"),
     data: Annotated[list[str], typer.Option(help="NAME=PATH: an actor's own .npz or image folder; repeat it")] = [],  # noqa: B006
@@ -40,6 +45,7 @@ def run(
 ) -> None:
     """Run one task M1..M7 with all parties in this process. The same command after a kill resumes the same task."""
     file = _load(task, {} if seed is None else {"seed": seed})
+    miners = max(5, file.participants.miners_min) if miners is None else miners
     if miners < file.participants.miners_min:
         _fail(f"--miners {miners}: the task asks for at least participants.miners_min = {file.participants.miners_min}")
     folder = out.resolve()
@@ -162,14 +168,86 @@ def tasks() -> None:
 
 
 @app.command()
+def doctor(
+    out: Annotated[Path, typer.Option(help="where runs are to be kept")] = Path("build"),
+) -> None:
+    """Say what this machine has, which curve core runs on it and why; exit with 1 if something needed is missing."""
+    from infra import doctor as examination
+
+    findings = examination.examine(out)
+    for finding in findings:
+        mark = "[green]ok[/green]" if finding.in_order else "[red]no[/red]" if finding.needed else "[yellow]--[/yellow]"
+        console.print(f"{mark}  {finding.name:14} {escape(finding.found)}", soft_wrap=True)
+    sys.exit(0 if all(finding.in_order or not finding.needed for finding in findings) else 1)
+
+
+@app.command()
 def bench(
     out: Annotated[Path, typer.Option(help="where the figures are written, as JSON")] = Path("build/bench.json"),
     seeds: Annotated[int, typer.Option(min=1, help="seeds for each ready task")] = 5,
 ) -> None:
-    """Measure accuracy under encryption against plaintext, and the cost of the cryptography. Takes some minutes."""
+    """Measure accuracy under encryption against plaintext on the small ready tasks. Takes some minutes."""
     from infra import bench as benchmark
 
     benchmark.run(out, seeds, console)
+
+
+@app.command("bench-model")
+def bench_model(
+    out: Annotated[Path, typer.Option(help="where the rows are written; the plot is beside it")] = Path(
+        "build/bench-model.json"
+    ),
+    rounds: Annotated[int | None, typer.Option(min=1, help="rounds of each run; default: the task's own")] = None,
+) -> None:
+    """Measure fashion-mnist in plaintext and encrypted, dense and sparse: accuracy and time of every round."""
+    from infra import bench as benchmark
+
+    try:
+        benchmark.run_model(out, console, rounds)
+    except ValueError as error:  # the images are not installed
+        _fail(str(error))
+
+
+@app.command("bench-crypto")
+def bench_crypto(
+    out: Annotated[Path, typer.Option(help="where the rows are written, as JSON")] = Path("build/bench-crypto.json"),
+    quick: Annotated[bool, typer.Option("--quick", help="smaller sizes, some two minutes")] = False,
+    markdown: Annotated[Path | None, typer.Option(help="a document whose block of figures is written again")] = None,
+) -> None:
+    """Measure the cryptography beside its peers, which are installed once beside `out`."""
+    from infra import bench_crypto as benchmark
+
+    benchmark.run(out, console, quick=quick, document=markdown)
+
+
+@app.command("bench-stream")
+def bench_stream(
+    out: Annotated[Path, typer.Option(help="where the figures are written, as JSON")] = Path("build/bench-stream.json"),
+    dimension: Annotated[int, typer.Option(min=1, help="coordinates")] = 25_000_000,
+    miners: Annotated[int, typer.Option(min=3, max=50, help="how many submit")] = 5,
+    threads: Annotated[int, typer.Option(min=1, help="how many work at a time")] = 2,
+) -> None:
+    """Encrypt, sum, open and verify one dense round at the size of a large model, through the artifact store."""
+    from infra import stream
+
+    try:
+        stream.run(out, console, dimension, miners, threads)
+    except (ValueError, OSError) as error:
+        _fail(str(error))
+
+
+@app.command()
+def fuzz(
+    coordinates: Annotated[int, typer.Option(min=1, help="how many random coordinates")] = 10_000_000,
+    seed: Annotated[int | None, typer.Option(help="repeat the run of this seed")] = None,
+    out: Annotated[Path, typer.Option(help="where the result is written, as JSON")] = Path("build/fuzz.json"),
+) -> None:
+    """Compare the curve core with an independent implementation, and its backends with each other, on random input."""
+    from infra import fuzz as fuzzing
+
+    result = fuzzing.run(coordinates, seed, console)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=1))
 
 
 def use_temporary_prefect(folder: Path) -> None:

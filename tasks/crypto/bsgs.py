@@ -38,6 +38,7 @@ from tasks.crypto.pedersen import HALF_GENERATOR, commitments
 
 MAX_BOUND = 2**48  # beyond, the search takes hours
 _STEPS_AT_ONCE = 2**20  # 64 MiB of points while a table is built
+_MAX_GIANTS = 2**24  # 1 GiB of points; a table of 2**24 steps takes half as many for the largest bound
 
 
 class OutOfBound(ValueError):
@@ -138,7 +139,10 @@ def half_logs(
     points, bound = words(points, 8, "points"), whole(bound, "bound", 1, MAX_BOUND + 1)
     table = table or baby_steps(default_size(bound, len(points)))
     stride = 2 * table.size
-    giants = _giants(stride, max(0, -(-(bound + 1 - table.size) // stride)))
+    count = max(0, -(-(bound + 1 - table.size) // stride))
+    if count > _MAX_GIANTS:
+        raise ValueError(f"bound {bound} takes {count} giant steps with a table of {table.size}: build a larger one")
+    giants = _giants(stride, count)
     logs = np.zeros(len(points), np.int64)
     solved = np.zeros(len(points), bool)
     reach = table.size + stride * len(giants)

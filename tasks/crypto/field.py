@@ -6,11 +6,10 @@
     point       row of eight uint64: canonical x (4 limbs), canonical y (4 limbs); the all-zero row is infinity
     reference   int32 naming a signed row of a table: 0 nothing, +r row r - 1, -r the negative of row r - 1
 
-The seam for a second backend (AVX-512 IFMA) is the set of public kernels at the end of this file, the functions that
-take and return arrays: `add_rows`, `recode`, `scalars_of`, `accumulate`, `reduce_scalars`, `project`, `first_invalid`,
-`insert_tags`, `search`. Their callers know nothing of limb multiplication; a backend with the same kernels and
-bit-identical results replaces this module. Arguments are C-contiguous, inputs may be read-only; kernels trust their
-arguments and release the GIL.
+The public kernels at the end of this file take and return arrays. For those that add points, `add_rows`, `first_invalid`
+and `search`, `backend` asks `ifma` first where that runs, which gives the same bits; the exceptional additions that it
+leaves are added here. Arguments are C-contiguous, inputs may be read-only; kernels trust their arguments and release the
+GIL.
 
 All compiled code is in this one file on purpose: numba's cache is keyed on the file of the kernel, so an intrinsic
 edited in another file would leave the old machine code in use. Kernels index tables by secrets and branch on them:

@@ -53,7 +53,7 @@ _HALF = ir.VectorType(_I64, 4)
 _C = 2**256 - P  # 33 bits
 _FOLD = 16 * _C  # 2**260 = _FOLD mod p, 37 bits
 _LOW52, _LOW48 = 2**52 - 1, 2**48 - 1
-# 4 p with 2**54 added to limbs 0 to 3 and taken off the next: limb by limb above 2 tight elements and a wet one.
+# 4 p with 2**54 added to limbs 0 to 3 and taken off the next: limb by limb above 2 tight elements and a carry.
 _K = (2**54 + 2**52 - 4 * _C, *[2**54 + 2**52 - 5] * 3, 2**50 - 5)
 assert sum(limb << 52 * j for j, limb in enumerate(_K)) == 4 * P
 
@@ -83,10 +83,10 @@ def _carry(builder: Any, element: Lanes, *, signed: bool = False, dry: bool = Fa
 
 
 def _reduce(builder: Any, columns: Lanes, *, dry: bool = False) -> Lanes:
-    """Ten columns, each below 2**60, the upper five a number below 2**258, as an element, wet or tight.
+    """Ten columns, each below 2**59, the upper five a number below 2**258, as an element, wet or tight.
 
-    The upper five times 2**260 mod p come down: below 2**57 more in each lower column, and up to 2**31 in a new fifth.
-    What limb 4 has above 48 bits, below 2**12, and that fifth column times 16, make t < 2**36; t (2**256 mod p) comes
+    The upper five times 2**260 mod p come down: below 2**53 more in each lower column, and below 2**35 in a new fifth.
+    What limb 4 has above 48 bits, below 2**12, and that fifth column times 16, make t < 2**39; t (2**256 mod p) comes
     down to limbs 0 and 1. So limb 4 is below 2**48 before the carry, and the carry adds less than 2**8.
     """
     high = _carry(builder, columns[5:])
@@ -115,7 +115,10 @@ def _multiply(builder: Any, a: Lanes, b: Lanes, initial: Lanes | None = None, *,
 
 
 def _square(builder: Any, a: Lanes, initial: Lanes | None = None, *, dry: bool = False) -> Lanes:
-    """a**2 + initial; a wet, its limb 4 below 2**51. The products of two different limbs are doubled at the end."""
+    """a**2 + initial, which is as in `_multiply`; a wet, its limb 4 below 2**51, its value below 2**259.
+
+    The products of two different limbs, in columns 1 to 8, are doubled at the end.
+    """
     columns = [_all(0)] * (2 * LIMBS)
     for i in range(LIMBS):
         for j in range(i + 1, LIMBS):
@@ -123,7 +126,6 @@ def _square(builder: Any, a: Lanes, initial: Lanes | None = None, *, dry: bool =
         for j in range(i + 1, LIMBS):
             columns[i + j + 1] = _madd(builder, "h", columns[i + j + 1], a[i], a[j])
     columns = [columns[0], *(builder.add(column, column) for column in columns[1:9]), columns[9]]
-    columns[9] = builder.add(columns[9], columns[9])
     if initial:
         columns[:LIMBS] = [builder.add(c, i) for c, i in zip(columns, initial, strict=False)]
     for i in range(LIMBS):
@@ -347,7 +349,7 @@ def _begin_with(builder: Any, state: Any, rows: Lanes, exceptions: Any | None, f
 
 
 def _minus(builder: Any, element: Lanes) -> Lanes:
-    """-element, tight."""
+    """4 p - element, of a canonical element: limbs 0 to 3 below 2**52, limb 4 below 2**50, so it is not tight."""
     return _carry(builder, _from_k(builder, element), dry=True)
 
 
@@ -412,7 +414,8 @@ def _slope(builder: Any, quotient: Any, y2: Lanes, state: Any, excess: Any = Non
     """quotient = (y2 - S) * quotient. excess: what y2 has too much of in limb 0."""
     e = [builder.sub(a, b) for a, b in zip(y2, _load(builder, state, 1), strict=True)]
     take = _all(4 * _C) if excess is None else builder.add(excess, _all(4 * _C))
-    e[0], e[4] = builder.sub(e[0], take), builder.add(e[4], _all(2**50))  # + 4 p: positive, below 2**259
+    # + 4 p: positive, below 2**259, also where S is 4 p - y.
+    e[0], e[4] = builder.sub(e[0], take), builder.add(e[4], _all(2**50))
     _store(builder, quotient, _multiply(builder, _carry(builder, e, signed=True), _load(builder, quotient)))
 
 

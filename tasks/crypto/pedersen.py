@@ -33,7 +33,7 @@ class Commitments:
     rho     sixteen odd digits of 16 bits, D_j = 2 U_j - 2**16 + 1, see `field.recode`. Window 0 has 2**16 rows, one for
             each U_0: D_0 H - G / 2. Window j > 0 has the 2**15 rows 1, 3, 5, ... times 2**(16 j) H
     x       2 x + 1 in odd digits over G / 2: four windows of 2**15 rows 1, 3, 5, ... times 2**(16 j) G / 2. A bound
-            of 2**15 takes one window, 2**31 two
+            below 2**15 takes one window, below 2**31 two
 
     A digit is never zero, so no addition is ever left out; the halves of G cancel: (x + 1/2) G + rho H - G / 2.
     Alone, x gives (x + 1/2) G, which is never infinity; and E - rho H with window 0 is E - rho H - G / 2.

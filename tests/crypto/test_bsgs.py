@@ -2,6 +2,7 @@
 
 import pickle
 from contextlib import suppress
+from functools import lru_cache
 
 import numpy as np
 import pytest
@@ -10,7 +11,6 @@ from hypothesis import strategies as st
 
 from tasks.crypto import bsgs, ndd_fe
 from tasks.crypto.bsgs import BabySteps, OutOfBound, baby_steps, default_size, discrete_logs, encode_exponents
-from tasks.crypto.curve import integers_of
 from tests import oracle
 from tests.crypto import rows, tuples
 
@@ -78,16 +78,17 @@ def test_a_lone_point_costs_one_inversion_for_many_giant_steps():
 STEP_BITS, BUCKET = 30, 8
 
 
+@lru_cache(maxsize=1024)
+def half_point(exponent):
+    """(m - 1/2) G by the oracle."""
+    half = oracle.multiply((oracle.N + 1) // 2, oracle.G)
+    return oracle.add(oracle.multiply(exponent, oracle.G), oracle.negate(half))
+
+
 def place(exponent, slots):
     """First slot of the bucket of (m - 1/2) G, and its tag, in the upper 34 bits of an entry."""
-    x = integers_of(half_points(exponent))[0]
+    x, _ = half_point(exponent)
     return (x & 2**64 - 1) * BUCKET % len(slots), (x >> 64 << STEP_BITS) & 2**64 - 1
-
-
-def half_points(*exponents):
-    """Rows (m - 1/2) G by the oracle."""
-    half = oracle.multiply((oracle.N + 1) // 2, oracle.G)
-    return rows([oracle.add(oracle.multiply(m, oracle.G), oracle.negate(half)) for m in exponents])
 
 
 def forged(size, *entries, room=1):
@@ -120,7 +121,7 @@ def test_a_false_tag_in_the_same_chain_is_passed_over():
     assert discrete_logs(points(4, -4, -3, 7, 0), 10, table).tolist() == [4, -4, -3, 7, 0]
 
 
-@pytest.mark.parametrize("lies", range(1, 20))
+@pytest.mark.parametrize("lies", [1, 6, 7, 8, 9, 15, 16, 17, 30])
 def test_false_tags_that_fill_the_bucket_go_on_in_the_next(lies):
     table = forged(10, *[(4, 2 * (7 + i % 3) + i % 2) for i in range(lies)], room=4)
     first, tag = place(4, table.slots)

@@ -314,18 +314,21 @@ def check_states(states, count, expected):
         assert (number(x) % P, number(s_limbs) % P) == (x3 % P, minus_y3 % P)
 
 
-def coordinates(count, seed):
-    """Pairs of tight elements: some at their bounds, the others random."""
+def coordinates(count, seed, more=()):
+    """Pairs of tight elements: some at their bounds, the others random. more: for the second of a pair, beside these."""
     source = random.Random(seed)
     drawn = [limbs(source.randrange(P)) for _ in range(20)]
-    return [(source.choice(TIGHT + drawn), source.choice(TIGHT + drawn)) for _ in range(count)]
+    return [(source.choice(TIGHT + drawn), source.choice(TIGHT + drawn + list(more))) for _ in range(count)]
+
+
+NEGATED = [limbs(4 * P - y) for y in (1, 2, C, P // 2, P - 2, P - 1)] * 4  # S of a row that is taken off first
 
 
 @pytest.mark.parametrize("negative", [0, 1])
 def test_the_steps_of_a_chord_hold_for_tight_coordinates(negative):
     pairs = [
         (a, b)
-        for a, b in zip(coordinates(6000, 1), coordinates(6000, 2), strict=True)
+        for a, b in zip(coordinates(6000, 1, NEGATED), coordinates(6000, 2), strict=True)
         if (number(a[0]) - number(b[0])) % P
     ]
     first, second = zip(*pairs, strict=True)
