@@ -505,7 +505,7 @@ class Shape:
         return f"{self.dimension:,}".replace(",", " ") + f" parameters, {self.clients} clients"
 
 
-FULL = Sizes(65_536, 5, (Shape(100_000, 5), Shape(100_000, 50), Shape(1_000_000, 5), Shape(1_000_000, 50)))
+FULL = Sizes(262_144, 5, (Shape(100_000, 5), Shape(100_000, 50), Shape(1_000_000, 5), Shape(1_000_000, 50)))
 QUICK = Sizes(8192, 3, (Shape(20_000, 5), Shape(20_000, 50)))
 
 
@@ -751,9 +751,11 @@ def measure(sizes: Sizes, python: Path, console: Console) -> Iterator[Row]:
         for title, part in parts:
             with console.status(title):
                 yield from part()
+            console.print(f"measured: {title}")
         for shape in sizes.aggregations:
             with console.status(f"secure aggregation, {shape}"):
                 yield from aggregation_rows(shape, flower, ckks, paillier)
+            console.print(f"measured: secure aggregation, {shape}")
 
 
 def surroundings() -> str:

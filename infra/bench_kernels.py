@@ -20,7 +20,7 @@ from tasks.crypto.field import Words
 
 MULTIPLICATION_IFMA, ADDITION_IFMA = 62, 5 * 62 + 42  # instructions for eight lanes, carries not counted
 CYCLE_CHAIN = 4  # cycles of a 64-bit multiplication and an exclusive or that wait for the ones before
-POINTS = 32_768
+POINTS = 131_072
 SMALL, LARGE = 2**14, 2**19  # rows of tables: 1 MiB, in the second-level cache; 32 MiB
 STEPS = 17  # rows added a point, as in encryption
 
@@ -35,7 +35,7 @@ def _chain(count: int, factor: np.uint64) -> np.uint64:
 
 def cycle() -> float:
     """Seconds a clock cycle."""
-    return _median(lambda: _chain(3_000_000, np.uint64(3)), 3_000_000 * CYCLE_CHAIN, repeats=3)
+    return _median(lambda: _chain(30_000_000, np.uint64(3)), 30_000_000 * CYCLE_CHAIN, repeats=3)
 
 
 def multiplication() -> Callable[[], float]:
@@ -51,7 +51,7 @@ def multiplication() -> Callable[[], float]:
     room = np.full(32 * ELEMENT // 8 + 8, 2**51 - 1, np.uint64)
 
     def work() -> float:
-        return _median(lambda: products((room.ctypes.data + 63) & ~63, 2000), 2000 * 30 * LANES, repeats=3)
+        return _median(lambda: products((room.ctypes.data + 63) & ~63, 50_000), 50_000 * 30 * LANES, repeats=3)
 
     return work
 

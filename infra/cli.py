@@ -245,7 +245,10 @@ def fuzz(
     """Compare the curve core with an independent implementation, and its backends with each other, on random input."""
     from infra import fuzz as fuzzing
 
-    result = fuzzing.run(coordinates, seed, console)
+    try:
+        result = fuzzing.run(coordinates, seed, console)
+    except ValueError as error:  # the independent implementation is not installed
+        _fail(str(error))
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1))
 
