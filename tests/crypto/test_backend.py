@@ -27,11 +27,8 @@ SIZE = IFMA.BATCH * IFMA.LANES if IFMA else 3072  # points in a batch, or about 
 with_ifma = pytest.mark.skipif(IFMA is None, reason="this machine has no AVX-512 IFMA")
 
 
-@pytest.fixture
-def once(chosen):
-    """For a test that does not depend on the backend at work."""
-    if chosen is not CHOICES[0]:
-        pytest.skip("has run")
+# For tests that do not depend on the backend at work.
+once = pytest.mark.parametrize("chosen", CHOICES[:1], ids=["once"], indirect=True)
 
 
 # --- the choice -----------------------------------------------------------------------------------------------------
@@ -48,12 +45,12 @@ def chosen_with(**environment):
     return found.stdout.strip().split("|") if not found.returncode else found.stderr.strip().splitlines()[-1]
 
 
-@pytest.mark.usefixtures("once")
+@once
 def test_the_environment_asks_for_the_portable_kernels():
     assert chosen_with(HEALCHAIN_CURVE="portable") == ["portable", "HEALCHAIN_CURVE asks for it"]
 
 
-@pytest.mark.usefixtures("once")
+@once
 def test_the_environment_asks_for_ifma():
     found = chosen_with(HEALCHAIN_CURVE="ifma")
     if IFMA:
@@ -62,12 +59,12 @@ def test_the_environment_asks_for_ifma():
         assert "WrongBackend: HEALCHAIN_CURVE = 'ifma': numba's target lacks avx512" in found
 
 
-@pytest.mark.usefixtures("once")
+@once
 def test_the_fastest_backend_is_taken_unless_the_environment_asks():
     assert chosen_with(HEALCHAIN_CURVE="")[0] == CHOICES[-1].name
 
 
-@pytest.mark.usefixtures("once")
+@once
 def test_nonsense_in_the_environment_is_refused():
     found = chosen_with(HEALCHAIN_CURVE="fast")
     assert found.endswith(
@@ -75,7 +72,7 @@ def test_nonsense_in_the_environment_is_refused():
     )
 
 
-@pytest.mark.usefixtures("once")
+@once
 @pytest.mark.parametrize(
     "target", [{"NUMBA_CPU_NAME": "generic"}, {"NUMBA_CPU_NAME": "skylake", "NUMBA_CPU_FEATURES": "+avx2"}]
 )
@@ -98,7 +95,7 @@ def gives_up(points, table, references, fresh, failed, room, invert):
     failed[:] = 1
 
 
-@pytest.mark.usefixtures("once")
+@once
 @with_ifma
 @pytest.mark.parametrize(
     "kernels", [{"add_rows": wrong_sum}, {"add_rows": gives_up}, {"first_invalid": lambda points: 3}],
@@ -321,7 +318,7 @@ def with_both(monkeypatch, work):
     return made
 
 
-@pytest.mark.usefixtures("once")
+@once
 @with_ifma
 @pytest.mark.parametrize("seed", range(4))
 def test_a_whole_round_is_the_same_to_the_bit(seed, monkeypatch):
@@ -348,7 +345,7 @@ def test_a_whole_round_is_the_same_to_the_bit(seed, monkeypatch):
     assert (ours[h + 2] == np.array(weights) @ values).all()
 
 
-@pytest.mark.usefixtures("once")
+@once
 @with_ifma
 def test_tables_are_the_same_to_the_bit(monkeypatch):
     for build in (lambda: bsgs.BabySteps.build(5000).slots, lambda: bsgs.BabySteps.build(1).slots,
@@ -358,7 +355,7 @@ def test_tables_are_the_same_to_the_bit(monkeypatch):
         assert (a == b).all()
 
 
-@pytest.mark.usefixtures("once")
+@once
 @with_ifma
 def test_rows_that_are_no_points_are_seen_in_every_lane_by_both(monkeypatch):
     p_words = [int(limb) for limb in field.limbs(field.P)]
