@@ -49,7 +49,7 @@ def curve_core() -> Finding:
     speed = (
         "about eight coordinates at a time"
         if choice.name == "ifma"
-        else "one coordinate at a time, some six times slower"
+        else "one coordinate at a time, some five times slower"
     )
     return Finding("curve core", f"{choice.name} ({choice.reason}): {speed}; {backend.ENVIRONMENT} forces one", True)
 

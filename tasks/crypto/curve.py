@@ -200,7 +200,7 @@ def weighing(weights: tuple[int, ...]) -> tuple[Program, int]:
 
     All ones: each array is added as it is read. Otherwise by differences (Bos and Coster 1989): of the two largest
     weights a >= b, with points A and B, a A + b B = (a - b) A + b (A + B). Where a is twice b or more, A is doubled
-    instead, after an odd a has left one A in slot 0, the sum. Some 1.4 additions a weight of 4 bits, 3 for 16 bits.
+    instead, after an odd a has left one A in slot 0, the sum. Some 1.3 additions a weight of 4 bits, 3.8 for 16 bits.
     """
     weights = tuple(whole(weight, f"weight {j}", 1, 2**63) for j, weight in enumerate(weights))
     count = len(weights)
