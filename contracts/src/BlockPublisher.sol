@@ -4,6 +4,8 @@ pragma solidity ^0.8.28;
 import {ECDSA} from "@openzeppelin/contracts/utils/cryptography/ECDSA.sol";
 import {EIP712} from "@openzeppelin/contracts/utils/cryptography/EIP712.sol";
 import {Math} from "@openzeppelin/contracts/utils/math/Math.sol";
+import {Hashes} from "@openzeppelin/contracts/utils/cryptography/Hashes.sol";
+import {accountOf, contributionLeaf} from "./Cohort.sol";
 import {HealChainEscrow} from "./HealChainEscrow.sol";
 import {StakeRegistry} from "./StakeRegistry.sol";
 import {DeadlinePast, NotAscending, PPM, Status, Task, Terms, WrongStatus, taskKeyOf} from "./Task.sol";
@@ -22,17 +24,25 @@ struct Candidate {
     bytes32 openingSha256;
 }
 
-/// @notice What the chain keeps of a published block. publishedAt is zero when there is none.
+/// @notice A member's EIP-712 signature of its Attestation, in the compact form of EIP-2098.
+struct Vote {
+    bytes32 r;
+    bytes32 vs;
+}
+
+/// @notice What the chain keeps of a published block; publishedAt is zero when there is none. Four storage slots.
 struct BlockMeta {
-    bytes32 candidateHash;
-    bytes32 modelSha256;
     address aggregator;
-    uint64 publishedAt;
+    uint40 publishedAt;
     uint32 roundNumber;
+    uint16 votes;
     uint32 correct;
     uint32 total;
-    uint32 votes;
+    uint16 participantCount;
     uint64 blockNumber;
+    bytes32 candidateHash;
+    /// Merkle root over the participants and their score commitments; see {BlockPublisher.contributionsRoot}.
+    bytes32 contributionsRoot;
 }
 
 /// @title Puts a candidate on chain when the quorum of the cohort signed for it, and punishes an aggregator that signed two (M6).
@@ -52,8 +62,6 @@ contract BlockPublisher is EIP712 {
     StakeRegistry public immutable stakeRegistry;
 
     mapping(bytes32 taskKey => BlockMeta) private _blocks;
-    mapping(bytes32 taskKey => address[]) private _participants;
-    mapping(bytes32 taskKey => bytes32[]) private _scoreCommits;
 
     event BlockPublished(
         bytes32 indexed taskKey,
@@ -63,14 +71,15 @@ contract BlockPublisher is EIP712 {
         string modelUri,
         uint32 correct,
         uint32 total,
-        uint32 roundNumber
+        uint32 roundNumber,
+        bytes32 contributionsRoot
     );
     event EquivocationReported(
         bytes32 indexed taskKey, address indexed aggregator, address indexed reporter, bytes32 first, bytes32 second
     );
 
     error NotAggregator(string taskID, address account, address aggregator);
-    error TooFewParticipants(uint256 count, uint32 minMiners);
+    error TooFewParticipants(uint256 count, uint16 minMiners);
     error LengthMismatch(uint256 participants, uint256 scoreCommits);
     error NotInCohort(string taskID, address account);
     error InvalidAccuracy(uint32 correct, uint32 total);
@@ -86,19 +95,23 @@ contract BlockPublisher is EIP712 {
         stakeRegistry = stakeRegistry_;
     }
 
-    /// @notice Publishes the block of a task. Only the drawn aggregator may, once, until the deadline, with the votes of a quorum.
+    /// @notice Publishes the block of a task. Only the aggregator whose turn it is may, once, until the deadline, with the votes of
+    /// a quorum. A block below the required accuracy may be published too: the publisher is then refunded, and nobody loses.
     /// @dev Emits {BlockPublished}. Reverts with {WrongStatus}, {DeadlinePast}, {NotAggregator}, {InvalidAccuracy},
-    /// {TooFewParticipants}, {LengthMismatch}, {NotAscending}, {NotInCohort}, {InvalidVote}, {AggregatorVote} or
-    /// {QuorumNotReached}. A signature for anything else (another candidate, round, task, chain or contract, or a rejection)
-    /// recovers an address that is not in the cohort.
+    /// {TooFewParticipants}, {LengthMismatch}, {NotAscending}, {NotInCohort}, {InvalidVote}, {AggregatorVote}, {QuorumNotReached}
+    /// or StakeRegistry's WrongCohort. A signature for anything else (another candidate, round, task, chain or contract, or a
+    /// rejection) recovers an address that is not in the cohort.
     /// @param candidate The block. Participants strictly ascending and in the cohort, with one score commitment each.
     /// @param votes Signatures of the Attestation {task_id, round_number, candidate hash, accepted: true, reason: ""},
     /// in the ascending order of their signers.
-    function publishBlock(Candidate calldata candidate, bytes[] calldata votes) external {
-        Task memory task = escrow.getTask(candidate.taskID);
+    /// @param cohort As in StakeRegistry's {RegistrationClosed}.
+    function publishBlock(Candidate calldata candidate, Vote[] calldata votes, bytes32[] calldata cohort) external {
+        bytes32 key = taskKeyOf(candidate.taskID);
+        Task memory task = escrow.getTask(key);
+        address aggregator = stakeRegistry.aggregatorAmong(candidate.taskID, cohort);
+
         if (task.status != Status.Locked) revert WrongStatus(candidate.taskID, task.status);
         if (block.timestamp > task.terms.deadline) revert DeadlinePast(task.terms.deadline, block.timestamp);
-        address aggregator = stakeRegistry.aggregatorOf(candidate.taskID);
         if (msg.sender != aggregator) revert NotAggregator(candidate.taskID, msg.sender, aggregator);
         if (candidate.aggregator != aggregator) {
             revert NotAggregator(candidate.taskID, candidate.aggregator, aggregator);
@@ -106,38 +119,43 @@ contract BlockPublisher is EIP712 {
         if (candidate.total == 0 || candidate.correct > candidate.total) {
             revert InvalidAccuracy(candidate.correct, candidate.total);
         }
-        (address[] memory cohort,) = stakeRegistry.getCohort(candidate.taskID);
         _checkParticipants(candidate, cohort, task.terms.minMiners);
         bytes32 hash = candidateHash(candidate);
         _checkVotes(candidate, votes, hash, cohort, _requiredVotes(cohort.length, task.terms));
 
-        _record(candidate, hash, uint32(votes.length));
+        _record(key, candidate, hash, votes.length);
 
         escrow.markPublished(candidate.taskID);
     }
 
-    /// @notice Proves that the aggregator of a task signed two different candidates of one round; its stake is slashed.
-    /// Anyone may report, before or after publication, once per task.
-    /// @dev Emits {EquivocationReported}. Reverts with {NoEquivocation} or the errors of StakeRegistry.slashStake.
-    /// @param a A candidate. @param sigA The aggregator's EIP-712 signature of it.
-    /// @param b Another candidate of the same task and round. @param sigB The aggregator's signature of that one.
-    function reportEquivocation(Candidate calldata a, bytes calldata sigA, Candidate calldata b, bytes calldata sigB)
-        external
-    {
+    /// @notice Proves that an aggregator of a task, present or former, signed two different candidates of one round; its stake is
+    /// slashed. Anyone may report, before or after publication, once per aggregator and task.
+    /// @dev Emits {EquivocationReported}. Reverts with {NoEquivocation} or the errors of StakeRegistry.slashEquivocation.
+    /// @param a A candidate.
+    /// @param first The aggregator's EIP-712 signature of it.
+    /// @param b Another candidate of the same task, round and aggregator.
+    /// @param second The aggregator's signature of that one.
+    /// @param cohort As in StakeRegistry's {RegistrationClosed}.
+    function reportEquivocation(
+        Candidate calldata a,
+        Vote calldata first,
+        Candidate calldata b,
+        Vote calldata second,
+        bytes32[] calldata cohort
+    ) external {
         bytes32 key = taskKeyOf(a.taskID);
         if (key != taskKeyOf(b.taskID)) revert NoEquivocation("two tasks");
         if (a.roundNumber != b.roundNumber) revert NoEquivocation("two rounds");
-        bytes32 first = candidateHash(a);
-        bytes32 second = candidateHash(b);
-        if (first == second) revert NoEquivocation("one candidate");
-        address aggregator = stakeRegistry.aggregatorOf(a.taskID);
-        if (aggregator == address(0)) revert NoEquivocation("no aggregator drawn");
-        if (_signerOf(first, sigA) != aggregator) revert NoEquivocation("first signature");
-        if (_signerOf(second, sigB) != aggregator) revert NoEquivocation("second signature");
+        if (a.aggregator != b.aggregator) revert NoEquivocation("two aggregators");
+        bytes32 firstHash = candidateHash(a);
+        bytes32 secondHash = candidateHash(b);
+        if (firstHash == secondHash) revert NoEquivocation("one candidate");
+        if (_signerOf(firstHash, first) != a.aggregator) revert NoEquivocation("first signature");
+        if (_signerOf(secondHash, second) != a.aggregator) revert NoEquivocation("second signature");
 
-        emit EquivocationReported(key, aggregator, msg.sender, first, second);
+        emit EquivocationReported(key, a.aggregator, msg.sender, firstHash, secondHash);
 
-        stakeRegistry.slashStake(a.taskID);
+        stakeRegistry.slashEquivocation(a.taskID, a.aggregator, cohort);
     }
 
     /// @notice EIP-712 hashStruct of a candidate: what the attestations name.
@@ -164,49 +182,45 @@ contract BlockPublisher is EIP712 {
         );
     }
 
+    /// @notice Merkle root over a block's contributions, each {position, participant, score commitment}. Pairs are hashed in
+    /// ascending order, so that a proof needs no directions; a last node without a partner rises as it is.
+    /// @dev Reverts with {LengthMismatch}.
+    function contributionsRoot(address[] calldata participants, bytes32[] calldata scoreCommits)
+        public
+        pure
+        returns (bytes32)
+    {
+        uint256 count = participants.length;
+        if (count != scoreCommits.length) revert LengthMismatch(count, scoreCommits.length);
+        bytes32[] memory nodes = new bytes32[](count);
+        for (uint256 i = 0; i < count; i++) nodes[i] = contributionLeaf(i, participants[i], scoreCommits[i]);
+        while (count > 1) {
+            uint256 pairs = count / 2;
+            for (uint256 i = 0; i < pairs; i++) {
+                nodes[i] = Hashes.commutativeKeccak256(nodes[2 * i], nodes[2 * i + 1]);
+            }
+            if (count % 2 == 1) nodes[pairs] = nodes[count - 1];
+            count = pairs + count % 2;
+        }
+        return nodes[0];
+    }
+
     /// @notice Accepting votes that a block of this task needs: the others of the cohort (the aggregator has no vote on its own
-    /// candidate), less the task's fault rate, rounded up. Zero while registration is open.
-    function requiredVotes(string calldata taskID) external view returns (uint256) {
-        (address[] memory cohort,) = stakeRegistry.getCohort(taskID);
-        if (cohort.length == 0) return 0;
-        return _requiredVotes(cohort.length, escrow.getTask(taskID).terms);
+    /// candidate), less the task's fault rate, rounded up.
+    /// @param cohortSize Members of the cohort.
+    function requiredVotes(string calldata taskID, uint256 cohortSize) external view returns (uint256) {
+        return _requiredVotes(cohortSize, escrow.getTask(taskKeyOf(taskID)).terms);
     }
 
     /// @notice What the chain keeps of a task's block; publishedAt is zero when there is none.
-    function getBlockMeta(string calldata taskID) external view returns (BlockMeta memory) {
-        return _blocks[taskKeyOf(taskID)];
+    /// @param taskKey keccak256(bytes(taskID)).
+    function getBlockMeta(bytes32 taskKey) external view returns (BlockMeta memory) {
+        return _blocks[taskKey];
     }
 
-    /// @notice The miners whose updates are in the block, in address order.
-    function getParticipants(string calldata taskID) external view returns (address[] memory) {
-        return _participants[taskKeyOf(taskID)];
-    }
-
-    /// @notice The score commitments of the participants, in their order.
-    function getScoreCommits(string calldata taskID) external view returns (bytes32[] memory) {
-        return _scoreCommits[taskKeyOf(taskID)];
-    }
-
-    /// @notice The score commitment of one miner, whether it is a participant, and the number of participants.
-    function scoreCommitOf(string calldata taskID, address miner)
-        external
-        view
-        returns (bool isParticipant, bytes32 scoreCommit, uint256 participantCount)
-    {
-        bytes32 key = taskKeyOf(taskID);
-        address[] storage participants = _participants[key];
-        participantCount = participants.length;
-        // Binary search: the first index whose address is not below the miner's.
-        uint256 low = 0;
-        uint256 high = participantCount;
-        while (low < high) {
-            uint256 middle = (low + high) / 2;
-            if (participants[middle] < miner) low = middle + 1;
-            else high = middle;
-        }
-        if (low < participantCount && participants[low] == miner) {
-            return (true, _scoreCommits[key][low], participantCount);
-        }
+    /// @notice The EIP-712 domain separator of every message of this deployment.
+    function domainSeparator() external view returns (bytes32) {
+        return _domainSeparatorV4();
     }
 
     function _requiredVotes(uint256 cohortSize, Terms memory terms) private pure returns (uint256) {
@@ -214,12 +228,9 @@ contract BlockPublisher is EIP712 {
     }
 
     /// @dev Both lists ascend, so that one walk through the cohort finds all.
-    function _checkParticipants(Candidate calldata candidate, address[] memory cohort, uint32 minMiners) private pure {
+    function _checkParticipants(Candidate calldata candidate, bytes32[] calldata cohort, uint16 minMiners) private pure {
         address[] calldata participants = candidate.participants;
         if (participants.length < minMiners) revert TooFewParticipants(participants.length, minMiners);
-        if (participants.length != candidate.scoreCommits.length) {
-            revert LengthMismatch(participants.length, candidate.scoreCommits.length);
-        }
         uint256 position = 0;
         for (uint256 i = 0; i < participants.length; i++) {
             if (i > 0 && participants[i] <= participants[i - 1]) revert NotAscending(i, participants[i]);
@@ -229,9 +240,9 @@ contract BlockPublisher is EIP712 {
 
     function _checkVotes(
         Candidate calldata candidate,
-        bytes[] calldata votes,
+        Vote[] calldata votes,
         bytes32 hash,
-        address[] memory cohort,
+        bytes32[] calldata cohort,
         uint256 required
     ) private view {
         if (votes.length < required) revert QuorumNotReached(votes.length, required);
@@ -257,21 +268,20 @@ contract BlockPublisher is EIP712 {
         }
     }
 
-    function _record(Candidate calldata candidate, bytes32 hash, uint32 votes) private {
-        bytes32 key = taskKeyOf(candidate.taskID);
+    function _record(bytes32 key, Candidate calldata candidate, bytes32 hash, uint256 votes) private {
+        bytes32 root = contributionsRoot(candidate.participants, candidate.scoreCommits);
         _blocks[key] = BlockMeta({
-            candidateHash: hash,
-            modelSha256: candidate.modelSha256,
             aggregator: candidate.aggregator,
-            publishedAt: uint64(block.timestamp),
+            publishedAt: uint40(block.timestamp),
             roundNumber: candidate.roundNumber,
+            votes: uint16(votes),
             correct: candidate.correct,
             total: candidate.total,
-            votes: votes,
-            blockNumber: uint64(block.number)
+            participantCount: uint16(candidate.participants.length),
+            blockNumber: uint64(block.number),
+            candidateHash: hash,
+            contributionsRoot: root
         });
-        _participants[key] = candidate.participants;
-        _scoreCommits[key] = candidate.scoreCommits;
         emit BlockPublished(
             key,
             candidate.aggregator,
@@ -280,23 +290,24 @@ contract BlockPublisher is EIP712 {
             candidate.modelUri,
             candidate.correct,
             candidate.total,
-            candidate.roundNumber
+            candidate.roundNumber,
+            root
         );
     }
 
     /// @dev The index of an account in the ascending cohort, at or after a position. Reverts with {NotInCohort}.
-    function _find(string calldata taskID, address[] memory cohort, uint256 position, address account)
+    function _find(string calldata taskID, bytes32[] calldata cohort, uint256 position, address account)
         private
         pure
         returns (uint256)
     {
-        while (position < cohort.length && cohort[position] < account) position++;
-        if (position == cohort.length || cohort[position] != account) revert NotInCohort(taskID, account);
+        while (position < cohort.length && accountOf(cohort[position]) < account) position++;
+        if (position == cohort.length || accountOf(cohort[position]) != account) revert NotInCohort(taskID, account);
         return position;
     }
 
     /// @dev Zero for a malformed signature.
-    function _signerOf(bytes32 structHash, bytes calldata signature) private view returns (address signer) {
-        (signer,,) = ECDSA.tryRecover(_hashTypedDataV4(structHash), signature);
+    function _signerOf(bytes32 structHash, Vote calldata signature) private view returns (address signer) {
+        (signer,,) = ECDSA.tryRecover(_hashTypedDataV4(structHash), signature.r, signature.vs);
     }
 }

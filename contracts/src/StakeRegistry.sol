@@ -1,97 +1,149 @@
 // SPDX-License-Identifier: Apache-2.0
 pragma solidity ^0.8.28;
 
+import {ECDSA} from "@openzeppelin/contracts/utils/cryptography/ECDSA.sol";
+import {MessageHashUtils} from "@openzeppelin/contracts/utils/cryptography/MessageHashUtils.sol";
 import {Math} from "@openzeppelin/contracts/utils/math/Math.sol";
 import {SafeCast} from "@openzeppelin/contracts/utils/math/SafeCast.sol";
 import {ReentrancyGuard} from "@openzeppelin/contracts/utils/ReentrancyGuard.sol";
+import {BlockPublisher} from "./BlockPublisher.sol";
+import {accountOf, cohortHashOf, memberWord, stakeIn} from "./Cohort.sol";
 import {HealChainEscrow} from "./HealChainEscrow.sol";
 import {pay} from "./Payment.sol";
-import {DeadlinePast, NotAscending, NotPublisher, OnlyContract, Status, Task, WrongStatus, taskKeyOf} from "./Task.sol";
+import {
+    DeadlinePast,
+    NotAscending,
+    NotPublisher,
+    OnlyContract,
+    PPM,
+    Status,
+    Task,
+    Terms,
+    WrongStatus,
+    taskKeyOf
+} from "./Task.sol";
 
-/// @title Stakes, registrations, cohorts and the stake-weighted draw of the aggregator (M2, 2.1).
-/// @notice One stake per miner backs all its tasks. It is held until the last of them can have ended, and taken only for a
-/// proven equivocation. What is taken goes to the other members of the cohort, in equal parts.
+/// @notice A signed Registration, as far as the contract needs it: its struct hash can be recomputed from these fields.
+struct Application {
+    address miner;
+    /// keccak256 of the encryption key's text.
+    bytes32 encryptionKeyHash;
+    bytes32 datasetProofSha256;
+    /// The miner's EIP-712 signature of the Registration, in the compact form of EIP-2098.
+    bytes32 r;
+    bytes32 vs;
+}
+
+/// @title Stakes, cohorts, the stake-weighted draw of the aggregator and of those who replace it (M2, 2.1).
+/// @notice One stake per miner backs all its tasks. It is held while one of them can still need it, and taken only for what the
+/// chain itself shows: two signed candidates, or a turn that passed without a block. What is taken goes to the other members
+/// of the cohort, in equal parts. Nobody owns this contract.
 contract StakeRegistry is ReentrancyGuard {
     using SafeCast for uint256;
 
-    /// @dev 96 bits of wei are 79 billion ether, and let stake, request and time share one slot.
+    /// @dev One slot. 88 bits of wei are 309 million ether.
     struct Account {
-        uint96 stake;
+        uint88 stake;
         /// Part of the stake whose withdrawal is requested.
-        uint96 requested;
+        uint88 requested;
         /// Unix seconds from which the requested part may be withdrawn, if no task holds it.
-        uint64 withdrawableAt;
+        uint40 withdrawableAt;
         /// Unix seconds until which a task holds the whole stake.
-        uint64 lockedUntil;
-        /// Wei from slashed aggregators.
-        uint128 credit;
-    }
-
-    struct Member {
-        address account;
-        uint96 stake;
+        uint40 lockedUntil;
     }
 
     struct Draw {
+        /// Whose turn it is; zero before the draw, and when nobody is left.
         address aggregator;
+        /// Unix seconds until which the aggregator cannot be replaced.
+        uint40 turnEnd;
         /// Zero while registration is open.
-        uint64 seedBlock;
-        bool isSlashed;
+        uint40 seedBlock;
+        bool hasResigned;
+        bytes32 cohortHash;
         bytes32 seed;
-        uint256 total;
+        /// A bit per position in the cohort: who was replaced.
+        uint256 replaced;
     }
+
+    /// @notice What was taken from one member of a cohort for one offence, and who of the others has had its part.
+    struct Slash {
+        bool isDone;
+        uint88 amount;
+        /// A bit per position in the cohort.
+        uint256 credited;
+    }
+
+    /// @notice Why a stake is taken: a turn without a block, or two signed candidates of one round.
+    enum Offence {
+        Silence,
+        Equivocation
+    }
+
+    /// @notice Type hash of the EIP-712 struct Registration.
+    bytes32 public constant REGISTRATION_TYPEHASH = keccak256(
+        "Registration(string task_id,uint32 round_number,address miner,string encryption_key,bytes32 dataset_proof_sha256)"
+    );
 
     /// @notice The escrow of this deployment.
     HealChainEscrow public immutable escrow;
-    /// @notice The contract that may slash.
-    address public immutable blockPublisher;
+    /// @notice The contract that may slash for equivocation; its EIP-712 domain is that of every message.
+    BlockPublisher public immutable blockPublisher;
     /// @notice Seconds between requesting and taking a withdrawal.
-    uint64 public immutable withdrawalDelay_s;
+    uint40 public immutable withdrawalDelay_s;
+
+    /// @notice Wei that a miner can take with withdrawCredit: its parts of slashed stakes.
+    mapping(address miner => uint256) public creditOf;
 
     mapping(address miner => Account) private _accounts;
-    mapping(bytes32 taskKey => mapping(address miner => bytes32)) private _registrations;
-    mapping(bytes32 taskKey => Member[]) private _cohorts;
     mapping(bytes32 taskKey => Draw) private _draws;
+    mapping(bytes32 taskKey => mapping(uint256 position => mapping(Offence => Slash))) private _slashes;
 
     event StakeDeposited(address indexed miner, uint256 amount, uint256 stake);
-    event WithdrawalRequested(address indexed miner, uint256 amount, uint64 withdrawableAt);
-    event StakeWithdrawn(address indexed miner, uint256 amount);
-    event CreditWithdrawn(address indexed miner, uint256 amount);
-    event Registered(bytes32 indexed taskKey, address indexed miner, bytes32 registrationHash);
-    event RegistrationClosed(
-        bytes32 indexed taskKey, address[] miners, uint256[] stakes, uint256 total, uint64 seedBlock
-    );
+    event WithdrawalRequested(address indexed miner, uint256 amount, uint40 withdrawableAt);
+    event StakeWithdrawn(address indexed miner, address indexed recipient, uint256 amount);
+    event CreditWithdrawn(address indexed miner, address indexed recipient, uint256 amount);
+    event RegistrationClosed(bytes32 indexed taskKey, bytes32[] cohort, bytes32[] registrations, uint40 seedBlock);
     event AggregatorDrawn(
-        bytes32 indexed taskKey, address indexed aggregator, uint64 seedBlock, bytes32 blockHash, bytes32 seed
+        bytes32 indexed taskKey, address indexed aggregator, uint40 seedBlock, bytes32 blockHash, bytes32 seed, uint40 turnEnd
     );
-    event SeedMoved(bytes32 indexed taskKey, uint64 expiredBlock, uint64 seedBlock);
-    event StakeSlashed(bytes32 indexed taskKey, address indexed aggregator, uint256 amount);
+    event AggregatorResigned(bytes32 indexed taskKey, address indexed aggregator);
+    event AggregatorReplaced(
+        bytes32 indexed taskKey, address indexed former, address indexed aggregator, uint40 turnEnd
+    );
+    event SeedMoved(bytes32 indexed taskKey, uint40 expiredBlock, uint40 seedBlock);
+    event StakeSlashed(
+        bytes32 indexed taskKey, address indexed aggregator, Offence offence, uint256 position, uint256 amount
+    );
     event CreditAdded(bytes32 indexed taskKey, address indexed miner, uint256 amount);
 
     error ZeroAmount();
     error InsufficientStake(address miner, uint256 stake, uint256 needed);
     error NothingToWithdraw(address account);
-    error WithdrawalTooEarly(uint64 withdrawableAt, uint256 timestamp);
-    error StakeLocked(uint64 lockedUntil, uint256 timestamp);
+    error WithdrawalTooEarly(uint40 withdrawableAt, uint256 timestamp);
+    error StakeLocked(uint40 lockedUntil, uint256 timestamp);
     error PublisherCannotMine(string taskID, address publisher);
-    error EmptyRegistration(string taskID);
-    error AlreadyRegistered(string taskID, address miner);
-    error NotRegistered(string taskID, address miner);
+    error InvalidApplication(uint256 index, address miner);
     error RegistrationIsClosed(string taskID);
     error RegistrationIsOpen(string taskID);
-    error CohortSize(uint256 size, uint32 minMiners, uint32 maxMiners);
+    error CohortSize(uint256 size, uint16 minMiners, uint16 maxMiners);
     error CohortWithoutStake(string taskID);
-    error AlreadyDrawn(string taskID, address aggregator);
+    error WrongCohort(string taskID);
+    error AlreadyDrawn(string taskID);
     error NotDrawn(string taskID);
-    error SeedNotMined(uint64 seedBlock, uint256 blockNumber);
-    error SeedExpired(uint64 seedBlock, uint256 blockNumber);
-    error SeedAvailable(uint64 seedBlock, uint256 blockNumber);
+    error SeedNotMined(uint40 seedBlock, uint256 blockNumber);
+    error SeedExpired(uint40 seedBlock, uint256 blockNumber);
+    error SeedAvailable(uint40 seedBlock, uint256 blockNumber);
+    error NotTheTurn(string taskID, address caller, address aggregator);
+    error TurnNotOver(uint40 turnEnd, uint256 timestamp);
+    error TurnOver(uint40 turnEnd, uint256 timestamp);
     error AlreadySlashed(string taskID, address aggregator);
+    error NotEntitled(string taskID, uint256 position);
 
     /// @param escrow_ HealChainEscrow of this deployment.
     /// @param blockPublisher_ BlockPublisher of this deployment.
     /// @param withdrawalDelay_s_ Seconds between requesting and taking a withdrawal.
-    constructor(HealChainEscrow escrow_, address blockPublisher_, uint64 withdrawalDelay_s_) {
+    constructor(HealChainEscrow escrow_, BlockPublisher blockPublisher_, uint40 withdrawalDelay_s_) {
         escrow = escrow_;
         blockPublisher = blockPublisher_;
         withdrawalDelay_s = withdrawalDelay_s_;
@@ -106,7 +158,7 @@ contract StakeRegistry is ReentrancyGuard {
 
         Account storage account = _accounts[msg.sender];
         uint256 stake = account.stake + msg.value;
-        account.stake = stake.toUint96();
+        account.stake = stake.toUint88();
         emit StakeDeposited(msg.sender, msg.value, stake);
     }
 
@@ -118,17 +170,19 @@ contract StakeRegistry is ReentrancyGuard {
         Account storage account = _accounts[msg.sender];
         if (amount > account.stake) revert InsufficientStake(msg.sender, account.stake, amount);
 
-        uint64 withdrawableAt = (block.timestamp + withdrawalDelay_s).toUint64();
-        account.requested = amount.toUint96();
+        uint40 withdrawableAt = (block.timestamp + withdrawalDelay_s).toUint40();
+        account.requested = amount.toUint88();
         account.withdrawableAt = withdrawableAt;
         emit WithdrawalRequested(msg.sender, amount, withdrawableAt);
     }
 
-    /// @notice Pays the requested part of the stake to the sender, after the delay and when no task holds the stake.
-    /// @dev Emits {StakeWithdrawn}. Reverts with {NothingToWithdraw}, {WithdrawalTooEarly}, {StakeLocked} or TransferFailed.
-    function withdrawStake() external nonReentrant {
+    /// @notice Pays the requested part of the sender's stake, after the delay and when no task holds the stake.
+    /// @dev Emits {StakeWithdrawn}. Reverts with {NothingToWithdraw}, {WithdrawalTooEarly}, {StakeLocked}, InvalidRecipient or
+    /// TransferFailed.
+    /// @param recipient Who gets it: the sender itself, or another account if it cannot receive.
+    function withdrawStake(address recipient) external nonReentrant {
         Account storage account = _accounts[msg.sender];
-        uint96 amount = account.requested;
+        uint88 amount = account.requested;
         if (amount == 0) revert NothingToWithdraw(msg.sender);
         if (block.timestamp < account.withdrawableAt) {
             revert WithdrawalTooEarly(account.withdrawableAt, block.timestamp);
@@ -137,100 +191,76 @@ contract StakeRegistry is ReentrancyGuard {
 
         account.requested = 0;
         account.stake -= amount;
-        emit StakeWithdrawn(msg.sender, amount);
+        emit StakeWithdrawn(msg.sender, recipient, amount);
 
-        pay(msg.sender, amount);
+        pay(address(0), recipient, amount);
     }
 
-    /// @notice Pays the sender what it was credited from slashed aggregators. No delay, no lock.
-    /// @dev Emits {CreditWithdrawn}. Reverts with {NothingToWithdraw} or TransferFailed.
-    function withdrawCredit() external nonReentrant {
-        Account storage account = _accounts[msg.sender];
-        uint256 amount = account.credit;
+    /// @notice Pays what the sender was credited from slashed stakes. No delay, no lock.
+    /// @dev Emits {CreditWithdrawn}. Reverts with {NothingToWithdraw}, InvalidRecipient or TransferFailed.
+    /// @param recipient Who gets it: the sender itself, or another account if it cannot receive.
+    function withdrawCredit(address recipient) external nonReentrant {
+        uint256 amount = creditOf[msg.sender];
         if (amount == 0) revert NothingToWithdraw(msg.sender);
 
-        account.credit = 0;
-        emit CreditWithdrawn(msg.sender, amount);
+        creditOf[msg.sender] = 0;
+        emit CreditWithdrawn(msg.sender, recipient, amount);
 
-        pay(msg.sender, amount);
+        pay(address(0), recipient, amount);
     }
 
-    // Registration and draw
+    // Cohort and draw
 
-    /// @notice Registers the sender as a miner of a task, and holds its stake until the task's deadline.
-    /// @dev Emits {Registered}. Reverts with {WrongStatus}, {DeadlinePast}, {RegistrationIsClosed}, {PublisherCannotMine},
-    /// {EmptyRegistration}, {AlreadyRegistered} or {InsufficientStake}.
-    /// @param registrationHash The hash of the signed registration message, not zero.
-    function register(string calldata taskID, bytes32 registrationHash) external {
+    /// @notice Fixes the cohort of a task, once. Only its publisher may. Every member applied by a signed Registration for this
+    /// task. The available stakes are recorded for the draw and held until the task's latest possible end; the draw is seeded by
+    /// the next block.
+    /// @dev Emits {RegistrationClosed}, whose cohort is what later calls have to bring along. Reverts with {WrongStatus},
+    /// {DeadlinePast}, {RegistrationIsClosed}, {NotPublisher}, {CohortSize}, {NotAscending}, {PublisherCannotMine},
+    /// {InvalidApplication}, {InsufficientStake} or {CohortWithoutStake}.
+    /// @param applications In the strictly ascending order of their miners.
+    function closeRegistration(string calldata taskID, Application[] calldata applications) external {
         bytes32 key = taskKeyOf(taskID);
-        Task memory task = escrow.getTask(taskID);
-        Account storage account = _accounts[msg.sender];
+        Task memory task = escrow.getTask(key);
 
-        _checkOpen(taskID, key, task);
-        if (msg.sender == task.publisher) revert PublisherCannotMine(taskID, msg.sender);
-        if (registrationHash == 0) revert EmptyRegistration(taskID);
-        if (_registrations[key][msg.sender] != 0) revert AlreadyRegistered(taskID, msg.sender);
-        _checkStake(msg.sender, account, task.terms.minStake);
-
-        _registrations[key][msg.sender] = registrationHash;
-        _hold(account, task.terms.deadline);
-        emit Registered(key, msg.sender, registrationHash);
-    }
-
-    /// @notice Fixes the cohort of a task, once. Only its publisher may. The available stakes are recorded for the draw and
-    /// held until the task's latest possible end; the draw is seeded by the next block.
-    /// @dev Emits {RegistrationClosed}. Reverts with {WrongStatus}, {DeadlinePast}, {RegistrationIsClosed}, {NotPublisher},
-    /// {CohortSize}, {NotAscending}, {NotRegistered}, {InsufficientStake} or {CohortWithoutStake}.
-    /// @param cohort Registered miners, strictly ascending.
-    function closeRegistration(string calldata taskID, address[] calldata cohort) external {
-        bytes32 key = taskKeyOf(taskID);
-        Task memory task = escrow.getTask(taskID);
-
-        _checkOpen(taskID, key, task);
+        _checkLocked(taskID, task);
+        if (_draws[key].seedBlock != 0) revert RegistrationIsClosed(taskID);
         if (msg.sender != task.publisher) revert NotPublisher(taskID, msg.sender);
-        if (cohort.length < task.terms.minMiners || cohort.length > task.terms.maxMiners) {
-            revert CohortSize(cohort.length, task.terms.minMiners, task.terms.maxMiners);
+        if (applications.length < task.terms.minMiners || applications.length > task.terms.maxMiners) {
+            revert CohortSize(applications.length, task.terms.minMiners, task.terms.maxMiners);
         }
 
-        uint64 latestEnd = task.terms.deadline + task.terms.publisherRevealWindow_s + task.terms.aggregatorRevealWindow_s
-            + task.terms.scoreRevealWindow_s;
-        uint256[] memory stakes = new uint256[](cohort.length);
-        uint256 total = 0;
-        for (uint256 i = 0; i < cohort.length; i++) {
-            address miner = cohort[i];
-            if (miner <= (i == 0 ? address(0) : cohort[i - 1])) revert NotAscending(i, miner);
-            if (_registrations[key][miner] == 0) revert NotRegistered(taskID, miner);
-            Account storage account = _accounts[miner];
-            uint96 stake = _checkStake(miner, account, task.terms.minStake);
+        bytes32[] memory registrations = _checkApplications(taskID, key, applications, task.publisher);
+        bytes32[] memory cohort = _holdStakes(taskID, applications, task.terms);
 
-            _hold(account, latestEnd);
-            _cohorts[key].push(Member(miner, stake));
-            stakes[i] = stake;
-            total += stake;
-        }
-        if (total == 0) revert CohortWithoutStake(taskID);
-
-        uint64 seedBlock = (block.number + 1).toUint64();
+        uint40 seedBlock = (block.number + 1).toUint40();
         _draws[key].seedBlock = seedBlock;
-        _draws[key].total = total;
-        emit RegistrationClosed(key, cohort, stakes, total, seedBlock);
+        _draws[key].cohortHash = cohortHashOf(cohort);
+        emit RegistrationClosed(key, cohort, registrations, seedBlock);
     }
 
     /// @notice Draws the aggregator with probability proportional to the recorded stakes. Anyone may call it, once, in the 256
     /// blocks after the seed block; who calls and when makes no difference to the result.
-    /// @dev seed = keccak256(taskID ‖ hash of the seed block); seed mod total falls on one member, walking in address order.
-    /// Emits {AggregatorDrawn}. Reverts with {RegistrationIsOpen}, {AlreadyDrawn}, {SeedNotMined} or {SeedExpired}.
-    function drawAggregator(string calldata taskID) external {
+    /// @dev seed = keccak256(taskKey ‖ hash of the seed block); see {_memberAt}. Emits {AggregatorDrawn}. Reverts with
+    /// {WrongStatus}, {DeadlinePast}, {RegistrationIsOpen}, {AlreadyDrawn}, {SeedNotMined}, {SeedExpired} or {WrongCohort}.
+    /// @param cohort As in {RegistrationClosed}.
+    function drawAggregator(string calldata taskID, bytes32[] calldata cohort) external {
         bytes32 key = taskKeyOf(taskID);
+        Task memory task = escrow.getTask(key);
         Draw storage draw = _draws[key];
-        bytes32 blockHash = _seedHash(taskID, draw);
-        if (blockHash == 0) revert SeedExpired(draw.seedBlock, block.number);
+        uint40 seedBlock = draw.seedBlock;
 
-        bytes32 seed = keccak256(abi.encodePacked(taskID, blockHash));
-        address aggregator = _memberAt(_cohorts[key], uint256(seed) % draw.total);
+        _checkLocked(taskID, task);
+        bytes32 blockHash = _seedHash(taskID, draw);
+        if (blockHash == 0) revert SeedExpired(seedBlock, block.number);
+        _checkCohort(taskID, draw, cohort);
+
+        bytes32 seed = keccak256(abi.encodePacked(key, blockHash));
+        uint40 turnEnd = _turnEnd(task.terms);
+        address aggregator = _memberAt(cohort, 0, uint256(seed));
         draw.seed = seed;
         draw.aggregator = aggregator;
-        emit AggregatorDrawn(key, aggregator, draw.seedBlock, blockHash, seed);
+        draw.turnEnd = turnEnd;
+        emit AggregatorDrawn(key, aggregator, seedBlock, blockHash, seed, turnEnd);
     }
 
     /// @notice Seeds the draw anew by the next block, when nobody drew while the chain remembered the old seed block's hash.
@@ -238,40 +268,117 @@ contract StakeRegistry is ReentrancyGuard {
     function moveSeed(string calldata taskID) external {
         bytes32 key = taskKeyOf(taskID);
         Draw storage draw = _draws[key];
-        uint64 expired = draw.seedBlock;
+        uint40 expired = draw.seedBlock;
         if (_seedHash(taskID, draw) != 0) revert SeedAvailable(expired, block.number);
 
-        draw.seedBlock = (block.number + 1).toUint64();
-        emit SeedMoved(key, expired, draw.seedBlock);
+        uint40 seedBlock = (block.number + 1).toUint40();
+        draw.seedBlock = seedBlock;
+        emit SeedMoved(key, expired, seedBlock);
     }
 
-    /// @notice Takes the drawn aggregator's recorded stake, or what is left of it, and credits it to the other members of the
-    /// cohort in equal parts; the rounding residue goes to the first of them in address order. Once per task.
-    /// @dev Only BlockPublisher, which checked the proof. Emits {StakeSlashed} and {CreditAdded} per member. Reverts with
-    /// {OnlyContract}, {NotDrawn} or {AlreadySlashed}.
-    function slashStake(string calldata taskID) external {
+    /// @notice The aggregator gives up its turn, before the turn is over, and loses nothing: for one that cannot get enough
+    /// contributions or votes. It can publish no more; the next is drawn when somebody calls replaceAggregator.
+    /// @dev Emits {AggregatorResigned}. Reverts with {WrongStatus}, {NotTheTurn} or {TurnOver}.
+    function resignAggregator(string calldata taskID) external {
         bytes32 key = taskKeyOf(taskID);
         Draw storage draw = _draws[key];
-        Member[] memory cohort = _cohorts[key];
-        address aggregator = draw.aggregator;
+        Status status = escrow.getTask(key).status;
 
-        if (msg.sender != blockPublisher) revert OnlyContract(msg.sender, blockPublisher);
-        if (aggregator == address(0)) revert NotDrawn(taskID);
-        if (draw.isSlashed) revert AlreadySlashed(taskID, aggregator);
+        if (status != Status.Locked) revert WrongStatus(taskID, status);
+        if (draw.hasResigned || msg.sender != draw.aggregator) revert NotTheTurn(taskID, msg.sender, draw.aggregator);
+        if (block.timestamp > draw.turnEnd) revert TurnOver(draw.turnEnd, block.timestamp);
 
-        draw.isSlashed = true;
-        uint256 amount = _take(aggregator, _recordedStake(cohort, aggregator));
-        emit StakeSlashed(key, aggregator, amount);
-        uint256 share = amount / (cohort.length - 1);
-        uint256 residue = amount - share * (cohort.length - 1);
-        for (uint256 i = 0; i < cohort.length; i++) {
-            address miner = cohort[i].account;
-            if (miner == aggregator) continue;
-            uint256 credit = share + residue;
-            residue = 0;
-            _accounts[miner].credit += credit.toUint128();
-            emit CreditAdded(key, miner, credit);
+        draw.hasResigned = true;
+        emit AggregatorResigned(key, msg.sender);
+    }
+
+    /// @notice Ends the turn of an aggregator that resigned, or whose turn passed without a block, and draws the next by the same
+    /// seed among the members that had no turn yet, as long as the deadline has not passed. Anyone may call it. The silent one
+    /// loses the part of its recorded stake that the task announced.
+    /// @dev Emits {StakeSlashed} for silence, and {AggregatorReplaced} with aggregator zero when nobody follows. Reverts with
+    /// {NotDrawn}, {WrongStatus}, {TurnNotOver} or {WrongCohort}.
+    /// @param cohort As in {RegistrationClosed}.
+    function replaceAggregator(string calldata taskID, bytes32[] calldata cohort) external {
+        bytes32 key = taskKeyOf(taskID);
+        Task memory task = escrow.getTask(key);
+        Draw storage draw = _draws[key];
+        address former = draw.aggregator;
+
+        if (former == address(0)) revert NotDrawn(taskID);
+        if (task.status != Status.Locked && task.status != Status.Refunded) revert WrongStatus(taskID, task.status);
+        if (!draw.hasResigned && block.timestamp <= draw.turnEnd) revert TurnNotOver(draw.turnEnd, block.timestamp);
+        _checkCohort(taskID, draw, cohort);
+
+        uint256 position = _positionOf(cohort, former);
+        if (!draw.hasResigned) {
+            uint256 part = stakeIn(cohort[position]) * task.terms.silencePenaltyPpm / PPM;
+            _slash(taskID, key, cohort[position], position, Offence.Silence, part);
         }
+        uint256 replaced = draw.replaced | (1 << position);
+        address next = address(0);
+        uint40 turnEnd = 0;
+        if (task.status == Status.Locked && block.timestamp <= task.terms.deadline) {
+            next = _memberAt(cohort, replaced, uint256(keccak256(abi.encodePacked(draw.seed, replaced))));
+            turnEnd = next == address(0) ? 0 : _turnEnd(task.terms);
+        }
+        draw.replaced = replaced;
+        draw.aggregator = next;
+        draw.turnEnd = turnEnd;
+        draw.hasResigned = false;
+        emit AggregatorReplaced(key, former, next, turnEnd);
+    }
+
+    // Slashing
+
+    /// @notice Takes the whole recorded stake of a present or former aggregator, or what is left of it. Once per aggregator and
+    /// task. Only BlockPublisher, which checked the proof.
+    /// @dev Emits {StakeSlashed}. Reverts with {OnlyContract}, {WrongCohort}, {NotTheTurn} or {AlreadySlashed}.
+    /// @param cohort As in {RegistrationClosed}.
+    function slashEquivocation(string calldata taskID, address aggregator, bytes32[] calldata cohort) external {
+        bytes32 key = taskKeyOf(taskID);
+        Draw storage draw = _draws[key];
+
+        if (msg.sender != address(blockPublisher)) revert OnlyContract(msg.sender, address(blockPublisher));
+        _checkCohort(taskID, draw, cohort);
+        uint256 position = _positionOf(cohort, aggregator);
+        if (position == cohort.length || (aggregator != draw.aggregator && (draw.replaced >> position) & 1 == 0)) {
+            revert NotTheTurn(taskID, aggregator, draw.aggregator);
+        }
+
+        _slash(taskID, key, cohort[position], position, Offence.Equivocation, stakeIn(cohort[position]));
+    }
+
+    /// @notice Credits one member of a cohort with its part of what was taken from another: all get equal parts, the first of them
+    /// in address order also the rounding residue. Anyone may call it, for anyone, once per member; there is no last day.
+    /// @dev Emits {CreditAdded}. Reverts with {WrongCohort} or {NotEntitled}: nothing was taken, or the member is the culprit, had
+    /// its part, or does not exist.
+    /// @param cohort As in {RegistrationClosed}.
+    /// @param culprit Position in the cohort of the one whose stake was taken.
+    /// @param position Position in the cohort of the one to be credited.
+    function creditSlashed(
+        string calldata taskID,
+        bytes32[] calldata cohort,
+        uint256 culprit,
+        Offence offence,
+        uint256 position
+    ) external {
+        bytes32 key = taskKeyOf(taskID);
+        Slash storage slash = _slashes[key][culprit][offence];
+
+        _checkCohort(taskID, _draws[key], cohort);
+        if (
+            slash.amount == 0 || position >= cohort.length || position == culprit || (slash.credited >> position) & 1 != 0
+        ) {
+            revert NotEntitled(taskID, position);
+        }
+
+        slash.credited |= 1 << position;
+        uint256 others = cohort.length - 1;
+        uint256 part = slash.amount / others;
+        if (position == (culprit == 0 ? 1 : 0)) part += slash.amount % others;
+        address miner = accountOf(cohort[position]);
+        creditOf[miner] += part;
+        emit CreditAdded(key, miner, part);
     }
 
     // Views
@@ -281,14 +388,9 @@ contract StakeRegistry is ReentrancyGuard {
         return _accounts[miner].stake;
     }
 
-    /// @notice The stake of a miner that counts for registrations and draws: without requested withdrawals.
+    /// @notice The stake of a miner that counts for cohorts and draws: without requested withdrawals.
     function availableStake(address miner) external view returns (uint256) {
         return _available(_accounts[miner]);
-    }
-
-    /// @notice Wei that a miner can take with withdrawCredit.
-    function creditOf(address miner) external view returns (uint256) {
-        return _accounts[miner].credit;
     }
 
     /// @notice The requested withdrawal of a miner, and the two times that it has to wait for.
@@ -298,98 +400,161 @@ contract StakeRegistry is ReentrancyGuard {
     function getWithdrawal(address miner)
         external
         view
-        returns (uint256 amount, uint64 withdrawableAt, uint64 lockedUntil)
+        returns (uint256 amount, uint40 withdrawableAt, uint40 lockedUntil)
     {
         Account storage account = _accounts[miner];
         return (account.requested, account.withdrawableAt, account.lockedUntil);
     }
 
-    /// @notice The registration hash of a miner for a task; zero when it is not registered.
-    function registrationOf(string calldata taskID, address miner) external view returns (bytes32) {
-        return _registrations[taskKeyOf(taskID)][miner];
+    /// @notice What anyone needs to recompute the draw, and whose turn it is.
+    /// @param taskKey keccak256(bytes(taskID)).
+    /// @return seedBlock The block whose hash seeds the draw; zero while registration is open.
+    /// @return seed keccak256(taskKey ‖ block hash); zero before the draw.
+    /// @return cohortHash keccak256 of the cohort's words; zero while registration is open.
+    /// @return replaced A bit per position in the cohort: who had a turn before.
+    /// @return turnEnd Unix seconds until which the aggregator cannot be replaced.
+    function getDraw(bytes32 taskKey)
+        external
+        view
+        returns (uint40 seedBlock, bytes32 seed, bytes32 cohortHash, uint256 replaced, uint40 turnEnd)
+    {
+        Draw storage draw = _draws[taskKey];
+        return (draw.seedBlock, draw.seed, draw.cohortHash, draw.replaced, draw.turnEnd);
     }
 
-    /// @notice The cohort in address order and the stakes recorded for the draw; empty while registration is open.
-    function getCohort(string calldata taskID) external view returns (address[] memory miners, uint256[] memory stakes) {
-        Member[] memory cohort = _cohorts[taskKeyOf(taskID)];
-        miners = new address[](cohort.length);
-        stakes = new uint256[](cohort.length);
-        for (uint256 i = 0; i < cohort.length; i++) {
-            miners[i] = cohort[i].account;
-            stakes[i] = cohort[i].stake;
+    /// @notice Who may publish a block; zero before the draw, after a resignation, and when nobody is left.
+    /// @param taskKey keccak256(bytes(taskID)).
+    function aggregatorOf(bytes32 taskKey) external view returns (address) {
+        Draw storage draw = _draws[taskKey];
+        return draw.hasResigned ? address(0) : draw.aggregator;
+    }
+
+    /// @notice The same, for a caller that brings the cohort along and wants to know that it is the cohort.
+    /// @dev Reverts with {WrongCohort}.
+    function aggregatorAmong(string calldata taskID, bytes32[] calldata cohort) external view returns (address) {
+        Draw storage draw = _draws[taskKeyOf(taskID)];
+        _checkCohort(taskID, draw, cohort);
+        return draw.hasResigned ? address(0) : draw.aggregator;
+    }
+
+    /// @notice What was taken from a member of a cohort, and a bit per position of those who have had their part.
+    /// @param taskKey keccak256(bytes(taskID)).
+    function getSlash(bytes32 taskKey, uint256 culprit, Offence offence) external view returns (Slash memory) {
+        return _slashes[taskKey][culprit][offence];
+    }
+
+    function _checkLocked(string calldata taskID, Task memory task) private view {
+        if (task.status != Status.Locked) revert WrongStatus(taskID, task.status);
+        if (block.timestamp > task.terms.deadline) revert DeadlinePast(task.terms.deadline, block.timestamp);
+    }
+
+    /// @dev The struct hashes of the Registrations. A signature for another task, chain, contract or content recovers a stranger.
+    function _checkApplications(
+        string calldata taskID,
+        bytes32 key,
+        Application[] calldata applications,
+        address publisher
+    ) private view returns (bytes32[] memory registrations) {
+        bytes32 domain = blockPublisher.domainSeparator();
+        registrations = new bytes32[](applications.length);
+        for (uint256 i = 0; i < applications.length; i++) {
+            Application calldata a = applications[i];
+            if (a.miner <= (i == 0 ? address(0) : applications[i - 1].miner)) revert NotAscending(i, a.miner);
+            if (a.miner == publisher) revert PublisherCannotMine(taskID, a.miner);
+            registrations[i] = keccak256(
+                abi.encode(REGISTRATION_TYPEHASH, key, uint32(0), a.miner, a.encryptionKeyHash, a.datasetProofSha256)
+            );
+            bytes32 digest = MessageHashUtils.toTypedDataHash(domain, registrations[i]);
+            (address signer,,) = ECDSA.tryRecover(digest, a.r, a.vs);
+            if (signer != a.miner) revert InvalidApplication(i, a.miner);
         }
     }
 
-    /// @notice The drawn aggregator; zero before the draw.
-    function aggregatorOf(string calldata taskID) external view returns (address) {
-        return _draws[taskKeyOf(taskID)].aggregator;
+    /// @dev Records the available stakes, and holds them until no evidence about this task can matter any more.
+    function _holdStakes(string calldata taskID, Application[] calldata applications, Terms memory terms)
+        private
+        returns (bytes32[] memory cohort)
+    {
+        uint40 latestEnd = terms.deadline + terms.publisherRevealWindow_s + terms.aggregatorRevealWindow_s
+            + terms.scoreRevealWindow_s;
+        uint256 total = 0;
+        cohort = new bytes32[](applications.length);
+        for (uint256 i = 0; i < applications.length; i++) {
+            address miner = applications[i].miner;
+            Account storage account = _accounts[miner];
+            uint88 stake = _available(account);
+            if (stake < terms.minStake) revert InsufficientStake(miner, stake, terms.minStake);
+            if (latestEnd > account.lockedUntil) account.lockedUntil = latestEnd;
+            cohort[i] = memberWord(miner, stake);
+            total += stake;
+        }
+        if (total == 0) revert CohortWithoutStake(taskID);
     }
 
-    /// @notice What anyone needs to recompute the draw.
-    /// @return seedBlock The block whose hash seeds the draw; zero while registration is open.
-    /// @return seed keccak256(taskID ‖ block hash); zero before the draw.
-    /// @return total The sum of the recorded stakes.
-    function getDraw(string calldata taskID) external view returns (uint64 seedBlock, bytes32 seed, uint256 total) {
-        Draw storage draw = _draws[taskKeyOf(taskID)];
-        return (draw.seedBlock, draw.seed, draw.total);
-    }
-
-    /// @notice Whether the aggregator of a task was slashed.
-    function isSlashed(string calldata taskID) external view returns (bool) {
-        return _draws[taskKeyOf(taskID)].isSlashed;
-    }
-
-    function _checkOpen(string calldata taskID, bytes32 key, Task memory task) private view {
-        if (task.status != Status.Locked) revert WrongStatus(taskID, task.status);
-        if (block.timestamp > task.terms.deadline) revert DeadlinePast(task.terms.deadline, block.timestamp);
-        if (_draws[key].seedBlock != 0) revert RegistrationIsClosed(taskID);
-    }
-
-    function _checkStake(address miner, Account storage account, uint256 needed) private view returns (uint96 available) {
-        available = _available(account);
-        if (available < needed) revert InsufficientStake(miner, available, needed);
-    }
-
-    function _available(Account storage account) private view returns (uint96) {
+    function _available(Account storage account) private view returns (uint88) {
         return account.stake - account.requested;
     }
 
-    function _hold(Account storage account, uint64 until) private {
-        if (until > account.lockedUntil) account.lockedUntil = until;
+    function _checkCohort(string calldata taskID, Draw storage draw, bytes32[] calldata cohort) private view {
+        if (cohortHashOf(cohort) != draw.cohortHash) revert WrongCohort(taskID);
     }
 
     /// @dev Zero when the chain has forgotten the hash (after 256 blocks).
     function _seedHash(string calldata taskID, Draw storage draw) private view returns (bytes32) {
         if (draw.seedBlock == 0) revert RegistrationIsOpen(taskID);
-        if (draw.aggregator != address(0)) revert AlreadyDrawn(taskID, draw.aggregator);
+        if (draw.seed != 0) revert AlreadyDrawn(taskID);
         if (block.number <= draw.seedBlock) revert SeedNotMined(draw.seedBlock, block.number);
         return blockhash(draw.seedBlock);
     }
 
-    /// @dev point < the sum of the stakes, so that the walk ends inside.
-    function _memberAt(Member[] storage cohort, uint256 point) private view returns (address) {
-        uint256 i = 0;
-        Member memory member = cohort[0];
-        while (point >= member.stake) {
-            point -= member.stake;
-            i++;
-            member = cohort[i];
+    function _turnEnd(Terms memory terms) private view returns (uint40) {
+        return uint40(Math.min(block.timestamp + terms.publishWindow_s, terms.deadline));
+    }
+
+    /// @dev Where seed mod (the sum of the stakes) falls, walking in address order and passing over the excluded positions; zero
+    /// when nobody else has a stake.
+    function _memberAt(bytes32[] calldata cohort, uint256 excluded, uint256 seed) private pure returns (address) {
+        uint256 total = 0;
+        for (uint256 i = 0; i < cohort.length; i++) {
+            if ((excluded >> i) & 1 == 0) total += stakeIn(cohort[i]);
         }
-        return member.account;
+        if (total == 0) return address(0);
+        uint256 point = seed % total;
+        for (uint256 i = 0; i < cohort.length; i++) {
+            if ((excluded >> i) & 1 != 0) continue;
+            uint256 stake = stakeIn(cohort[i]);
+            if (point < stake) return accountOf(cohort[i]);
+            point -= stake;
+        }
+        assert(false);
+        return address(0);
     }
 
-    function _recordedStake(Member[] memory cohort, address miner) private pure returns (uint256) {
-        uint256 i = 0;
-        while (cohort[i].account != miner) i++;
-        return cohort[i].stake;
+    /// @dev The length of the cohort for a stranger.
+    function _positionOf(bytes32[] calldata cohort, address account) private pure returns (uint256 position) {
+        while (position < cohort.length && accountOf(cohort[position]) != account) position++;
     }
 
-    /// @dev A requested withdrawal never exceeds the stake.
-    function _take(address miner, uint256 most) private returns (uint256 amount) {
-        Account storage account = _accounts[miner];
-        amount = Math.min(account.stake, most);
-        uint256 left = account.stake - amount;
-        account.stake = left.toUint96();
-        account.requested = Math.min(account.requested, left).toUint96();
+    /// @dev Takes at most what is left of the stake. A requested withdrawal never exceeds the stake.
+    function _slash(
+        string calldata taskID,
+        bytes32 key,
+        bytes32 member,
+        uint256 position,
+        Offence offence,
+        uint256 most
+    ) private {
+        Slash storage slash = _slashes[key][position][offence];
+        address culprit = accountOf(member);
+        if (slash.isDone) revert AlreadySlashed(taskID, culprit);
+
+        Account storage account = _accounts[culprit];
+        uint88 amount = uint88(Math.min(account.stake, most));
+        uint88 left = account.stake - amount;
+        account.stake = left;
+        if (account.requested > left) account.requested = left;
+        slash.isDone = true;
+        slash.amount = amount;
+        emit StakeSlashed(key, culprit, offence, position, amount);
     }
 }
