@@ -240,7 +240,7 @@ contract StakeRegistry is ReentrancyGuard {
 
     /// @notice Draws the aggregator with probability proportional to the recorded stakes. Anyone may call it, once, in the 256
     /// blocks after the seed block; who calls and when makes no difference to the result.
-    /// @dev seed = keccak256(taskKey ‖ hash of the seed block); see {_memberAt}. Emits {AggregatorDrawn}. Reverts with
+    /// @dev seed = keccak256(taskID ‖ hash of the seed block); see {_memberAt}. Emits {AggregatorDrawn}. Reverts with
     /// {WrongStatus}, {DeadlinePast}, {RegistrationIsOpen}, {AlreadyDrawn}, {SeedNotMined}, {SeedExpired} or {WrongCohort}.
     /// @param cohort As in {RegistrationClosed}.
     function drawAggregator(string calldata taskID, bytes32[] calldata cohort) external {
@@ -254,7 +254,7 @@ contract StakeRegistry is ReentrancyGuard {
         if (blockHash == 0) revert SeedExpired(seedBlock, block.number);
         _checkCohort(taskID, draw, cohort);
 
-        bytes32 seed = keccak256(abi.encodePacked(key, blockHash));
+        bytes32 seed = keccak256(abi.encodePacked(taskID, blockHash));
         uint40 turnEnd = _turnEnd(task.terms);
         address aggregator = _memberAt(cohort, 0, uint256(seed));
         draw.seed = seed;
@@ -409,7 +409,7 @@ contract StakeRegistry is ReentrancyGuard {
     /// @notice What anyone needs to recompute the draw, and whose turn it is.
     /// @param taskKey keccak256(bytes(taskID)).
     /// @return seedBlock The block whose hash seeds the draw; zero while registration is open.
-    /// @return seed keccak256(taskKey ‖ block hash); zero before the draw.
+    /// @return seed keccak256(taskID ‖ block hash); zero before the draw.
     /// @return cohortHash keccak256 of the cohort's words; zero while registration is open.
     /// @return replaced A bit per position in the cohort: who had a turn before.
     /// @return turnEnd Unix seconds until which the aggregator cannot be replaced.
