@@ -32,10 +32,12 @@ from eth_utils.crypto import keccak
 from web3 import EthereumTesterProvider, Web3
 from web3.exceptions import ContractLogicError
 
-from contracts.messages import ZERO32, Address, Bytes, Bytes32, Candidate, TaskId
+from contracts.contributions import Place, place
+from contracts.messages import Address, Bytes, Bytes32, Candidate, Registration, TaskId, compact_signature
 
 BUILD = Path(__file__).parent / "build"
 CONTRACTS = ("HealChainEscrow", "StakeRegistry", "BlockPublisher", "RewardDistribution")
+INTERFACES = ("IERC20",)
 ZERO_ADDRESS: Address = "0x" + "00" * 20
 
 # How many blocks one eth_getLogs asks for: public nodes refuse more.
@@ -45,18 +47,24 @@ LOG_BLOCKS = 10_000
 HINTS = {
     "AccuracyAlreadyRevealed": "The outcome is recorded; read it with get_settlement.",
     "AggregatorVote": "The aggregator has no vote on its own candidate; leave its signature out.",
-    "AlreadyDistributed": "The reward is credited; everyone paid can withdraw.",
+    "AlreadyClaimed": "This part of the reward was paid before; name every task once.",
+    "AlreadyDistributed": "The reward is here; everyone can withdraw its part.",
     "AlreadyDrawn": "The aggregator is drawn; read it with aggregator_of.",
-    "AlreadyRegistered": "This miner is registered for the task; nothing is left to do.",
-    "AlreadySlashed": "This aggregator was slashed for this task before; nothing is left to do.",
+    "AlreadySlashed": "This aggregator was slashed for this offence before; nothing is left to do.",
     "CohortSize": "Close registration with a number of miners between the task's minimum and maximum.",
     "CohortWithoutStake": "Nobody in the cohort has a stake to be drawn by; choose miners with stake.",
     "DeadlineNotReached": "Wait until the deadline has passed; until then a block may still be published.",
     "DeadlinePast": "The deadline has passed: choose a later one; of a task on chain, the publisher takes its refund.",
     "DuplicateTask": "A task of this name exists on chain already; choose another name.",
-    "EmptyRegistration": "Register with the hash of the signed registration message, not with zero.",
-    "InsufficientStake": "Deposit more stake (deposit_stake) or cancel a requested withdrawal, then try again.",
+    "FeeOnTransfer": "This token keeps a part of what is sent; reward the task in another token or in ether.",
+    "InsufficientStake": (
+        "Deposit more stake (deposit_stake) or cancel a requested withdrawal, or leave the miner out of the cohort."
+    ),
     "InvalidAccuracy": "The candidate must have tested at least one sample, and at most all of them correctly.",
+    "InvalidApplication": (
+        "The signature at this index is not this miner's, or is for another task, chain or contract; "
+        "leave the miner out."
+    ),
     "InvalidRecipient": "Name a recipient other than the zero address.",
     "InvalidReveal": "Value and salt do not open the commitment, or the accuracy exceeds 1; reveal what you committed.",
     "InvalidShortString": "The contracts were built wrongly; deploy the committed build.",
@@ -66,15 +74,24 @@ HINTS = {
     "LengthMismatch": "Give one score commitment per participant, in the same order.",
     "NoBlock": "No block is published for this task; wait for the aggregator, or refund after the deadline.",
     "NoEquivocation": "The proof is two candidates of one task and round, both signed by the drawn aggregator.",
-    "NotAggregator": "Only the aggregator drawn for the task may do this, and the candidate must name it.",
+    "NotAggregator": "Only the aggregator whose turn it is may publish, and the candidate must name it.",
     "NotAscending": "Sort by address, and give every address once.",
-    "NotDrawn": "Draw the aggregator first (draw_aggregator).",
-    "NotEntitled": "Only the task's publisher, and after its window the aggregator, may reveal the accuracy.",
+    "NotDistributed": (
+        "Have the reward distributed first (distribute); when the requirement was missed there is nothing to claim."
+    ),
+    "NotDrawn": "There is no aggregator: it is not drawn yet (draw_aggregator), or nobody is left.",
+    "NotEntitled": (
+        "Only who the rules name may do this: for the accuracy the publisher, then the aggregator; for "
+        "a slashed stake the other members, once."
+    ),
     "NothingToWithdraw": "There is nothing to pay out to this account now.",
     "NotInCohort": "This address is not in the cohort; a vote that recovers to it was signed for something else.",
-    "NotParticipant": "Only participants listed in the block have a score to reveal.",
+    "NotParticipant": (
+        "Position, commitment and proof do not lead to the block's root for this account; only "
+        "participants have a part."
+    ),
     "NotPublisher": "Only the task's publisher may do this; use its account.",
-    "NotRegistered": "Every member of the cohort must have registered on chain for this task first.",
+    "NotTheTurn": "Only the aggregator whose turn it is may do this, or be reported.",
     "OnlyContract": "Only another contract of this deployment may call this.",
     "OutcomePending": "Wait until the publisher or the aggregator reveals the accuracy, or both windows have passed.",
     "PublisherCannotMine": "The publisher of a task cannot be one of its miners; use another account.",
@@ -85,7 +102,11 @@ HINTS = {
     "RequirementUnmet": "The model missed the required accuracy: the publisher was refunded and no scores are paid.",
     "RevealTooEarly": "The publisher may still reveal; wait until its window has passed.",
     "RevealTooLate": "The window for this reveal has passed; it cannot be made up for.",
-    "SafeCastOverflowedUintDowncast": "The amount is too large for the contract.",
+    "SafeCastOverflowedUintDowncast": "The amount is too large for the contract: at most 2^88 - 1.",
+    "SafeERC20FailedOperation": (
+        "The token refused the transfer: approve the escrow for the whole reward and check the balance, "
+        "or ask the token's owner."
+    ),
     "ScoreAlreadyRevealed": "This miner's score is revealed; nothing is left to do.",
     "ScoresAlreadyOpen": "Scores can be revealed already; reveal or distribute.",
     "ScoresStillOpen": "Wait until every participant has revealed or the window has passed.",
@@ -97,10 +118,15 @@ HINTS = {
     "StringTooLong": "The contracts were built wrongly; deploy the committed build.",
     "TooFewParticipants": "The block needs at least the task's minimum number of participants.",
     "TransferFailed": "The receiving account refused the payment; repair it or name another recipient.",
+    "TurnNotOver": "The aggregator may still publish; wait until its turn is over, or until it resigns.",
+    "TurnOver": "The turn is over; the aggregator can publish until it is replaced, but not resign.",
     "WithdrawalTooEarly": "Wait until the withdrawal delay has passed.",
+    "WrongCohort": "Bring along exactly the cohort that RegistrationClosed says (get_cohort reads it).",
     "WrongStatus": "The task is in another state (0 none, 1 locked, 2 published, 3 settled, 4 refunded); see get_task.",
+    "WrongToken": "This task is rewarded in another token; claim it together with tasks of the same one.",
+    "WrongValue": "Send exactly the reward as the transaction's value, and no value when it is in tokens.",
     "ZeroAmount": "Send an amount above zero.",
-    "ZeroReward": "Send the reward as the transaction's value.",
+    "ZeroReward": "Give a reward above zero.",
     # Not errors of these contracts: Solidity's own, and the two of this module.
     "Error": "The called contract refused with this message.",
     "Panic": "An internal check of a contract failed; this should never happen.",
@@ -155,29 +181,37 @@ class Outcome(IntEnum):
     MET = 2
 
 
+class Offence(IntEnum):
+    SILENCE = 0
+    EQUIVOCATION = 1
+
+
 @dataclass(frozen=True)
 class Terms:
     """What the publisher fixes for the whole task. The fields of the Solidity struct Terms, in its order."""
 
     deadline_s: int
+    publish_window_s: int
+    publisher_reveal_window_s: int
+    aggregator_reveal_window_s: int
+    score_reveal_window_s: int
     min_miners: int
     max_miners: int
     fault_rate_ppm: int
     aggregator_share_ppm: int
-    publisher_reveal_window_s: int
-    aggregator_reveal_window_s: int
-    score_reveal_window_s: int
+    silence_penalty_ppm: int
     max_score: int
     min_stake_wei: int
 
 
 @dataclass(frozen=True)
 class TaskOnChain:
-    """The escrow's record of a task; status NONE when there is no such task."""
+    """The escrow's record of a task; status NONE when there is no such task. token ZERO_ADDRESS: the reward is in ether."""
 
     publisher: Address
-    status: Status
     reward_wei: int
+    status: Status
+    token: Address
     accuracy_commit: Bytes32
     spec_hash: Bytes32
     terms: Terms
@@ -185,19 +219,29 @@ class TaskOnChain:
 
 @dataclass(frozen=True)
 class CohortOnChain:
-    """Addresses ascending, with the stakes recorded for the draw; both empty while registration is open."""
+    """Addresses ascending, with the stakes recorded for the draw; all empty while registration is open.
 
-    miners: tuple[Address, ...]
-    stakes_wei: tuple[int, ...]
+    registrations are struct hashes of the signed Registrations; words are what the contracts ask to be brought along.
+    """
+
+    miners: tuple[Address, ...] = ()
+    stakes_wei: tuple[int, ...] = ()
+    registrations: tuple[Bytes32, ...] = ()
+    words: tuple[Bytes32, ...] = ()
 
 
 @dataclass(frozen=True)
 class Draw:
-    """seed_block is 0 while registration is open; seed is zero before the draw."""
+    """seed_block is 0 while registration is open; seed is zero before the draw.
+
+    replaced has bit i set when the member at position i of the cohort had a turn as aggregator before.
+    """
 
     seed_block: int
     seed: Bytes32
-    total_wei: int
+    cohort_hash: Bytes32
+    replaced: int
+    turn_end_s: int
 
 
 @dataclass(frozen=True)
@@ -213,42 +257,60 @@ class Withdrawal:
 class BlockMeta:
     """What the chain keeps of a published block."""
 
-    candidate_hash: Bytes32
-    model_sha256: Bytes32
     aggregator: Address
     published_at_s: int
     round_number: int
+    votes: int
     correct: int
     total: int
-    votes: int
+    participant_count: int
     block_number: int
+    candidate_hash: Bytes32
+    contributions_root: Bytes32
 
 
 @dataclass(frozen=True)
 class Settlement:
-    """How far a task with a block is settled. Each `_end_s` is the last second in which the act is accepted."""
+    """How far a task with a block is settled. Each `_end_s` is the last second in which the act is accepted.
+
+    remaining is what the participants have not withdrawn yet; remaining_parts the parts that it is for.
+    """
 
     outcome: Outcome
     is_share_forfeited: bool
-    is_settled: bool
+    is_distributed: bool
     publisher_reveal_end_s: int
     aggregator_reveal_end_s: int
     score_reveal_end_s: int
     revealed_count: int
+    participant_count: int
     score_sum: int
+    remaining: int
+    remaining_parts: int
 
 
 @dataclass(frozen=True)
 class Score:
     is_revealed: bool
     score: int
+    is_claimed: bool
 
 
 @dataclass(frozen=True)
-class ScoreCommit:
-    is_participant: bool
-    score_commit: Bytes32
-    participant_count: int
+class Claim:
+    """A participant's part of one task's reward: the fields of the Solidity struct Claim."""
+
+    task_id: TaskId
+    place: Place
+
+
+@dataclass(frozen=True)
+class Slash:
+    """What was taken from a member of a cohort; bit i of credited is set when position i has had its part."""
+
+    is_done: bool
+    amount_wei: int
+    credited: int
 
 
 # Events. The fields of the Solidity events, in their order; `task_key` is keccak of the task id.
@@ -259,6 +321,7 @@ class TaskPublished:
     task_key: Bytes32
     publisher: Address
     task_id: str
+    token: Address
     reward_wei: int
     accuracy_commit: Bytes32
     spec_hash: Bytes32
@@ -269,12 +332,15 @@ class TaskPublished:
 class PublisherRefunded:
     task_key: Bytes32
     publisher: Address
+    recipient: Address
+    token: Address
     amount_wei: int
 
 
 @dataclass(frozen=True)
 class RewardReleased:
     task_key: Bytes32
+    token: Address
     amount_wei: int
 
 
@@ -295,28 +361,24 @@ class WithdrawalRequested:
 @dataclass(frozen=True)
 class StakeWithdrawn:
     miner: Address
+    recipient: Address
     amount_wei: int
 
 
 @dataclass(frozen=True)
 class CreditWithdrawn:
     miner: Address
+    recipient: Address
     amount_wei: int
 
 
 @dataclass(frozen=True)
-class Registered:
-    task_key: Bytes32
-    miner: Address
-    registration_hash: Bytes32
-
-
-@dataclass(frozen=True)
 class RegistrationClosed:
+    """cohort holds a word per member: the address in its upper 160 bits, the recorded stake in wei below."""
+
     task_key: Bytes32
-    miners: tuple[Address, ...]
-    stakes_wei: tuple[int, ...]
-    total_wei: int
+    cohort: tuple[Bytes32, ...]
+    registrations: tuple[Bytes32, ...]
     seed_block: int
 
 
@@ -327,6 +389,23 @@ class AggregatorDrawn:
     seed_block: int
     block_hash: Bytes32
     seed: Bytes32
+    turn_end_s: int
+
+
+@dataclass(frozen=True)
+class AggregatorResigned:
+    task_key: Bytes32
+    aggregator: Address
+
+
+@dataclass(frozen=True)
+class AggregatorReplaced:
+    """aggregator is ZERO_ADDRESS when nobody follows."""
+
+    task_key: Bytes32
+    former: Address
+    aggregator: Address
+    turn_end_s: int
 
 
 @dataclass(frozen=True)
@@ -340,6 +419,8 @@ class SeedMoved:
 class StakeSlashed:
     task_key: Bytes32
     aggregator: Address
+    offence: Offence
+    position: int
     amount_wei: int
 
 
@@ -360,6 +441,7 @@ class BlockPublished:
     correct: int
     total: int
     round_number: int
+    contributions_root: Bytes32
 
 
 @dataclass(frozen=True)
@@ -392,32 +474,54 @@ class ScoresOpened:
 class ScoreRevealed:
     task_key: Bytes32
     miner: Address
+    position: int
     score: int
 
 
 @dataclass(frozen=True)
 class RewardCredited:
+    """A refund to the publisher, or the aggregator's share; both wait to be withdrawn."""
+
     task_key: Bytes32
     account: Address
+    token: Address
     amount_wei: int
 
 
 @dataclass(frozen=True)
 class Distributed:
-    """aggregator_share_wei includes the rounding residue; it is 0 when the share was forfeited."""
+    """aggregator_share_wei is 0 when the share was forfeited; pool_wei is for the participants, in proportion to parts."""
 
     task_key: Bytes32
     aggregator: Address
     reward_wei: int
     aggregator_share_wei: int
-    score_sum: int
+    pool_wei: int
+    parts: int
+
+
+@dataclass(frozen=True)
+class RewardClaimed:
+    task_key: Bytes32
+    miner: Address
+    amount_wei: int
 
 
 @dataclass(frozen=True)
 class Withdrawn:
     account: Address
     recipient: Address
+    token: Address
     amount_wei: int
+
+
+@dataclass(frozen=True)
+class Approval:
+    """Of an ERC-20 token."""
+
+    owner: Address
+    spender: Address
+    amount: int
 
 
 EVENTS: tuple[type, ...] = (
@@ -428,9 +532,10 @@ EVENTS: tuple[type, ...] = (
     WithdrawalRequested,
     StakeWithdrawn,
     CreditWithdrawn,
-    Registered,
     RegistrationClosed,
     AggregatorDrawn,
+    AggregatorResigned,
+    AggregatorReplaced,
     SeedMoved,
     StakeSlashed,
     CreditAdded,
@@ -441,7 +546,9 @@ EVENTS: tuple[type, ...] = (
     ScoreRevealed,
     RewardCredited,
     Distributed,
+    RewardClaimed,
     Withdrawn,
+    Approval,
 )
 
 Event = TypeVar("Event")
@@ -504,8 +611,10 @@ def load_build(name: str) -> dict[str, Any]:
 
 @cache
 def _entries(kind: str) -> dict[str, dict[str, Any]]:
-    """Every function, event or error of the four contracts, by selector or topic."""
-    entries = [entry for name in CONTRACTS for entry in load_build(name)["abi"] if entry["type"] == kind]
+    """Every function, event or error of the four contracts and the token, by selector or topic."""
+    entries = [
+        entry for name in (*CONTRACTS, *INTERFACES) for entry in load_build(name)["abi"] if entry["type"] == kind
+    ]
     return {_selector(entry): entry for entry in entries}
 
 
@@ -684,7 +793,10 @@ def _call(web3: Web3, transaction: dict[str, Any]) -> bytes:
 
 
 class Bound:
-    """One contract at one address. Without an account only the views can be used."""
+    """One contract at one address. Without an account only the views can be used.
+
+    Events are looked for from first_block on: the block of the deployment.
+    """
 
     name: ClassVar[str]
 
@@ -696,12 +808,14 @@ class Bound:
         *,
         confirmations: int = 1,
         timeout_s: float = 120,
+        first_block: int = 0,
     ) -> None:
         self.web3 = web3
         self.address: Address = str(to_checksum_address(address))
         self.account = account
         self.confirmations = confirmations
         self.timeout_s = timeout_s
+        self.first_block = first_block
         self._contract = web3.eth.contract(address=to_checksum_address(address), abi=load_build(self.name)["abi"])
 
     def _encode(self, function: str, *arguments: Any) -> bytes:
@@ -737,11 +851,30 @@ class Bound:
             raise InvalidDeployment(f"no {self.name} at {self.address} on chain {self.web3.eth.chain_id}")
         return tuple(decode([_abi_type(output) for output in entry["outputs"]], answer))
 
+    def _own_address(self) -> Address:
+        if self.account is None:
+            raise ValueError(f"{self.name}: name a recipient, or bind the contract to an account")
+        return str(self.account.address)
+
+    def _inputs(self, function: str) -> list[Any]:
+        return next(entry["inputs"] for entry in load_build(self.name)["abi"] if entry.get("name") == function)
+
+    def _logs(self, task_id: TaskId, kind: type[Event]) -> Iterator[Any]:
+        """Logs of this contract of one kind about a task, in the order of the chain."""
+        topic = next(found for found, entry in _entries("event").items() if entry["name"] == kind.__name__)
+        return _logs(self.web3, [self.address], self.first_block, [topic, task_key(task_id)])
+
+    def _events(self, task_id: TaskId, kind: type[Event]) -> Iterator[Event]:
+        return (_decode_event(log) for log in self._logs(task_id, kind))  # type: ignore[misc]
+
     def _read_address(self, function: str, *arguments: Any) -> Address:
         return str(to_checksum_address(self._read(function, *arguments)[0]))
 
     def _read_bytes32(self, function: str, *arguments: Any) -> Bytes32:
         return "0x" + bytes(self._read(function, *arguments)[0]).hex()
+
+
+Contract = TypeVar("Contract", bound=Bound)
 
 
 class HealChainEscrow(Bound):
@@ -750,17 +883,27 @@ class HealChainEscrow(Bound):
     name = "HealChainEscrow"
 
     def publish_task(
-        self, task_id: TaskId, accuracy_commit: Bytes32, spec_hash: Bytes32, terms: Terms, *, reward_wei: int
+        self,
+        task_id: TaskId,
+        accuracy_commit: Bytes32,
+        spec_hash: Bytes32,
+        terms: Terms,
+        *,
+        reward_wei: int,
+        token: Address = ZERO_ADDRESS,
     ) -> Mined[TaskPublished]:
+        """Tokens must have been approved to the escrow before (Token.approve)."""
         values = tuple(getattr(terms, field.name) for field in fields(terms))
-        arguments = (task_id, accuracy_commit, spec_hash, values)
-        return self._transact(TaskPublished, "publishTask", *arguments, value_wei=reward_wei)
+        arguments = (task_id, accuracy_commit, spec_hash, token, reward_wei, values)
+        value_wei = reward_wei if token == ZERO_ADDRESS else 0
+        return self._transact(TaskPublished, "publishTask", *arguments, value_wei=value_wei)
 
-    def refund_publisher(self, task_id: TaskId) -> Mined[PublisherRefunded]:
-        return self._transact(PublisherRefunded, "refundPublisher", task_id)
+    def refund_publisher(self, task_id: TaskId, recipient: Address | None = None) -> Mined[PublisherRefunded]:
+        """Paid to the publisher itself unless a recipient is named."""
+        return self._transact(PublisherRefunded, "refundPublisher", task_id, recipient or self._own_address())
 
     def get_task(self, task_id: TaskId) -> TaskOnChain:
-        return _record(TaskOnChain, self._read("getTask", task_id)[0])
+        return _record(TaskOnChain, self._read("getTask", task_key(task_id))[0])
 
     def block_publisher(self) -> Address:
         return self._read_address("blockPublisher")
@@ -781,25 +924,47 @@ class StakeRegistry(Bound):
         """Replaces an earlier request; 0 cancels it."""
         return self._transact(WithdrawalRequested, "requestWithdrawal", amount_wei)
 
-    def withdraw_stake(self) -> Mined[StakeWithdrawn]:
-        return self._transact(StakeWithdrawn, "withdrawStake")
+    def withdraw_stake(self, recipient: Address | None = None) -> Mined[StakeWithdrawn]:
+        """Paid to the miner itself unless a recipient is named."""
+        return self._transact(StakeWithdrawn, "withdrawStake", recipient or self._own_address())
 
-    def withdraw_credit(self) -> Mined[CreditWithdrawn]:
-        return self._transact(CreditWithdrawn, "withdrawCredit")
+    def withdraw_credit(self, recipient: Address | None = None) -> Mined[CreditWithdrawn]:
+        """Paid to the miner itself unless a recipient is named."""
+        return self._transact(CreditWithdrawn, "withdrawCredit", recipient or self._own_address())
 
-    def register(self, task_id: TaskId, registration_hash: Bytes32) -> Mined[Registered]:
-        return self._transact(Registered, "register", task_id, registration_hash)
-
-    def close_registration(self, task_id: TaskId, cohort: Sequence[Address]) -> Mined[RegistrationClosed]:
-        """The cohort strictly ascending by address (as numbers)."""
-        return self._transact(RegistrationClosed, "closeRegistration", task_id, list(cohort))
+    def close_registration(
+        self, task_id: TaskId, applications: Sequence[tuple[Registration, Bytes]]
+    ) -> Mined[RegistrationClosed]:
+        """The admitted miners' Registrations with their signatures, strictly ascending by address (as numbers)."""
+        packed = [_application(registration, signature) for registration, signature in applications]
+        return self._transact(RegistrationClosed, "closeRegistration", task_id, packed)
 
     def draw_aggregator(self, task_id: TaskId) -> Mined[AggregatorDrawn]:
-        return self._transact(AggregatorDrawn, "drawAggregator", task_id)
+        return self._transact(AggregatorDrawn, "drawAggregator", task_id, self._cohort_words(task_id))
 
     def move_seed(self, task_id: TaskId) -> Mined[SeedMoved]:
         """Only when the draw was missed for 256 blocks (SeedExpired)."""
         return self._transact(SeedMoved, "moveSeed", task_id)
+
+    def resign_aggregator(self, task_id: TaskId) -> Mined[AggregatorResigned]:
+        """By the aggregator, before its turn is over: it loses nothing, and can publish no more."""
+        return self._transact(AggregatorResigned, "resignAggregator", task_id)
+
+    def replace_aggregator(self, task_id: TaskId) -> Mined[AggregatorReplaced]:
+        """When the aggregator resigned, or its turn is over without a block (which costs it the announced part of its stake)."""
+        return self._transact(AggregatorReplaced, "replaceAggregator", task_id, self._cohort_words(task_id))
+
+    def credit_slashed(self, task_id: TaskId, culprit: Address, offence: Offence, miner: Address) -> Mined[CreditAdded]:
+        """Credit a member with its part of what was taken from another; for anybody to call, once per member."""
+        cohort = self.get_cohort(task_id)
+        for account in (culprit, miner):
+            if account not in cohort.miners:
+                raise ValueError(
+                    f"{account} is not in the cohort of {task_id}: {', '.join(cohort.miners) or 'none yet'}"
+                )
+        positions = cohort.miners.index(culprit), cohort.miners.index(miner)
+        arguments = (task_id, list(cohort.words), positions[0], int(offence), positions[1])
+        return self._transact(CreditAdded, "creditSlashed", *arguments)
 
     def stake_of(self, miner: Address) -> int:
         return int(self._read("stakeOf", miner)[0])
@@ -813,24 +978,30 @@ class StakeRegistry(Bound):
     def get_withdrawal(self, miner: Address) -> Withdrawal:
         return _record(Withdrawal, self._read("getWithdrawal", miner))
 
-    def registration_of(self, task_id: TaskId, miner: Address) -> Bytes32 | None:
-        """The hash that the miner registered with, or None."""
-        found = self._read_bytes32("registrationOf", task_id, miner)
-        return None if found == ZERO32 else found
-
     def get_cohort(self, task_id: TaskId) -> CohortOnChain:
-        return _record(CohortOnChain, self._read("getCohort", task_id))
+        """From the event; the chain keeps only its hash."""
+        found = next(self._events(task_id, RegistrationClosed), None)
+        if found is None:
+            return CohortOnChain()
+        words = [int(word, 16) for word in found.cohort]
+        return CohortOnChain(
+            miners=tuple(str(to_checksum_address((word >> 96).to_bytes(20, "big"))) for word in words),
+            stakes_wei=tuple(word % 2**96 for word in words),
+            registrations=found.registrations,
+            words=found.cohort,
+        )
 
     def aggregator_of(self, task_id: TaskId) -> Address | None:
-        """The drawn aggregator, or None before the draw."""
-        found = self._read_address("aggregatorOf", task_id)
+        """Who may publish; None before the draw, after a resignation, and when nobody is left."""
+        found = self._read_address("aggregatorOf", task_key(task_id))
         return None if found == ZERO_ADDRESS else found
 
     def get_draw(self, task_id: TaskId) -> Draw:
-        return _record(Draw, self._read("getDraw", task_id))
+        return _record(Draw, self._read("getDraw", task_key(task_id)))
 
-    def is_slashed(self, task_id: TaskId) -> bool:
-        return bool(self._read("isSlashed", task_id)[0])
+    def get_slash(self, task_id: TaskId, position: int, offence: Offence) -> Slash:
+        """What was taken from the member at this position of the cohort."""
+        return _record(Slash, self._read("getSlash", task_key(task_id), position, int(offence))[0])
 
     def withdrawal_delay_s(self) -> int:
         return int(self._read("withdrawalDelay_s")[0])
@@ -841,48 +1012,88 @@ class StakeRegistry(Bound):
     def block_publisher(self) -> Address:
         return self._read_address("blockPublisher")
 
+    def registration_typehash(self) -> Bytes32:
+        return self._read_bytes32("REGISTRATION_TYPEHASH")
+
+    def _cohort_words(self, task_id: TaskId) -> list[Bytes32]:
+        return list(self.get_cohort(task_id).words)
+
 
 class BlockPublisher(Bound):
     """Typed calls to contracts/src/BlockPublisher.sol."""
 
     name = "BlockPublisher"
 
-    def publish_block(self, candidate: Candidate, signatures: Sequence[Bytes]) -> Mined[BlockPublished]:
+    def publish_block(
+        self, candidate: Candidate, signatures: Sequence[Bytes], cohort: CohortOnChain
+    ) -> Mined[BlockPublished]:
         """Signatures of the accepting attestations, in the ascending order of their signers' addresses."""
-        return self._transact(BlockPublished, "publishBlock", _candidate(candidate), list(signatures))
+        votes = [compact_signature(signature) for signature in signatures]
+        return self._transact(BlockPublished, "publishBlock", _candidate(candidate), votes, list(cohort.words))
 
     def report_equivocation(
-        self, first: Candidate, first_signature: Bytes, second: Candidate, second_signature: Bytes
+        self,
+        first: Candidate,
+        first_signature: Bytes,
+        second: Candidate,
+        second_signature: Bytes,
+        cohort: CohortOnChain,
     ) -> Mined[EquivocationReported]:
-        arguments = (_candidate(first), first_signature, _candidate(second), second_signature)
+        arguments = (
+            _candidate(first),
+            compact_signature(first_signature),
+            _candidate(second),
+            compact_signature(second_signature),
+            list(cohort.words),
+        )
         return self._transact(EquivocationReported, "reportEquivocation", *arguments)
 
     def candidate_hash(self, candidate: Candidate) -> Bytes32:
         return self._read_bytes32("candidateHash", _candidate(candidate))
 
-    def required_votes(self, task_id: TaskId) -> int:
-        """0 while registration is open."""
-        return int(self._read("requiredVotes", task_id)[0])
+    def contributions_root(self, candidate: Candidate) -> Bytes32:
+        return self._read_bytes32("contributionsRoot", list(candidate.participants), list(candidate.score_commits))
+
+    def required_votes(self, task_id: TaskId, cohort_size: int) -> int:
+        return int(self._read("requiredVotes", task_id, cohort_size)[0])
 
     def get_block_meta(self, task_id: TaskId) -> BlockMeta | None:
         """The published block, or None."""
-        meta = _record(BlockMeta, self._read("getBlockMeta", task_id)[0])
+        meta = _record(BlockMeta, self._read("getBlockMeta", task_key(task_id))[0])
         return meta if meta.published_at_s else None
 
+    def get_candidate(self, task_id: TaskId) -> Candidate | None:
+        """The published candidate, from the transaction that published it; None when there is no block."""
+        log = next(self._logs(task_id, BlockPublished), None)
+        if log is None:
+            return None
+        sent = self.web3.eth.get_transaction(log["transactionHash"])
+        _, arguments = self._contract.decode_function_input(sent["input"])
+        values = arguments["candidate"]
+        names = [entry["name"] for entry in self._inputs("publishBlock")[0]["components"]]
+        found = (_plain(values[name], None) for name in names)
+        return Candidate.model_validate(dict(zip(Candidate.model_fields, found, strict=True)))
+
     def get_participants(self, task_id: TaskId) -> tuple[Address, ...]:
-        return tuple(str(to_checksum_address(found)) for found in self._read("getParticipants", task_id)[0])
+        """In address order; empty when there is no block."""
+        found = self.get_candidate(task_id)
+        return found.participants if found else ()
 
-    def get_score_commits(self, task_id: TaskId) -> tuple[Bytes32, ...]:
-        return tuple("0x" + found.hex() for found in self._read("getScoreCommits", task_id)[0])
-
-    def score_commit_of(self, task_id: TaskId, miner: Address) -> ScoreCommit:
-        return _record(ScoreCommit, self._read("scoreCommitOf", task_id, miner))
+    def place_of(self, task_id: TaskId, miner: Address) -> Place | None:
+        """The miner's place in the block, with its proof; None for who has no part in it."""
+        found = self.get_candidate(task_id)
+        if found is None or miner not in found.participants:
+            return None
+        return place(found.participants, found.score_commits, found.participants.index(miner))
 
     def candidate_typehash(self) -> Bytes32:
         return self._read_bytes32("CANDIDATE_TYPEHASH")
 
     def attestation_typehash(self) -> Bytes32:
         return self._read_bytes32("ATTESTATION_TYPEHASH")
+
+    def domain_separator(self) -> Bytes32:
+        return self._read_bytes32("domainSeparator")
 
     def escrow(self) -> Address:
         return self._read_address("escrow")
@@ -903,28 +1114,37 @@ class RewardDistribution(Bound):
         """Optional: records the silence of publisher and aggregator, which reveal_score and distribute do as well."""
         return self._transact(ScoresOpened, "openScores", task_id)
 
-    def reveal_score(self, task_id: TaskId, score: int, salt: bytes) -> Mined[ScoreRevealed]:
-        return self._transact(ScoreRevealed, "revealScore", task_id, score, salt)
+    def reveal_score(self, task_id: TaskId, score: int, salt: bytes, own: Place) -> Mined[ScoreRevealed]:
+        """`own` is the sender's place in the block (BlockPublisher.place_of)."""
+        return self._transact(ScoreRevealed, "revealScore", task_id, score, salt, own.position, list(own.proof))
 
-    def distribute(self, task_id: TaskId) -> Mined[Distributed]:
-        """`.events` has one RewardCredited per account paid."""
-        return self._transact(Distributed, "distribute", task_id)
+    def distribute(self, task_id: TaskId) -> Mined[RewardReleased]:
+        """`.events` has a RewardCredited for publisher or aggregator, and Distributed when the requirement was met."""
+        return self._transact(RewardReleased, "distribute", task_id)
 
-    def withdraw(self) -> Mined[Withdrawn]:
-        return self._transact(Withdrawn, "withdraw")
+    def withdraw_to(
+        self, recipient: Address | None = None, claims: Sequence[Claim] = (), *, token: Address = ZERO_ADDRESS
+    ) -> Mined[Withdrawn]:
+        """The sender's balance and its parts of these tasks, paid to itself unless a recipient is named."""
+        packed = [
+            (claim.task_id, (claim.place.position, claim.place.score_commit, claim.place.proof)) for claim in claims
+        ]
+        return self._transact(Withdrawn, "withdrawTo", token, recipient or self._own_address(), packed)
 
-    def withdraw_to(self, recipient: Address) -> Mined[Withdrawn]:
-        return self._transact(Withdrawn, "withdrawTo", recipient)
+    def balance_of(self, account: Address, token: Address = ZERO_ADDRESS) -> int:
+        """What the account can withdraw beside its claims."""
+        return int(self._read("balanceOf", token, account)[0])
 
-    def balance_of(self, account: Address) -> int:
-        return int(self._read("balanceOf", account)[0])
+    def claimable(self, task_id: TaskId, position: int) -> int:
+        """What the participant at this position would be paid for its claim now."""
+        return int(self._read("claimable", task_key(task_id), position)[0])
 
     def get_settlement(self, task_id: TaskId) -> Settlement:
         """Raises Reverted("NoBlock") before a block is published."""
         return _record(Settlement, self._read("getSettlement", task_id)[0])
 
-    def score_of(self, task_id: TaskId, miner: Address) -> Score:
-        return _record(Score, self._read("scoreOf", task_id, miner))
+    def get_score(self, task_id: TaskId, position: int) -> Score:
+        return _record(Score, self._read("getScore", task_key(task_id), position))
 
     def escrow(self) -> Address:
         return self._read_address("escrow")
@@ -933,8 +1153,29 @@ class RewardDistribution(Bound):
         return self._read_address("blockPublisher")
 
 
+class Token(Bound):
+    """The part of an ERC-20 token that a publisher needs."""
+
+    name = "IERC20"
+
+    def approve(self, spender: Address, amount: int) -> Mined[Approval]:
+        return self._transact(Approval, "approve", spender, amount)
+
+    def allowance(self, owner: Address, spender: Address) -> int:
+        return int(self._read("allowance", owner, spender)[0])
+
+    def balance_of(self, account: Address) -> int:
+        return int(self._read("balanceOf", account)[0])
+
+
 def _candidate(candidate: Candidate) -> tuple[Any, ...]:
     return tuple(getattr(candidate, name) for name in Candidate.model_fields)
+
+
+def _application(registration: Registration, signature: Bytes) -> tuple[Any, ...]:
+    """The Solidity struct Application: what its Registration can be recomputed from, and the signature."""
+    key_hash = keccak(text=registration.encryption_key)
+    return (registration.miner, key_hash, registration.dataset_proof_sha256, *compact_signature(signature))
 
 
 # Deployment
@@ -1017,11 +1258,15 @@ def connect(
     web3: Web3, deployment: Deployment, account: LocalAccount | None = None, *, confirmations: int = 1
 ) -> Contracts:
     """The four contracts of a deployment, bound to one account."""
+
+    def bind(contract: type[Contract], address: Address) -> Contract:
+        return contract(web3, address, account, confirmations=confirmations, first_block=deployment.block_number)
+
     return Contracts(
-        HealChainEscrow(web3, deployment.escrow, account, confirmations=confirmations),
-        StakeRegistry(web3, deployment.stakes, account, confirmations=confirmations),
-        BlockPublisher(web3, deployment.publisher, account, confirmations=confirmations),
-        RewardDistribution(web3, deployment.rewards, account, confirmations=confirmations),
+        bind(HealChainEscrow, deployment.escrow),
+        bind(StakeRegistry, deployment.stakes),
+        bind(BlockPublisher, deployment.publisher),
+        bind(RewardDistribution, deployment.rewards),
     )
 
 
@@ -1030,34 +1275,38 @@ def connect(
 
 def task_events(web3: Web3, deployment: Deployment, task_id: TaskId) -> list[TransactionRecord]:
     """Every transaction about a task, in the order of the chain."""
-    return _transactions(web3, _logs(web3, deployment, [task_key(task_id)]))
+    return _transactions(web3, _deployment_logs(web3, deployment, [task_key(task_id)]))
 
 
 def account_events(web3: Web3, deployment: Deployment, accounts: Sequence[Address]) -> list[TransactionRecord]:
     """Every deposit and withdrawal of these accounts (stake, credit and rewards), in the order of the chain."""
-    return _transactions(
-        web3, _logs(web3, deployment, ["0x" + account[2:].lower().rjust(64, "0") for account in accounts])
-    )
+    topics = ["0x" + account[2:].lower().rjust(64, "0") for account in accounts]
+    return _transactions(web3, _deployment_logs(web3, deployment, topics))
 
 
 def find_events(web3: Web3, deployment: Deployment, task_id: TaskId, kind: type[Event]) -> list[Event]:
     """The events of one kind about a task, in the order of the chain."""
-    decoded = (_decode_event(log) for log in _logs(web3, deployment, [task_key(task_id)]))
+    decoded = (_decode_event(log) for log in _deployment_logs(web3, deployment, [task_key(task_id)]))
     return [found for found in decoded if isinstance(found, kind)]
 
 
-def _logs(web3: Web3, deployment: Deployment, first_topics: Sequence[str]) -> Iterator[Any]:
+def _deployment_logs(web3: Web3, deployment: Deployment, first_topics: Sequence[str]) -> Iterator[Any]:
     """Logs of the four contracts whose first indexed value is one of these."""
     if not first_topics:
-        return
+        return iter(())
+    return _logs(web3, deployment.addresses, deployment.block_number, [None, list(first_topics)])
+
+
+def _logs(web3: Web3, addresses: Sequence[Address], first_block: int, topics: list[Any]) -> Iterator[Any]:
+    """Logs of these contracts with these topics, in the order of the chain, asked for in steps that public nodes accept."""
     latest = web3.eth.block_number
-    for start in range(deployment.block_number, latest + 1, LOG_BLOCKS):
+    for start in range(first_block, latest + 1, LOG_BLOCKS):
         yield from web3.eth.get_logs(
             {
                 "fromBlock": start,
                 "toBlock": min(start + LOG_BLOCKS - 1, latest),
-                "address": [to_checksum_address(address) for address in deployment.addresses],
-                "topics": [None, list(first_topics)],
+                "address": [to_checksum_address(address) for address in addresses],
+                "topics": topics,
             }
         )
 

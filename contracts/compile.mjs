@@ -20,8 +20,8 @@ const SETTINGS = {
   },
 };
 const TARGETS = [
-  { sources: "src", build: "build" },
-  { sources: "src/test", build: "../tests/contracts/build" },
+  { sources: "src", build: "build", interfaces: ["@openzeppelin/contracts/token/ERC20/IERC20.sol"] },
+  { sources: "src/test", build: "../tests/contracts/build", interfaces: [] },
 ];
 // EIP-170: a larger contract cannot be deployed.
 const LARGEST_CODE_BYTES = 24576;
@@ -31,8 +31,8 @@ function read(name) {
   return existsSync(path) ? { contents: readFileSync(path, "utf8") } : { error: `${name} not found; run npm ci` };
 }
 
-/** Name to text of every build file that the sources in a folder give. */
-function compile(folder) {
+/** Name to text of every build file that the sources in a folder give: contracts, and the ABI of some interfaces they use. */
+function compile(folder, interfaces) {
   const files = readdirSync(join(HERE, folder)).filter((name) => name.endsWith(".sol")).sort();
   const sources = Object.fromEntries(files.map((name) => [`${folder}/${name}`, { content: read(`${folder}/${name}`).contents }]));
   const input = { language: "Solidity", sources, settings: SETTINGS };
@@ -43,6 +43,10 @@ function compile(folder) {
   if (problems.length > 0) process.exit(1);
 
   const builds = new Map();
+  for (const source of interfaces) {
+    const name = basename(source, ".sol");
+    builds.set(`${name}.json`, `${JSON.stringify({ abi: output.contracts[source][name].abi }, null, 1)}\n`);
+  }
   for (const source of Object.keys(sources)) {
     for (const [name, contract] of Object.entries(output.contracts[source] ?? {})) {
       const code = contract.evm.deployedBytecode;
@@ -70,10 +74,10 @@ if (!solc.version().startsWith(`${SOLC}+`)) {
 }
 const check = process.argv.includes("--check");
 let different = 0;
-for (const { sources, build } of TARGETS) {
+for (const { sources, build, interfaces } of TARGETS) {
   const folder = join(HERE, build);
   mkdirSync(folder, { recursive: true });
-  const builds = compile(sources);
+  const builds = compile(sources, interfaces);
   const names = new Set([...builds.keys(), ...readdirSync(folder).filter((name) => name.endsWith(".json"))]);
   for (const name of [...names].sort()) {
     const path = join(folder, basename(name));

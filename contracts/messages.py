@@ -355,6 +355,14 @@ def signer_of(message: Message, domain: Domain, signature: Bytes) -> Address:
         raise ValueError(f"signature {signature[:20]}... is malformed: {error}") from error
 
 
+def compact_signature(signature: Bytes) -> tuple[Bytes32, Bytes32]:
+    """65 bytes r, s, v as the two words r, vs of EIP-2098: v - 27 in the top bit of s. Raises ValueError for other forms."""
+    if not SIGNATURE.fullmatch(signature):
+        raise ValueError(f"signature {signature[:20]}... is malformed: not 65 bytes with v of 27 or 28")
+    s, v = int(signature[66:130], 16), int(signature[130:], 16)
+    return signature[:66], f"0x{s | (v - 27) << 255:064x}"
+
+
 def accuracy_commit(accuracy_ppm: int, salt: bytes) -> Bytes32:
     """keccak(uint256 accuracy || bytes32 salt); accuracy in parts per million (M1)."""
     return "0x" + bytes(keccak(accuracy_ppm.to_bytes(32, "big") + _salt(salt))).hex()
