@@ -3,7 +3,7 @@
     rpc   "local:<path>"   the stored chain in this process (blocks.local_chain)
           "http://..."     a node
 
-Errors: NotYet (a moment that lies further ahead than the caller may wait), those of contracts.bindings.
+Errors: NotYet (a moment that lies further ahead than the caller may wait), those of contracts.sending.
 """
 
 import time

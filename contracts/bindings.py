@@ -4,17 +4,13 @@
     HealChainEscrow, StakeRegistry, BlockPublisher, RewardDistribution
                           methods named like the Solidity functions, in snake case
     Mined[Event]          a mined transaction and the event it is about
-    Reverted              the contract (or the chain) refused: the custom error, its arguments, and what to do about it
-    InsufficientFunds     the sender cannot pay value and gas
 
-A transaction is simulated first, so that a refusal costs nothing; then signed here with the account's key and sent raw
-(EIP-1559). All amounts are wei, all times unix seconds, all hashes lower-case 0x hex, all addresses checksummed.
+Transactions go out through contracts.sending, whose Reverted names the custom error, its arguments, and what to do about
+it. All amounts are wei, all times unix seconds, all hashes lower-case 0x hex, all addresses checksummed.
 """
 
-import ast
 import json
 import re
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import Enum, IntEnum
@@ -29,11 +25,12 @@ from eth_account.signers.local import LocalAccount
 from eth_utils.abi import function_abi_to_4byte_selector
 from eth_utils.address import to_checksum_address
 from eth_utils.crypto import keccak
-from web3 import EthereumTesterProvider, Web3
-from web3.exceptions import ContractLogicError
+from web3 import Web3
 
+from contracts import sending
 from contracts.contributions import Place, place
 from contracts.messages import Address, Bytes, Bytes32, Candidate, Registration, TaskId, compact_signature
+from contracts.sending import Reverted
 
 BUILD = Path(__file__).parent / "build"
 CONTRACTS = ("HealChainEscrow", "StakeRegistry", "BlockPublisher", "RewardDistribution")
@@ -127,41 +124,8 @@ HINTS = {
     "WrongValue": "Send exactly the reward as the transaction's value, and no value when it is in tokens.",
     "ZeroAmount": "Send an amount above zero.",
     "ZeroReward": "Give a reward above zero.",
-    # Not errors of these contracts: Solidity's own, and the two of this module.
-    "Error": "The called contract refused with this message.",
-    "Panic": "An internal check of a contract failed; this should never happen.",
-    "UnknownError": "The contract at this address is not of this deployment's build, or the node gives no reason.",
-    "TransactionReverted": "The chain changed between simulation and mining; read the state, then decide again.",
+    **sending.HINTS,
 }
-
-
-class Reverted(Exception):
-    """A contract refused. `error` is the Solidity error's name, `arguments` its values, `hint` says what to do."""
-
-    def __init__(self, error: str, arguments: tuple[Any, ...] = (), hint: str = "") -> None:
-        self.error = error
-        self.arguments = arguments
-        self.hint = hint or HINTS.get(error, HINTS["UnknownError"])
-        super().__init__(error, arguments, self.hint)
-
-    def __str__(self) -> str:
-        return f"{self.error}({', '.join(map(str, self.arguments))}): {self.hint}"
-
-
-class InsufficientFunds(Exception):
-    """The sender's balance does not cover the value and the most that the gas can cost."""
-
-    def __init__(self, account: Address, balance_wei: int, needed_wei: int) -> None:
-        self.account = account
-        self.balance_wei = balance_wei
-        self.needed_wei = needed_wei
-        super().__init__(account, balance_wei, needed_wei)
-
-    def __str__(self) -> str:
-        return (
-            f"account {self.account} has {self.balance_wei} wei and needs {self.needed_wei} wei for value and gas; "
-            f"send it at least {self.needed_wei - self.balance_wei} wei"
-        )
 
 
 # What the contracts know
@@ -667,35 +631,16 @@ def _decode_event(log: Mapping[str, Any]) -> Any | None:
     return _record(next(kind for kind in EVENTS if kind.__name__ == entry["name"]), values)
 
 
-def _reverted(data: bytes) -> Reverted:
-    """The error that revert data says."""
+def _explain(data: bytes) -> Reverted | None:
+    """The error of the four contracts that revert data says, or None."""
     entry = _entries("error").get("0x" + data[:4].hex())
-    name, types = (entry["name"], [_abi_type(field) for field in entry["inputs"]]) if entry else ("UnknownError", [])
-    if data[:4] == keccak(text="Error(string)")[:4]:
-        name, types = "Error", ["string"]
-    if data[:4] == keccak(text="Panic(uint256)")[:4]:
-        name, types = "Panic", ["uint256"]
-    if name == "UnknownError":
-        return Reverted(name, ("0x" + data.hex(),))
+    if entry is None:
+        return None
     try:
-        return Reverted(name, tuple(_plain(value, None) for value in decode(types, data[4:])))
+        values = decode([_abi_type(field) for field in entry["inputs"]], data[4:])
     except DecodingError:
-        return Reverted("UnknownError", ("0x" + data.hex(),))
-
-
-def _revert_data(error: Exception) -> bytes | None:
-    """The revert data inside a provider's exception. Nodes give hex, the in-process tester a Python literal."""
-    if isinstance(error, ContractLogicError):
-        data = error.data.get("data") if isinstance(error.data, dict) else error.data
-        found = re.search("0x([0-9a-fA-F]+)", str(data))
-        return bytes.fromhex(found[1]) if found else None
-    text = str(error).removeprefix("execution reverted: ")
-    return bytes(ast.literal_eval(text)) if re.match("b['\"]", text) else None
-
-
-def _is_revert(error: Exception) -> bool:
-    # The tester's class is known by name, so that a production install needs no tester.
-    return isinstance(error, ContractLogicError) or type(error).__name__ == "TransactionFailed"
+        return None
+    return Reverted(entry["name"], tuple(_plain(value, None) for value in values), HINTS[entry["name"]])
 
 
 def task_key(task_id: TaskId) -> Bytes32:
@@ -704,92 +649,6 @@ def task_key(task_id: TaskId) -> Bytes32:
 
 
 # Transactions
-
-
-def send(
-    web3: Web3,
-    account: LocalAccount,
-    data: bytes,
-    *,
-    to: Address | None,
-    value_wei: int = 0,
-    confirmations: int = 1,
-    timeout_s: float = 120,
-) -> Mapping[str, Any]:
-    """Simulate, sign, send, wait; the receipt. `to` None creates a contract. Raises Reverted or InsufficientFunds."""
-    latest = web3.eth.get_block("latest")
-    base_fee, gas_limit = latest.get("baseFeePerGas", 0), latest["gasLimit"]
-    tip = web3.eth.max_priority_fee
-    # Twice the base fee covers six full blocks in a row.
-    max_fee = 2 * base_fee + tip
-    transaction: dict[str, Any] = {
-        "from": account.address,
-        "value": value_wei,
-        "data": "0x" + data.hex(),
-        "chainId": web3.eth.chain_id,
-        "type": 2,
-        "maxFeePerGas": max_fee,
-        "maxPriorityFeePerGas": tip,
-    }
-    if to is not None:
-        transaction["to"] = to
-    # The cheapest transaction costs 21000 gas. Nodes answer an unpayable simulation each in their own way.
-    _check_funds(web3, account.address, value_wei + 21_000 * max_fee)
-    gas = _estimate(web3, transaction, gas_limit * max_fee)
-    gas = min(gas + gas // 5, gas_limit)
-    _check_funds(web3, account.address, value_wei + gas * max_fee)
-
-    nonce = web3.eth.get_transaction_count(account.address, "pending")
-    signed = account.sign_transaction({**transaction, "gas": gas, "nonce": nonce})
-    sent = web3.eth.send_raw_transaction(signed.raw_transaction)
-    receipt = web3.eth.wait_for_transaction_receipt(sent, timeout=timeout_s, poll_latency=0.1)
-    if receipt["status"] != 1:
-        raise Reverted("TransactionReverted", ("0x" + bytes(sent).hex(),))
-    deadline = time.monotonic() + timeout_s
-    while web3.eth.block_number < receipt["blockNumber"] + confirmations - 1:
-        if time.monotonic() > deadline:
-            raise TimeoutError(
-                f"transaction 0x{bytes(sent).hex()}: fewer than {confirmations} confirmations in {timeout_s} s"
-            )
-        time.sleep(0.1)
-    return receipt
-
-
-def _check_funds(web3: Web3, address: Address, needed_wei: int) -> None:
-    balance_wei = web3.eth.get_balance(to_checksum_address(address))
-    if balance_wei < needed_wei:
-        raise InsufficientFunds(address, balance_wei, needed_wei)
-
-
-def _estimate(web3: Web3, transaction: dict[str, Any], most_wei: int) -> int:
-    """Gas of a transaction that would succeed now. most_wei: what the gas of a whole block costs."""
-    # Without fees, a node does not ask whether the balance covers a whole block.
-    plain = {key: value for key, value in transaction.items() if key in ("from", "to", "value", "data")}
-    # The transaction will see the next block's number and time, not the last one's. (The tester does so unasked.)
-    block = () if isinstance(web3.provider, EthereumTesterProvider) else ("pending",)
-    try:
-        return web3.eth.estimate_gas(plain, *block)  # type: ignore[arg-type]
-    except Exception as error:
-        # The in-process tester does ask.
-        if re.search("cannot afford|insufficient funds", str(error)):
-            _check_funds(web3, transaction["from"], transaction["value"] + most_wei)
-        if not _is_revert(error):
-            raise
-        if data := _revert_data(error):
-            raise _reverted(data) from error
-        # The tester's estimate drops the selector of an error that begins with a string; its call does not.
-        _call(web3, plain)
-        raise Reverted("UnknownError", (str(error),)) from error
-
-
-def _call(web3: Web3, transaction: dict[str, Any]) -> bytes:
-    try:
-        return bytes(web3.eth.call(transaction))  # type: ignore[arg-type]
-    except Exception as error:
-        if not _is_revert(error):
-            raise
-        data = _revert_data(error)
-        raise (_reverted(data) if data else Reverted("UnknownError", (str(error),))) from error
 
 
 class Bound:
@@ -824,7 +683,7 @@ class Bound:
     def _transact(self, event: type[Event], function: str, *arguments: Any, value_wei: int = 0) -> Mined[Event]:
         if self.account is None:
             raise ValueError(f"{self.name}.{function} sends a transaction: bind the contract to an account")
-        receipt = send(
+        receipt = sending.send(
             self.web3,
             self.account,
             self._encode(function, *arguments),
@@ -832,6 +691,7 @@ class Bound:
             value_wei=value_wei,
             confirmations=self.confirmations,
             timeout_s=self.timeout_s,
+            explain=_explain,
         )
         events = tuple(decoded for log in receipt["logs"] if (decoded := _decode_event(log)) is not None)
         return Mined(
@@ -846,7 +706,7 @@ class Bound:
         """The return values of a view."""
         transaction = {"to": self.address, "data": "0x" + self._encode(function, *arguments).hex()}
         entry = next(entry for entry in load_build(self.name)["abi"] if entry.get("name") == function)
-        answer = _call(self.web3, transaction)
+        answer = sending.call(self.web3, transaction, explain=_explain)
         if not answer:
             raise InvalidDeployment(f"no {self.name} at {self.address} on chain {self.web3.eth.chain_id}")
         return tuple(decode([_abi_type(output) for output in entry["outputs"]], answer))
@@ -1198,7 +1058,7 @@ def deploy(web3: Web3, account: LocalAccount, *, withdrawal_delay_s: int = 3600)
     for name, expected in zip(CONTRACTS, (escrow, stakes, publisher, rewards), strict=True):
         build = load_build(name)
         factory = web3.eth.contract(abi=build["abi"], bytecode=build["bytecode"])
-        receipt = send(
+        receipt = sending.send(
             web3, account, bytes.fromhex(factory.constructor(*arguments[name]).data_in_transaction[2:]), to=None
         )
         if receipt["contractAddress"] != expected:

@@ -25,6 +25,7 @@ from contracts.messages import (
     draw_seed,
     struct_hash,
 )
+from contracts.sending import Reverted
 from contracts.task_spec import TaskSpec
 from tasks.crypto import ecies
 from tasks.delivery import deliver
@@ -323,7 +324,7 @@ def drawn_aggregator(st: Station, stakes: bindings.StakeRegistry, task_id: str) 
         st.chain.wait_for_block(stakes.get_draw(task_id).seed_block + 1)
         try:
             stakes.draw_aggregator(task_id)
-        except bindings.Reverted as refusal:
+        except Reverted as refusal:
             if refusal.error != "SeedExpired":
                 raise
             moved = stakes.move_seed(task_id).event.seed_block

@@ -14,8 +14,9 @@ from prefect.cache_policies import NO_CACHE
 
 from blocks.artifacts import MissingArtifact, sha256_hex
 from blocks.identity import Identity
-from contracts.bindings import InsufficientFunds, Reverted, Status, TaskOnChain, Terms
+from contracts.bindings import Status, TaskOnChain, Terms
 from contracts.messages import AbortReason, Announcement, Bytes32, accuracy_commit
+from contracts.sending import InsufficientFunds, Reverted
 from contracts.task_spec import PPM, PublishedTask, TaskFile, TaskSpec
 from tasks.crypto import ecies
 from tasks.crypto.ndd_fe import ORDER

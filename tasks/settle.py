@@ -7,8 +7,9 @@ second time.
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from contracts.bindings import InsufficientFunds, Outcome, Reverted, RewardCredited, Settlement, Status
+from contracts.bindings import Outcome, RewardCredited, Settlement, Status
 from contracts.messages import ZERO32, AbortReason, Attestation, Candidate, Cohort, struct_hash
+from contracts.sending import InsufficientFunds, Reverted
 from tasks.cohort import trusted_cohort
 from tasks.contribute import read_prepared, score_at
 from tasks.delivery import delivered_requirement

@@ -2,8 +2,9 @@
 
 import pytest
 
-from contracts.bindings import Reverted, Status, TaskOnChain, send, task_key
+from contracts.bindings import Status, TaskOnChain, task_key
 from contracts.messages import accuracy_commit
+from contracts.sending import Reverted, send
 from tests.contracts.world import ACCURACY, REWARD, SALT, SPEC, TASK, World
 
 COMMIT = accuracy_commit(ACCURACY, SALT)

@@ -3,8 +3,9 @@
 import pytest
 from eth_utils import keccak
 
-from contracts.bindings import CreditAdded, Reverted, Status
+from contracts.bindings import CreditAdded, Status
 from contracts.messages import Attestation, Candidate, Domain, sign, struct_hash, type_string
+from contracts.sending import Reverted
 from tests.contracts.world import STAKES, TASK, World, named, number
 
 

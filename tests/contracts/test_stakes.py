@@ -5,8 +5,9 @@ import random
 import pytest
 from eth_utils import keccak
 
-from contracts.bindings import CohortOnChain, Reverted, Status, Withdrawal
+from contracts.bindings import CohortOnChain, Status, Withdrawal
 from contracts.messages import draw_seed
+from contracts.sending import Reverted
 from tests.contracts.world import (
     AGGREGATOR_WINDOW,
     DELAY,
