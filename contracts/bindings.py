@@ -930,8 +930,9 @@ class BlockPublisher(Bound):
         _, arguments = self._contract.decode_function_input(sent["input"])
         values = arguments["candidate"]
         names = [entry["name"] for entry in self._inputs("publishBlock")[0]["components"]]
-        found = (_plain(values[name], None) for name in names)
-        return Candidate.model_validate(dict(zip(Candidate.model_fields, found, strict=True)))
+        hints = get_type_hints(Candidate)
+        pairs = zip(Candidate.model_fields, names, strict=True)
+        return Candidate(**{field: _plain(values[name], hints[field]) for field, name in pairs})
 
     def get_participants(self, task_id: TaskId) -> tuple[Address, ...]:
         """In address order; empty when there is no block."""

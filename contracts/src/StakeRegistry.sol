@@ -5,7 +5,7 @@ import {ECDSA} from "@openzeppelin/contracts/utils/cryptography/ECDSA.sol";
 import {MessageHashUtils} from "@openzeppelin/contracts/utils/cryptography/MessageHashUtils.sol";
 import {Math} from "@openzeppelin/contracts/utils/math/Math.sol";
 import {SafeCast} from "@openzeppelin/contracts/utils/math/SafeCast.sol";
-import {ReentrancyGuard} from "@openzeppelin/contracts/utils/ReentrancyGuard.sol";
+import {ReentrancyGuardTransient} from "@openzeppelin/contracts/utils/ReentrancyGuardTransient.sol";
 import {BlockPublisher} from "./BlockPublisher.sol";
 import {accountOf, cohortHashOf, memberWord, stakeIn} from "./Cohort.sol";
 import {HealChainEscrow} from "./HealChainEscrow.sol";
@@ -38,7 +38,7 @@ struct Application {
 /// @notice One stake per miner backs all its tasks. It is held while one of them can still need it, and taken only for what the
 /// chain itself shows: two signed candidates, or a turn that passed without a block. What is taken goes to the other members
 /// of the cohort, in equal parts. Nobody owns this contract.
-contract StakeRegistry is ReentrancyGuard {
+contract StakeRegistry is ReentrancyGuardTransient {
     using SafeCast for uint256;
 
     /// @dev One slot. 88 bits of wei are 309 million ether.
