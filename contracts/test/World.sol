@@ -312,6 +312,32 @@ abstract contract World {
         return a < b ? keccak256(abi.encodePacked(a, b)) : keccak256(abi.encodePacked(b, a));
     }
 
+    // What is refused
+
+    /// @dev The call must revert with this error.
+    function refused(address who, address target, bytes memory data, bytes4 why) internal {
+        refused(who, target, 0, data, why);
+    }
+
+    function refused(address who, address target, uint256 value, bytes memory data, bytes4 why) internal {
+        if (value > 0) vm.deal(who, who.balance + value);
+        vm.prank(who);
+        (bool ok, bytes memory answer) = target.call{value: value}(data);
+        vm.assertFalse(ok, "not refused");
+        vm.assertEq(bytes32(bytes4(answer)), bytes32(why), "refused for another reason");
+    }
+
+    /// @dev The call must succeed.
+    function accepted(address who, address target, bytes memory data) internal returns (bytes memory answer) {
+        bool ok;
+        vm.prank(who);
+        (ok, answer) = target.call(data);
+        if (ok) return answer;
+        assembly {
+            revert(add(answer, 32), mload(answer))
+        }
+    }
+
     // Small lists
 
     function same(uint256 value, uint256 count) internal pure returns (uint256[] memory list) {
