@@ -257,10 +257,11 @@ contract RewardDistribution is ReentrancyGuardTransient {
         uint256 amount = balanceOf[token][msg.sender];
         if (amount > 0) balanceOf[token][msg.sender] = 0;
         for (uint256 i = 0; i < claims.length; i++) amount += _claim(claims[i], token);
-        if (amount == 0) revert NothingToWithdraw(msg.sender);
+        // A claim of nothing counts: were it refused, members whose parts round to zero would hold back each other's rest.
+        if (amount == 0 && claims.length == 0) revert NothingToWithdraw(msg.sender);
         emit Withdrawn(msg.sender, recipient, token, amount);
 
-        pay(token, recipient, amount);
+        if (amount > 0) pay(token, recipient, amount);
     }
 
     // Views
