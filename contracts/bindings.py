@@ -1034,7 +1034,7 @@ def _candidate(candidate: Candidate) -> tuple[Any, ...]:
 
 def _application(registration: Registration, signature: Bytes) -> tuple[Any, ...]:
     """The Solidity struct Application: what its Registration can be recomputed from, and the signature."""
-    key_hash = keccak(text=registration.encryption_key)
+    key_hash = keccak(bytes.fromhex(registration.encryption_key[2:]))
     return (registration.miner, key_hash, registration.dataset_proof_sha256, *compact_signature(signature))
 
 

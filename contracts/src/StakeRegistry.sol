@@ -26,7 +26,7 @@ import {
 /// @notice A signed Registration, as far as the contract needs it: its struct hash can be recomputed from these fields.
 struct Application {
     address miner;
-    /// keccak256 of the encryption key's text.
+    /// keccak256 of the encryption key's 33 bytes.
     bytes32 encryptionKeyHash;
     bytes32 datasetProofSha256;
     /// The miner's EIP-712 signature of the Registration, in the compact form of EIP-2098.
@@ -82,7 +82,7 @@ contract StakeRegistry is ReentrancyGuard {
 
     /// @notice Type hash of the EIP-712 struct Registration.
     bytes32 public constant REGISTRATION_TYPEHASH = keccak256(
-        "Registration(string task_id,uint32 round_number,address miner,string encryption_key,bytes32 dataset_proof_sha256)"
+        "Registration(string task_id,uint32 round_number,address miner,bytes encryption_key,bytes32 dataset_proof_sha256)"
     );
 
     /// @notice The escrow of this deployment.
