@@ -29,13 +29,12 @@ from web3 import Web3
 
 from contracts import sending
 from contracts.contributions import Place, place
-from contracts.messages import Address, Bytes, Bytes32, Candidate, Registration, TaskId, compact_signature
+from contracts.messages import ZERO_ADDRESS, Address, Bytes, Bytes32, Candidate, Registration, TaskId, compact_signature
 from contracts.sending import Reverted
 
 BUILD = Path(__file__).parent / "build"
 CONTRACTS = ("HealChainEscrow", "StakeRegistry", "BlockPublisher", "RewardDistribution")
 INTERFACES = ("IERC20",)
-ZERO_ADDRESS: Address = "0x" + "00" * 20
 
 # How many blocks one eth_getLogs asks for: public nodes refuse more.
 LOG_BLOCKS = 10_000
