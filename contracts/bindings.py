@@ -487,6 +487,15 @@ class Approval:
     amount: int
 
 
+@dataclass(frozen=True)
+class Transfer:
+    """Of an ERC-20 token."""
+
+    sender: Address
+    recipient: Address
+    amount: int
+
+
 EVENTS: tuple[type, ...] = (
     TaskPublished,
     PublisherRefunded,
@@ -512,6 +521,7 @@ EVENTS: tuple[type, ...] = (
     RewardClaimed,
     Withdrawn,
     Approval,
+    Transfer,
 )
 
 Event = TypeVar("Event")
@@ -617,17 +627,21 @@ def _record(kind: type[Record], values: Sequence[Any]) -> Record:
 
 
 def _decode_event(log: Mapping[str, Any]) -> Any | None:
-    """The dataclass of a log of ours, or None."""
+    """The dataclass of a log, or None when it is none of ours: a token may emit what it likes, in any form."""
     topics = [bytes(topic) for topic in log["topics"]]
     entry = _entries("event").get("0x" + topics[0].hex()) if topics else None
-    if entry is None:
+    kind = next((kind for kind in EVENTS if entry is not None and kind.__name__ == entry["name"]), None)
+    if entry is None or kind is None:
         return None
     indexed = [_abi_type(field) for field in entry["inputs"] if field["indexed"]]
     plain = [_abi_type(field) for field in entry["inputs"] if not field["indexed"]]
-    from_topics = iter([decode([kind], topic)[0] for kind, topic in zip(indexed, topics[1:], strict=True)])
-    from_data = iter(decode(plain, bytes(log["data"])))
-    values = [next(from_topics if field["indexed"] else from_data) for field in entry["inputs"]]
-    return _record(next(kind for kind in EVENTS if kind.__name__ == entry["name"]), values)
+    try:
+        from_topics = iter([decode([name], topic)[0] for name, topic in zip(indexed, topics[1:], strict=True)])
+        from_data = iter(decode(plain, bytes(log["data"])))
+        values = [next(from_topics if field["indexed"] else from_data) for field in entry["inputs"]]
+        return _record(kind, values)
+    except (DecodingError, ValueError):
+        return None
 
 
 def _explain(data: bytes) -> Reverted | None:
@@ -928,10 +942,11 @@ class BlockPublisher(Bound):
             return None
         sent = self.web3.eth.get_transaction(log["transactionHash"])
         _, arguments = self._contract.decode_function_input(sent["input"])
-        values = arguments["candidate"]
         names = [entry["name"] for entry in self._inputs("publishBlock")[0]["components"]]
-        found = (_plain(values[name], None) for name in names)
-        return Candidate.model_validate(dict(zip(Candidate.model_fields, found, strict=True)))
+        hints = get_type_hints(Candidate)
+        pairs = zip(Candidate.model_fields, names, strict=True)
+        values = {field: _plain(arguments["candidate"][name], hints[field]) for field, name in pairs}
+        return Candidate.model_validate(values)
 
     def get_participants(self, task_id: TaskId) -> tuple[Address, ...]:
         """In address order; empty when there is no block."""
