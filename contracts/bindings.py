@@ -34,7 +34,7 @@ from contracts.sending import Reverted
 
 BUILD = Path(__file__).parent / "build"
 CONTRACTS = ("HealChainEscrow", "StakeRegistry", "BlockPublisher", "RewardDistribution")
-INTERFACES = ("IERC20",)
+INTERFACES = ("IERC20", "IERC20Errors")
 
 # How many blocks one eth_getLogs asks for: public nodes refuse more.
 LOG_BLOCKS = 10_000
@@ -584,7 +584,7 @@ def load_build(name: str) -> dict[str, Any]:
 
 @cache
 def _entries(kind: str) -> dict[str, dict[str, Any]]:
-    """Every function, event or error of the four contracts and the token, by selector or topic."""
+    """Every function, event or error of the four contracts and of tokens, by selector or topic."""
     entries = [
         entry for name in (*CONTRACTS, *INTERFACES) for entry in load_build(name)["abi"] if entry["type"] == kind
     ]
@@ -645,7 +645,7 @@ def _decode_event(log: Mapping[str, Any]) -> Any | None:
 
 
 def _explain(data: bytes) -> Reverted | None:
-    """The error of the four contracts that revert data says, or None."""
+    """The error of the four contracts, or of a token, that revert data says; or None."""
     entry = _entries("error").get("0x" + data[:4].hex())
     if entry is None:
         return None
