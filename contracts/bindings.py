@@ -52,6 +52,12 @@ HINTS = {
     "DeadlineNotReached": "Wait until the deadline has passed; until then a block may still be published.",
     "DeadlinePast": "The deadline has passed: choose a later one; of a task on chain, the publisher takes its refund.",
     "DuplicateTask": "A task of this name exists on chain already; choose another name.",
+    "ERC20InsufficientAllowance": "Approve the escrow for the whole reward first (Token.approve).",
+    "ERC20InsufficientBalance": "The account has too few of these tokens; get more, or give a smaller reward.",
+    "ERC20InvalidApprover": "The token refuses this account; use another one.",
+    "ERC20InvalidReceiver": "The token refuses this recipient; name another one.",
+    "ERC20InvalidSender": "The token refuses this account; use another one.",
+    "ERC20InvalidSpender": "The token does not let this account spend; approve the escrow's address.",
     "FeeOnTransfer": "This token keeps a part of what is sent; reward the task in another token or in ether.",
     "InsufficientStake": (
         "Deposit more stake (deposit_stake) or cancel a requested withdrawal, or leave the miner out of the cohort."
