@@ -5,10 +5,8 @@ drawn), "published" (block on chain), "open" (requirement met, scores may be rev
 reward distributed). Each is built once and returned to by snapshot.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from eth.estimators.gas import binary_gas_search
@@ -28,7 +26,6 @@ from contracts.bindings import (
     Mined,
     RegistrationClosed,
     Terms,
-    Token,
     Withdrawn,
     connect,
     deploy,
@@ -47,7 +44,6 @@ from contracts.messages import (
     sign,
     struct_hash,
 )
-from contracts.sending import send
 
 TASK = "chest-x-ray"
 REWARD = 1_000_003
@@ -60,7 +56,6 @@ PENALTY_PPM = 250_000
 DELAY = 3600
 # More than all ether, so that the limits of the amounts can be reached.
 FUNDS = 2**124
-TOKENS = Path(__file__).parent / "build"
 
 
 def named(name: str) -> LocalAccount:
@@ -273,26 +268,6 @@ class World:
         """The account's balance, and its parts of these tasks."""
         claims = [Claim(task_id, self.place(account, task_id)) for task_id in claimed]
         return self.as_(account).rewards.withdraw_to(recipient, claims, token=token)
-
-    # Tokens
-
-    def token(self, name: str = "TestToken") -> Token:
-        """A fresh token of tests/contracts/build, bound to the publisher."""
-        build = json.loads((TOKENS / f"{name}.json").read_text())
-        receipt = send(self.web3, self.deployer, bytes.fromhex(build["bytecode"][2:]), to=None)
-        return Token(self.web3, receipt["contractAddress"], self.publisher)
-
-    def mint(self, token: Token, account: LocalAccount, amount: int) -> None:
-        contract = self.web3.eth.contract(abi=json.loads((TOKENS / "TestToken.json").read_text())["abi"])
-        data = contract.encode_abi("mint", args=[account.address, amount])
-        send(self.web3, account, bytes.fromhex(data[2:]), to=token.address)
-
-    def funded_token(self, name: str = "TestToken", amount: int = 10 * REWARD) -> Token:
-        """A token of which the publisher has some, all of it approved to the escrow."""
-        token = self.token(name)
-        self.mint(token, self.publisher, amount)
-        token.approve(self.deployment.escrow, amount)
-        return token
 
     # Stages
 
