@@ -34,7 +34,7 @@ from contracts.sending import Reverted
 
 BUILD = Path(__file__).parent / "build"
 CONTRACTS = ("HealChainEscrow", "StakeRegistry", "BlockPublisher", "RewardDistribution")
-INTERFACES = ("IERC20",)
+INTERFACES = ("IERC20", "IERC20Errors")
 
 # How many blocks one eth_getLogs asks for: public nodes refuse more.
 LOG_BLOCKS = 10_000
@@ -52,6 +52,12 @@ HINTS = {
     "DeadlineNotReached": "Wait until the deadline has passed; until then a block may still be published.",
     "DeadlinePast": "The deadline has passed: choose a later one; of a task on chain, the publisher takes its refund.",
     "DuplicateTask": "A task of this name exists on chain already; choose another name.",
+    "ERC20InsufficientAllowance": "Approve the escrow for the whole reward first (Token.approve).",
+    "ERC20InsufficientBalance": "The account has too few of these tokens; get more, or give a smaller reward.",
+    "ERC20InvalidApprover": "The token refuses this account; use another one.",
+    "ERC20InvalidReceiver": "The token refuses this recipient; name another one.",
+    "ERC20InvalidSender": "The token refuses this account; use another one.",
+    "ERC20InvalidSpender": "The token does not let this account spend; approve the escrow's address.",
     "FeeOnTransfer": "This token keeps a part of what is sent; reward the task in another token or in ether.",
     "InsufficientStake": (
         "Deposit more stake (deposit_stake) or cancel a requested withdrawal, or leave the miner out of the cohort."
@@ -487,6 +493,15 @@ class Approval:
     amount: int
 
 
+@dataclass(frozen=True)
+class Transfer:
+    """Of an ERC-20 token."""
+
+    sender: Address
+    recipient: Address
+    amount: int
+
+
 EVENTS: tuple[type, ...] = (
     TaskPublished,
     PublisherRefunded,
@@ -512,6 +527,7 @@ EVENTS: tuple[type, ...] = (
     RewardClaimed,
     Withdrawn,
     Approval,
+    Transfer,
 )
 
 Event = TypeVar("Event")
@@ -574,7 +590,7 @@ def load_build(name: str) -> dict[str, Any]:
 
 @cache
 def _entries(kind: str) -> dict[str, dict[str, Any]]:
-    """Every function, event or error of the four contracts and the token, by selector or topic."""
+    """Every function, event or error of the four contracts and of tokens, by selector or topic."""
     entries = [
         entry for name in (*CONTRACTS, *INTERFACES) for entry in load_build(name)["abi"] if entry["type"] == kind
     ]
@@ -617,21 +633,25 @@ def _record(kind: type[Record], values: Sequence[Any]) -> Record:
 
 
 def _decode_event(log: Mapping[str, Any]) -> Any | None:
-    """The dataclass of a log of ours, or None."""
+    """The dataclass of a log, or None when it is none of ours: a token may emit what it likes, in any form."""
     topics = [bytes(topic) for topic in log["topics"]]
     entry = _entries("event").get("0x" + topics[0].hex()) if topics else None
-    if entry is None:
+    kind = next((kind for kind in EVENTS if entry is not None and kind.__name__ == entry["name"]), None)
+    if entry is None or kind is None:
         return None
     indexed = [_abi_type(field) for field in entry["inputs"] if field["indexed"]]
     plain = [_abi_type(field) for field in entry["inputs"] if not field["indexed"]]
-    from_topics = iter([decode([kind], topic)[0] for kind, topic in zip(indexed, topics[1:], strict=True)])
-    from_data = iter(decode(plain, bytes(log["data"])))
-    values = [next(from_topics if field["indexed"] else from_data) for field in entry["inputs"]]
-    return _record(next(kind for kind in EVENTS if kind.__name__ == entry["name"]), values)
+    try:
+        from_topics = iter([decode([name], topic)[0] for name, topic in zip(indexed, topics[1:], strict=True)])
+        from_data = iter(decode(plain, bytes(log["data"])))
+        values = [next(from_topics if field["indexed"] else from_data) for field in entry["inputs"]]
+        return _record(kind, values)
+    except (DecodingError, ValueError):
+        return None
 
 
 def _explain(data: bytes) -> Reverted | None:
-    """The error of the four contracts that revert data says, or None."""
+    """The error of the four contracts, or of a token, that revert data says; or None."""
     entry = _entries("error").get("0x" + data[:4].hex())
     if entry is None:
         return None
@@ -928,11 +948,11 @@ class BlockPublisher(Bound):
             return None
         sent = self.web3.eth.get_transaction(log["transactionHash"])
         _, arguments = self._contract.decode_function_input(sent["input"])
-        values = arguments["candidate"]
         names = [entry["name"] for entry in self._inputs("publishBlock")[0]["components"]]
         hints = get_type_hints(Candidate)
         pairs = zip(Candidate.model_fields, names, strict=True)
-        return Candidate(**{field: _plain(values[name], hints[field]) for field, name in pairs})
+        values = {field: _plain(arguments["candidate"][name], hints[field]) for field, name in pairs}
+        return Candidate.model_validate(values)
 
     def get_participants(self, task_id: TaskId) -> tuple[Address, ...]:
         """In address order; empty when there is no block."""
@@ -1034,7 +1054,7 @@ def _candidate(candidate: Candidate) -> tuple[Any, ...]:
 
 def _application(registration: Registration, signature: Bytes) -> tuple[Any, ...]:
     """The Solidity struct Application: what its Registration can be recomputed from, and the signature."""
-    key_hash = keccak(hexstr=registration.encryption_key)
+    key_hash = keccak(bytes.fromhex(registration.encryption_key[2:]))
     return (registration.miner, key_hash, registration.dataset_proof_sha256, *compact_signature(signature))
 
 

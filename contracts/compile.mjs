@@ -21,8 +21,15 @@ const SETTINGS = {
   },
 };
 const TARGETS = [
-  { sources: "src", build: "build", interfaces: ["@openzeppelin/contracts/token/ERC20/IERC20.sol"] },
-  { sources: "src/test", build: "../tests/contracts/build", interfaces: [] },
+  {
+    sources: "src",
+    build: "build",
+    interfaces: {
+      IERC20: "@openzeppelin/contracts/token/ERC20/IERC20.sol",
+      IERC20Errors: "@openzeppelin/contracts/interfaces/draft-IERC6093.sol",
+    },
+  },
+  { sources: "src/test", build: "../tests/contracts/build", interfaces: {} },
 ];
 // EIP-170: a larger contract cannot be deployed.
 const LARGEST_CODE_BYTES = 24576;
@@ -32,10 +39,11 @@ function read(name) {
   return existsSync(path) ? { contents: readFileSync(path, "utf8") } : { error: `${name} not found; run npm ci` };
 }
 
-/** Name to text of every build file that the sources in a folder give: contracts, and the ABI of some interfaces they use. */
+/** Name to text of every build file that the sources in a folder give: contracts, and the ABI of some interfaces of tokens. */
 function compile(folder, interfaces) {
   const files = readdirSync(join(HERE, folder)).filter((name) => name.endsWith(".sol")).sort();
-  const sources = Object.fromEntries(files.map((name) => [`${folder}/${name}`, { content: read(`${folder}/${name}`).contents }]));
+  const paths = [...files.map((name) => `${folder}/${name}`), ...Object.values(interfaces)];
+  const sources = Object.fromEntries(paths.map((path) => [path, { content: read(path).contents }]));
   const input = { language: "Solidity", sources, settings: SETTINGS };
   const output = JSON.parse(solc.compile(JSON.stringify(input), { import: read }));
   // 2394 warns of every use of transient storage. The re-entrancy guard, which clears it before it returns, is the only one.
@@ -45,8 +53,7 @@ function compile(folder, interfaces) {
   if (problems.length > 0) process.exit(1);
 
   const builds = new Map();
-  for (const source of interfaces) {
-    const name = basename(source, ".sol");
+  for (const [name, source] of Object.entries(interfaces)) {
     builds.set(`${name}.json`, `${JSON.stringify({ abi: output.contracts[source][name].abi }, null, 1)}\n`);
   }
   for (const source of Object.keys(sources)) {
