@@ -332,6 +332,8 @@ def check_answer(st: Station, task_id: str, applicant: Applicant) -> Applicant:
     try:
         challenge = st.need(Challenge, st.address, task_id, about=applicant.miner)
         answer = st.need(ChallengeAnswer, applicant.miner, task_id)
+        if challenge.registration != struct_hash(applicant.registration):
+            raise DatasetMismatch("the registration is not the one that was challenged")
         if answer.challenge != struct_hash(challenge):
             raise DatasetMismatch("the answer is for another challenge")
         check_key_owner(st, applicant.registration, answer)

@@ -189,8 +189,8 @@ contract RewardDistribution is ReentrancyGuardTransient {
 
     /// @notice Opens the sender's own score commitment, once, within the window.
     /// @dev Emits {ScoreRevealed}, after {ScoresOpened} when it is the first after silence. Reverts with {NoBlock},
-    /// {OutcomePending}, {RequirementUnmet}, {NotParticipant}, {ScoreAlreadyRevealed}, {RevealTooLate}, {ScoreTooLarge} or
-    /// {InvalidReveal}.
+    /// {OutcomePending}, {RequirementUnmet}, {RevealTooLate}, {ScoreTooLarge}, {NotParticipant} (also for another score or salt
+    /// than committed, whose commitment is not in the block) or {ScoreAlreadyRevealed}.
     /// @param score The score, at most the task's maxScore.
     /// @param salt The random part of the commitment keccak256(abi.encodePacked(score, salt, taskID, msg.sender)).
     /// @param position The sender's index among the participants.
