@@ -2,7 +2,7 @@
 pragma solidity ^0.8.28;
 
 import {MerkleProof} from "@openzeppelin/contracts/utils/cryptography/MerkleProof.sol";
-import {ReentrancyGuard} from "@openzeppelin/contracts/utils/ReentrancyGuard.sol";
+import {ReentrancyGuardTransient} from "@openzeppelin/contracts/utils/ReentrancyGuardTransient.sol";
 import {BlockMeta, BlockPublisher} from "./BlockPublisher.sol";
 import {contributionLeaf} from "./Cohort.sol";
 import {HealChainEscrow} from "./HealChainEscrow.sol";
@@ -52,7 +52,7 @@ struct Claim {
 /// @title Reveals, and what everyone is owed (M7).
 /// @notice The reward of a task moves here from the escrow when it is distributed. Everyone withdraws its own: nobody's
 /// refusal to be paid stands in another's way. Nobody owns this contract.
-contract RewardDistribution is ReentrancyGuard {
+contract RewardDistribution is ReentrancyGuardTransient {
     /// @dev One slot.
     struct State {
         Outcome outcome;
@@ -257,10 +257,11 @@ contract RewardDistribution is ReentrancyGuard {
         uint256 amount = balanceOf[token][msg.sender];
         if (amount > 0) balanceOf[token][msg.sender] = 0;
         for (uint256 i = 0; i < claims.length; i++) amount += _claim(claims[i], token);
-        if (amount == 0) revert NothingToWithdraw(msg.sender);
+        // A claim of nothing counts: were it refused, members whose parts round to zero would hold back each other's rest.
+        if (amount == 0 && claims.length == 0) revert NothingToWithdraw(msg.sender);
         emit Withdrawn(msg.sender, recipient, token, amount);
 
-        pay(token, recipient, amount);
+        if (amount > 0) pay(token, recipient, amount);
     }
 
     // Views
