@@ -948,11 +948,11 @@ class BlockPublisher(Bound):
             return None
         sent = self.web3.eth.get_transaction(log["transactionHash"])
         _, arguments = self._contract.decode_function_input(sent["input"])
+        values = arguments["candidate"]
         names = [entry["name"] for entry in self._inputs("publishBlock")[0]["components"]]
         hints = get_type_hints(Candidate)
         pairs = zip(Candidate.model_fields, names, strict=True)
-        values = {field: _plain(arguments["candidate"][name], hints[field]) for field, name in pairs}
-        return Candidate.model_validate(values)
+        return Candidate(**{field: _plain(values[name], hints[field]) for field, name in pairs})
 
     def get_participants(self, task_id: TaskId) -> tuple[Address, ...]:
         """In address order; empty when there is no block."""
@@ -1054,7 +1054,7 @@ def _candidate(candidate: Candidate) -> tuple[Any, ...]:
 
 def _application(registration: Registration, signature: Bytes) -> tuple[Any, ...]:
     """The Solidity struct Application: what its Registration can be recomputed from, and the signature."""
-    key_hash = keccak(bytes.fromhex(registration.encryption_key[2:]))
+    key_hash = keccak(hexstr=registration.encryption_key)
     return (registration.miner, key_hash, registration.dataset_proof_sha256, *compact_signature(signature))
 
 

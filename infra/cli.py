@@ -221,6 +221,17 @@ def bench_crypto(
     benchmark.run(out, console, quick=quick, document=markdown)
 
 
+@app.command("bench-gas")
+def bench_gas(
+    out: Annotated[Path, typer.Option(help="where the rows are written, as JSON")] = Path("build/bench-gas.json"),
+    markdown: Annotated[Path | None, typer.Option(help="a document whose block of figures is written again")] = None,
+) -> None:
+    """Measure what a task costs in gas with 5 to 100 miners, and what rare paths cost, on an in-process EVM."""
+    from infra import bench_gas as benchmark
+
+    benchmark.run(out, console, document=markdown)
+
+
 @app.command("bench-stream")
 def bench_stream(
     out: Annotated[Path, typer.Option(help="where the figures are written, as JSON")] = Path("build/bench-stream.json"),

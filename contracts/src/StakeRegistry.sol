@@ -5,7 +5,7 @@ import {ECDSA} from "@openzeppelin/contracts/utils/cryptography/ECDSA.sol";
 import {MessageHashUtils} from "@openzeppelin/contracts/utils/cryptography/MessageHashUtils.sol";
 import {Math} from "@openzeppelin/contracts/utils/math/Math.sol";
 import {SafeCast} from "@openzeppelin/contracts/utils/math/SafeCast.sol";
-import {ReentrancyGuard} from "@openzeppelin/contracts/utils/ReentrancyGuard.sol";
+import {ReentrancyGuardTransient} from "@openzeppelin/contracts/utils/ReentrancyGuardTransient.sol";
 import {BlockPublisher} from "./BlockPublisher.sol";
 import {accountOf, cohortHashOf, memberWord, stakeIn} from "./Cohort.sol";
 import {HealChainEscrow} from "./HealChainEscrow.sol";
@@ -26,7 +26,7 @@ import {
 /// @notice A signed Registration, as far as the contract needs it: its struct hash can be recomputed from these fields.
 struct Application {
     address miner;
-    /// keccak256 of the encryption key's 33 bytes.
+    /// keccak256 of the encryption key (33 bytes).
     bytes32 encryptionKeyHash;
     bytes32 datasetProofSha256;
     /// The miner's EIP-712 signature of the Registration, in the compact form of EIP-2098.
@@ -38,7 +38,7 @@ struct Application {
 /// @notice One stake per miner backs all its tasks. It is held while one of them can still need it, and taken only for what the
 /// chain itself shows: two signed candidates, or a turn that passed without a block. What is taken goes to the other members
 /// of the cohort, in equal parts. Nobody owns this contract.
-contract StakeRegistry is ReentrancyGuard {
+contract StakeRegistry is ReentrancyGuardTransient {
     using SafeCast for uint256;
 
     /// @dev One slot. 88 bits of wei are 309 million ether.
