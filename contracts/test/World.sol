@@ -184,17 +184,17 @@ abstract contract World {
         return keccak256(abi.encodePacked(hex"1901", blocks.domainSeparator(), struct_));
     }
 
-    function attestationOf(Candidate memory c, bool accepted) internal view returns (bytes32) {
-        return attestationOf(c.taskID, c.roundNumber, blocks.candidateHash(c), accepted);
+    function attestationOf(Candidate memory c, bool isAccepted) internal view returns (bytes32) {
+        return attestationOf(c.taskID, c.roundNumber, blocks.candidateHash(c), isAccepted);
     }
 
-    function attestationOf(string memory id, uint32 round, bytes32 hash, bool accepted)
+    function attestationOf(string memory id, uint32 round, bytes32 hash, bool isAccepted)
         internal
         view
         returns (bytes32)
     {
         return keccak256(
-            abi.encode(blocks.ATTESTATION_TYPEHASH(), keccak256(bytes(id)), round, hash, accepted, keccak256(""))
+            abi.encode(blocks.ATTESTATION_TYPEHASH(), keccak256(bytes(id)), round, hash, isAccepted, keccak256(""))
         );
     }
 
