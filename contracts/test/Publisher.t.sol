@@ -147,7 +147,7 @@ contract PublisherTest is World {
 
     // Equivocation
 
-    function pairOf(Candidate memory a, Candidate memory b, uint256 key) private returns (bytes memory) {
+    function pairOf(Candidate memory a, Candidate memory b, uint256 key) private view returns (bytes memory) {
         Vote memory first = signed(key, blocks.candidateHash(a));
         Vote memory second = signed(key, blocks.candidateHash(b));
         return abi.encodeCall(blocks.reportEquivocation, (a, first, b, second, cohort));
