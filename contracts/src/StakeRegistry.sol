@@ -60,6 +60,8 @@ contract StakeRegistry is ReentrancyGuard {
         /// Zero while registration is open.
         uint40 seedBlock;
         bool hasResigned;
+        /// The deadline left the aggregator less than the task's publishWindow_s: its silence costs nothing.
+        bool isCutShort;
         bytes32 cohortHash;
         bytes32 seed;
         /// A bit per position in the cohort: who was replaced.
@@ -255,11 +257,9 @@ contract StakeRegistry is ReentrancyGuard {
         _checkCohort(taskID, draw, cohort);
 
         bytes32 seed = keccak256(abi.encodePacked(key, blockHash));
-        uint40 turnEnd = _turnEnd(task.terms);
         address aggregator = _memberAt(cohort, 0, uint256(seed));
         draw.seed = seed;
-        draw.aggregator = aggregator;
-        draw.turnEnd = turnEnd;
+        uint40 turnEnd = _beginTurn(draw, task.terms, aggregator);
         emit AggregatorDrawn(key, aggregator, seedBlock, blockHash, seed, turnEnd);
     }
 
@@ -294,7 +294,8 @@ contract StakeRegistry is ReentrancyGuard {
 
     /// @notice Ends the turn of an aggregator that resigned, or whose turn passed without a block, and draws the next by the same
     /// seed among the members that had no turn yet, as long as the deadline has not passed. Anyone may call it. The silent one
-    /// loses the part of its recorded stake that the task announced.
+    /// loses the part of its recorded stake that the task announced, unless the deadline had cut its turn short: else a publisher
+    /// that closes registration seconds before the deadline could take the stakes of miners that cannot react in time.
     /// @dev Emits {StakeSlashed} for silence, and {AggregatorReplaced} with aggregator zero when nobody follows. Reverts with
     /// {NotDrawn}, {WrongStatus}, {TurnNotOver} or {WrongCohort}.
     /// @param cohort As in {RegistrationClosed}.
@@ -310,21 +311,18 @@ contract StakeRegistry is ReentrancyGuard {
         _checkCohort(taskID, draw, cohort);
 
         uint256 position = _positionOf(cohort, former);
-        if (!draw.hasResigned) {
+        if (!draw.hasResigned && !draw.isCutShort) {
             uint256 part = stakeIn(cohort[position]) * task.terms.silencePenaltyPpm / PPM;
             _slash(taskID, key, cohort[position], position, Offence.Silence, part);
         }
         uint256 replaced = draw.replaced | (1 << position);
         address next = address(0);
-        uint40 turnEnd = 0;
         if (task.status == Status.Locked && block.timestamp <= task.terms.deadline) {
             next = _memberAt(cohort, replaced, uint256(keccak256(abi.encodePacked(draw.seed, replaced))));
-            turnEnd = next == address(0) ? 0 : _turnEnd(task.terms);
         }
         draw.replaced = replaced;
-        draw.aggregator = next;
-        draw.turnEnd = turnEnd;
         draw.hasResigned = false;
+        uint40 turnEnd = _beginTurn(draw, task.terms, next);
         emit AggregatorReplaced(key, former, next, turnEnd);
     }
 
@@ -507,8 +505,13 @@ contract StakeRegistry is ReentrancyGuard {
         return blockhash(draw.seedBlock);
     }
 
-    function _turnEnd(Terms memory terms) private view returns (uint40) {
-        return uint40(Math.min(block.timestamp + terms.publishWindow_s, terms.deadline));
+    /// @dev Nobody's turn ends at zero.
+    function _beginTurn(Draw storage draw, Terms memory terms, address aggregator) private returns (uint40 turnEnd) {
+        uint256 end = block.timestamp + terms.publishWindow_s;
+        turnEnd = aggregator == address(0) ? 0 : uint40(Math.min(end, terms.deadline));
+        draw.aggregator = aggregator;
+        draw.turnEnd = turnEnd;
+        draw.isCutShort = end > terms.deadline;
     }
 
     /// @dev Where seed mod (the sum of the stakes) falls, walking in address order and passing over the excluded positions; zero

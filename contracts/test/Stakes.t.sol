@@ -291,6 +291,23 @@ contract StakesTest is World {
         vm.assertEq(aggregatorOf("t"), address(0), "nobody follows");
     }
 
+    /// @dev Registration closed, or the turn begun, too late for a whole turn: silence costs nothing. A whole turn to the second does.
+    function test_aTurnThatTheDeadlineCutsShortCostsNothing() public {
+        for (uint256 late = 0; late < 2; late++) {
+            string memory id = late == 0 ? "whole" : "short";
+            Terms memory t = terms();
+            t.publishWindow_s = 1 hours;
+            publish(id, address(0), 1, t);
+            vm.warp(t.deadline - 1 hours + late);
+            bytes32[] memory cohort = draw(id, keys);
+            address first = aggregatorOf(id);
+            uint256 stake = registry.stakeOf(first);
+            vm.warp(t.deadline + 1);
+            accepted(outsider, address(registry), abi.encodeCall(registry.replaceAggregator, (id, cohort)));
+            vm.assertEq(registry.stakeOf(first), late == 0 ? stake - stake / 4 : stake, "stake");
+        }
+    }
+
     function test_noReplacementAfterTheBlock() public {
         (, bytes32[] memory cohort) = block_("t", 1, same(1, 5));
         pass(2 days);
