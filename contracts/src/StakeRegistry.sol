@@ -35,9 +35,10 @@ struct Application {
 }
 
 /// @title Stakes, cohorts, the stake-weighted draw of the aggregator and of those who replace it (M2, 2.1).
-/// @notice One stake per miner backs all its tasks. It is held while one of them can still need it, and taken only for what the
-/// chain itself shows: two signed candidates, or a turn that passed without a block. What is taken goes to the other members
-/// of the cohort, in equal parts. Nobody owns this contract.
+/// @notice What a cohort records of a stake backs that task alone, and is held while the task can still need it: else a member
+/// could let a task of its own, with accomplices, take the stake before evidence about another does. A stake is taken only for
+/// what the chain itself shows: two signed candidates, or a turn that passed without a block. What is taken goes to the other
+/// members of the cohort, in equal parts. Nobody owns this contract.
 contract StakeRegistry is ReentrancyGuard {
     using SafeCast for uint256;
 
@@ -98,6 +99,8 @@ contract StakeRegistry is ReentrancyGuard {
     mapping(address miner => uint256) public creditOf;
 
     mapping(address miner => Account) private _accounts;
+    /// @dev Wei of the stake that tasks recorded and did not take; means nothing after lockedUntil. Never more than the stake.
+    mapping(address miner => uint256) private _recorded;
     mapping(bytes32 taskKey => Draw) private _draws;
     mapping(bytes32 taskKey => mapping(uint256 position => mapping(Offence => Slash))) private _slashes;
 
@@ -136,6 +139,7 @@ contract StakeRegistry is ReentrancyGuard {
     error SeedNotMined(uint40 seedBlock, uint256 blockNumber);
     error SeedExpired(uint40 seedBlock, uint256 blockNumber);
     error SeedAvailable(uint40 seedBlock, uint256 blockNumber);
+    error EvidenceTooLate(uint40 latestEnd, uint256 timestamp);
     error NotTheTurn(string taskID, address caller, address aggregator);
     error TurnNotOver(uint40 turnEnd, uint256 timestamp);
     error TurnOver(uint40 turnEnd, uint256 timestamp);
@@ -189,7 +193,7 @@ contract StakeRegistry is ReentrancyGuard {
         if (block.timestamp < account.withdrawableAt) {
             revert WithdrawalTooEarly(account.withdrawableAt, block.timestamp);
         }
-        if (block.timestamp <= account.lockedUntil) revert StakeLocked(account.lockedUntil, block.timestamp);
+        if (_isHeld(account)) revert StakeLocked(account.lockedUntil, block.timestamp);
 
         account.requested = 0;
         account.stake -= amount;
@@ -294,8 +298,9 @@ contract StakeRegistry is ReentrancyGuard {
 
     /// @notice Ends the turn of an aggregator that resigned, or whose turn passed without a block, and draws the next by the same
     /// seed among the members that had no turn yet, as long as the deadline has not passed. Anyone may call it. The silent one
-    /// loses the part of its recorded stake that the task announced, unless the deadline had cut its turn short: else a publisher
-    /// that closes registration seconds before the deadline could take the stakes of miners that cannot react in time.
+    /// loses the part of its recorded stake that the task announced, unless the deadline had cut its turn short (else a publisher
+    /// that closes registration seconds before the deadline could take the stakes of miners that cannot react in time), or the
+    /// task's latest end has passed.
     /// @dev Emits {StakeSlashed} for silence, and {AggregatorReplaced} with aggregator zero when nobody follows. Reverts with
     /// {NotDrawn}, {WrongStatus}, {TurnNotOver} or {WrongCohort}.
     /// @param cohort As in {RegistrationClosed}.
@@ -311,7 +316,7 @@ contract StakeRegistry is ReentrancyGuard {
         _checkCohort(taskID, draw, cohort);
 
         uint256 position = _positionOf(cohort, former);
-        if (!draw.hasResigned && !draw.isCutShort) {
+        if (!draw.hasResigned && !draw.isCutShort && block.timestamp <= _latestEnd(task.terms)) {
             uint256 part = stakeIn(cohort[position]) * task.terms.silencePenaltyPpm / PPM;
             _slash(taskID, key, cohort[position], position, Offence.Silence, part);
         }
@@ -328,9 +333,9 @@ contract StakeRegistry is ReentrancyGuard {
 
     // Slashing
 
-    /// @notice Takes the whole recorded stake of a present or former aggregator, or what is left of it. Once per aggregator and
-    /// task. Only BlockPublisher, which checked the proof.
-    /// @dev Emits {StakeSlashed}. Reverts with {OnlyContract}, {WrongCohort}, {NotTheTurn} or {AlreadySlashed}.
+    /// @notice Takes the whole recorded stake of a present or former aggregator, less what its silence cost it already. Once per
+    /// aggregator and task, until the task's latest end. Only BlockPublisher, which checked the proof.
+    /// @dev Emits {StakeSlashed}. Reverts with {OnlyContract}, {WrongCohort}, {NotTheTurn}, {EvidenceTooLate} or {AlreadySlashed}.
     /// @param cohort As in {RegistrationClosed}.
     function slashEquivocation(string calldata taskID, address aggregator, bytes32[] calldata cohort) external {
         bytes32 key = taskKeyOf(taskID);
@@ -342,6 +347,8 @@ contract StakeRegistry is ReentrancyGuard {
         if (position == cohort.length || (aggregator != draw.aggregator && (draw.replaced >> position) & 1 == 0)) {
             revert NotTheTurn(taskID, aggregator, draw.aggregator);
         }
+        uint40 end = _latestEnd(escrow.getTask(key).terms);
+        if (block.timestamp > end) revert EvidenceTooLate(end, block.timestamp);
 
         _slash(taskID, key, cohort[position], position, Offence.Equivocation, stakeIn(cohort[position]));
     }
@@ -386,9 +393,10 @@ contract StakeRegistry is ReentrancyGuard {
         return _accounts[miner].stake;
     }
 
-    /// @notice The stake of a miner that counts for cohorts and draws: without requested withdrawals.
+    /// @notice The stake of a miner that counts for cohorts and draws: without requested withdrawals, and without what other tasks
+    /// recorded while one of them holds the stake.
     function availableStake(address miner) external view returns (uint256) {
-        return _available(_accounts[miner]);
+        return _available(miner);
     }
 
     /// @notice The requested withdrawal of a miner, and the two times that it has to wait for.
@@ -473,15 +481,15 @@ contract StakeRegistry is ReentrancyGuard {
         private
         returns (bytes32[] memory cohort)
     {
-        uint40 latestEnd = terms.deadline + terms.publisherRevealWindow_s + terms.aggregatorRevealWindow_s
-            + terms.scoreRevealWindow_s;
+        uint40 latestEnd = _latestEnd(terms);
         uint256 total = 0;
         cohort = new bytes32[](applications.length);
         for (uint256 i = 0; i < applications.length; i++) {
             address miner = applications[i].miner;
             Account storage account = _accounts[miner];
-            uint88 stake = _available(account);
+            uint88 stake = _available(miner);
             if (stake < terms.minStake) revert InsufficientStake(miner, stake, terms.minStake);
+            _recorded[miner] = stake + (_isHeld(account) ? _recorded[miner] : 0);
             if (latestEnd > account.lockedUntil) account.lockedUntil = latestEnd;
             cohort[i] = memberWord(miner, stake);
             total += stake;
@@ -489,8 +497,19 @@ contract StakeRegistry is ReentrancyGuard {
         if (total == 0) revert CohortWithoutStake(taskID);
     }
 
-    function _available(Account storage account) private view returns (uint88) {
-        return account.stake - account.requested;
+    function _isHeld(Account storage account) private view returns (bool) {
+        return block.timestamp <= account.lockedUntil;
+    }
+
+    function _available(address miner) private view returns (uint88) {
+        Account storage account = _accounts[miner];
+        uint256 other = account.requested + (_isHeld(account) ? _recorded[miner] : 0);
+        return account.stake > other ? uint88(account.stake - other) : 0;
+    }
+
+    /// @dev The last second in which anything about a task can matter.
+    function _latestEnd(Terms memory terms) private pure returns (uint40) {
+        return terms.deadline + terms.publisherRevealWindow_s + terms.aggregatorRevealWindow_s + terms.scoreRevealWindow_s;
     }
 
     function _checkCohort(string calldata taskID, Draw storage draw, bytes32[] calldata cohort) private view {
@@ -538,7 +557,8 @@ contract StakeRegistry is ReentrancyGuard {
         while (position < cohort.length && accountOf(cohort[position]) != account) position++;
     }
 
-    /// @dev Takes at most what is left of the stake. A requested withdrawal never exceeds the stake.
+    /// @dev Both offences together take at most what the task recorded, which is there until its latest end. A requested
+    /// withdrawal never exceeds the stake.
     function _slash(
         string calldata taskID,
         bytes32 key,
@@ -552,8 +572,10 @@ contract StakeRegistry is ReentrancyGuard {
         if (slash.isDone) revert AlreadySlashed(taskID, culprit);
 
         Account storage account = _accounts[culprit];
-        uint88 amount = uint88(Math.min(account.stake, most));
+        Offence other = offence == Offence.Silence ? Offence.Equivocation : Offence.Silence;
+        uint88 amount = uint88(Math.min(stakeIn(member) - _slashes[key][position][other].amount, most));
         uint88 left = account.stake - amount;
+        _recorded[culprit] -= amount;
         account.stake = left;
         if (account.requested > left) account.requested = left;
         slash.isDone = true;

@@ -2,6 +2,7 @@
 pragma solidity ^0.8.28;
 
 import {BlockPublisher, Candidate, Vote} from "../src/BlockPublisher.sol";
+import {accountOf} from "../src/Cohort.sol";
 import {HealChainEscrow} from "../src/HealChainEscrow.sol";
 import {Claim, Place, RewardDistribution} from "../src/RewardDistribution.sol";
 import {Application, StakeRegistry} from "../src/StakeRegistry.sol";
@@ -173,6 +174,7 @@ contract AttacksTest is World {
             Hostile hostile = new Hostile();
             hostile.behave(Hostile.Manner(manner), "");
             publisher = address(hostile);
+            restock(10 ether);
             string memory id = vm.toString(manner);
             (Candidate memory made,) = block_(id, 1000, same(1, 5));
             settle(made, same(1, 5));
@@ -240,6 +242,82 @@ contract AttacksTest is World {
         Vote memory second = signed(keyOf[c.aggregator], blocks.candidateHash(other));
         blocks.reportEquivocation(c, first, other, second, cohort);
         vm.assertEq(registry.stakeOf(c.aggregator), 9 ether, "what the task recorded is taken");
+    }
+
+    // An insider lets accomplices take its stake before evidence does
+
+    /// @dev A task of the insider's own with two accomplices, of which only the insider can be drawn; silence costs everything.
+    function ownTask(uint40 deadline, uint256 insider) private returns (uint256[] memory who) {
+        hire(2, 0);
+        who = new uint256[](3);
+        uint256 count = 0;
+        for (uint256 i = 0; i < keys.length; i++) {
+            if (keys[i] == insider || registry.stakeOf(miner(i)) == 0) who[count++] = keys[i];
+        }
+        Terms memory t = terms();
+        (t.deadline, t.silencePenaltyPpm, t.publishWindow_s) = (deadline, 1_000_000, 1);
+        publish("own", address(0), 1, t);
+    }
+
+    function twoCandidates(string memory id, uint256 key) private view returns (Candidate memory, Vote memory, Candidate memory, Vote memory) {
+        Candidate memory a = candidateOf(id, three(keys[0], keys[1], keys[2]), same(1, 3));
+        Candidate memory b = candidateOf(id, three(keys[0], keys[1], keys[2]), same(2, 3));
+        a.aggregator = b.aggregator = vm.addr(key);
+        return (a, signed(key, blocks.candidateHash(a)), b, signed(key, blocks.candidateHash(b)));
+    }
+
+    function report(string memory id, uint256 key, bytes32[] memory members) private returns (bytes4) {
+        (Candidate memory a, Vote memory x, Candidate memory b, Vote memory y) = twoCandidates(id, key);
+        (bool ok, bytes memory answer) =
+            address(blocks).call(abi.encodeCall(blocks.reportEquivocation, (a, x, b, y, members)));
+        return ok ? bytes4(0) : bytes4(answer);
+    }
+
+    function test_selfSlashInAnotherTask() public {
+        drawn();
+        uint256 insider = keyOf[c.aggregator];
+        uint256[] memory gang = ownTask(uint40(time() + 1 days), insider);
+        Application[] memory applications = applicationsOf("own", gang);
+        bytes memory closing = abi.encodeCall(registry.closeRegistration, ("own", applications));
+        refused(publisher, address(registry), closing, StakeRegistry.CohortWithoutStake.selector);
+        // With more stake the gang can take from it what is more, and no part of what backs the first task.
+        deposit(c.aggregator, 1 ether);
+        bytes32[] memory members = draw("own", gang);
+        pass(2);
+        registry.replaceAggregator("own", members);
+        vm.assertEq(registry.stakeOf(c.aggregator), 10 ether, "only the top-up");
+        vm.assertEq(bytes32(report("t", insider, cohort)), 0, "reported");
+        vm.assertEq(registry.stakeOf(c.aggregator), 0, "all that the task recorded");
+        vm.assertEq(registry.getSlash(keccak256("t"), placeIn(cohort), StakeRegistry.Offence.Equivocation).amount, 10 ether, "taken");
+    }
+
+    function placeIn(bytes32[] memory members) private view returns (uint256 position) {
+        while (accountOf(members[position]) != c.aggregator) position++;
+    }
+
+    /// @dev Evidence about a task that is over is worth nothing: the stake backs other tasks since.
+    function test_selfSlashInAnOldTask() public {
+        uint256 insider = keys[0];
+        uint256[] memory honest = keys;
+        uint256[] memory gang = ownTask(uint40(time() + 1 hours), insider);
+        keys = honest;
+        bytes32[] memory members = draw("own", gang);
+        pass(1 hours + 6 hours + 1);
+        publish("t", 1);
+        cohort = close("t", keys);
+        vm.assertEq(bytes32(report("own", insider, members)), StakeRegistry.EvidenceTooLate.selector, "too late");
+        registry.replaceAggregator("own", members);
+        vm.assertEq(registry.stakeOf(vm.addr(insider)), 10 ether, "untouched");
+    }
+
+    /// @dev Silence and equivocation in one task take what it recorded, and nothing of a later top-up.
+    function test_twoOffencesTakeTheRecordedStakeOnce() public {
+        drawn();
+        deposit(c.aggregator, 100 ether);
+        pass(1 days + 1);
+        registry.replaceAggregator("t", cohort);
+        vm.assertEq(bytes32(report("t", keyOf[c.aggregator], cohort)), 0, "reported");
+        vm.assertEq(registry.stakeOf(c.aggregator), 100 ether, "the top-up");
     }
 
     // Votes
@@ -525,6 +603,7 @@ contract AttacksTest is World {
         publish("worthless", address(token), 1e18, terms());
         (Candidate memory cheap,) = blockOf("worthless", same(1, 5));
         settle(cheap, same(1, 5));
+        restock(10 ether);
         published();
         settle(c, same(1, 5));
         Claim[] memory claims = new Claim[](2);

@@ -192,7 +192,7 @@ contract PublisherTest is World {
         vm.assertEq(registry.stakeOf(aggregator), 7.5 ether, "silence");
         Candidate memory c = candidateOf("t", keys, same(5, 5));
         accepted(c.aggregator, address(blocks), publication(c));
-        pass(10 days);
+        vm.warp(escrow.getTask(keccak256("t")).terms.deadline + 6 hours);
         accepted(outsider, address(blocks), report);
         vm.assertEq(registry.stakeOf(aggregator), 0, "the rest");
         uint256 innocent = innocentKey(c.aggregator);

@@ -156,6 +156,7 @@ contract RewardsTest is World {
     function test_anImpossibleRequirement() public {
         uint256[2] memory impossible = [uint256(1_000_001), type(uint256).max];
         for (uint256 i = 0; i < 2; i++) {
+            restock(10 ether);
             vm.deal(publisher, 1000);
             vm.prank(publisher);
             string memory id = i == 0 ? "t" : "u";
@@ -259,6 +260,7 @@ contract RewardsTest is World {
     function test_oneCallForSeveralTasksAndTheBalance() public {
         blockWith(same(1, 5));
         settle(c, same(1, 5));
+        restock(10 ether);
         (Candidate memory second,) = block_("u", 500, same(1, 5));
         settle(second, same(1, 5));
         Claim[] memory claims = new Claim[](2);

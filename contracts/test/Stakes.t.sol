@@ -72,6 +72,7 @@ contract StakesTest is World {
         Terms memory t = terms();
         t.deadline = uint40(time() + 1 days);
         publish("u", address(0), 1, t);
+        for (uint256 i = 0; i < 5; i++) deposit(vm.addr(keys[i]), 1);
         close("u", keys);
         (,, lockedUntil) = registry.getWithdrawal(miner);
         vm.assertEq(lockedUntil, end, "still held");
@@ -284,7 +285,7 @@ contract StakesTest is World {
         publish("t", 1);
         bytes32[] memory cohort = draw("t", keys);
         address first = aggregatorOf("t");
-        pass(11 days);
+        pass(10 days + 5 hours);
         accepted(publisher, address(escrow), abi.encodeCall(escrow.refundPublisher, ("t", publisher)));
         accepted(outsider, address(registry), abi.encodeCall(registry.replaceAggregator, ("t", cohort)));
         vm.assertEq(registry.stakeOf(first), 7.5 ether, "a quarter");
