@@ -29,14 +29,17 @@ struct Application {
     /// keccak256 of the encryption key (33 bytes).
     bytes32 encryptionKeyHash;
     bytes32 datasetProofSha256;
+    /// Wei that the miner puts behind the task.
+    uint88 stake;
     /// The miner's EIP-712 signature of the Registration, in the compact form of EIP-2098.
     bytes32 r;
     bytes32 vs;
 }
 
 /// @title Stakes, cohorts, the stake-weighted draw of the aggregator and of those who replace it (M2, 2.1).
-/// @notice One stake per miner backs all its tasks. It is held while one of them can still need it, and taken only for what the
-/// chain itself shows: two signed candidates, or a turn that passed without a block. What is taken goes to the other members
+/// @notice A miner signs how much stake it puts behind a task. That part backs this task alone until the task's latest end: else a
+/// member could let a task of its own, with accomplices, take it before evidence about another does. It is taken only for what
+/// the chain itself shows: two signed candidates, or a turn that passed without a block. What is taken goes to the other members
 /// of the cohort, in equal parts. Nobody owns this contract.
 contract StakeRegistry is ReentrancyGuardTransient {
     using SafeCast for uint256;
@@ -44,12 +47,16 @@ contract StakeRegistry is ReentrancyGuardTransient {
     /// @dev One slot. 88 bits of wei are 309 million ether.
     struct Account {
         uint88 stake;
-        /// Part of the stake whose withdrawal is requested.
-        uint88 requested;
-        /// Unix seconds from which the requested part may be withdrawn, if no task holds it.
+        /// Part of the stake that tasks recorded since heldSince; counts until heldUntil, the latest end of all these tasks.
+        uint88 recorded;
+        uint40 heldSince;
+        uint40 heldUntil;
+    }
+
+    /// @dev A part that left the stake and waits for the delay to pass. No task can record or take it.
+    struct Withdrawal {
+        uint88 amount;
         uint40 withdrawableAt;
-        /// Unix seconds until which a task holds the whole stake.
-        uint40 lockedUntil;
     }
 
     struct Draw {
@@ -60,10 +67,14 @@ contract StakeRegistry is ReentrancyGuardTransient {
         /// Zero while registration is open.
         uint40 seedBlock;
         bool hasResigned;
+        /// The deadline left the aggregator less than the task's publishWindow_s: its silence costs nothing.
+        bool isCutShort;
         bytes32 cohortHash;
         bytes32 seed;
         /// A bit per position in the cohort: who was replaced.
         uint256 replaced;
+        /// A bit per position in the cohort: whose recorded stake was given back by releaseStake.
+        uint256 released;
     }
 
     /// @notice What was taken from one member of a cohort for one offence, and who of the others has had its part.
@@ -82,7 +93,7 @@ contract StakeRegistry is ReentrancyGuardTransient {
 
     /// @notice Type hash of the EIP-712 struct Registration.
     bytes32 public constant REGISTRATION_TYPEHASH = keccak256(
-        "Registration(string task_id,uint32 round_number,address miner,bytes encryption_key,bytes32 dataset_proof_sha256)"
+        "Registration(string task_id,uint32 round_number,address miner,bytes encryption_key,bytes32 dataset_proof_sha256,uint96 stake_wei)"
     );
 
     /// @notice The escrow of this deployment.
@@ -96,6 +107,7 @@ contract StakeRegistry is ReentrancyGuardTransient {
     mapping(address miner => uint256) public creditOf;
 
     mapping(address miner => Account) private _accounts;
+    mapping(address miner => Withdrawal) private _withdrawals;
     mapping(bytes32 taskKey => Draw) private _draws;
     mapping(bytes32 taskKey => mapping(uint256 position => mapping(Offence => Slash))) private _slashes;
 
@@ -112,6 +124,7 @@ contract StakeRegistry is ReentrancyGuardTransient {
         bytes32 indexed taskKey, address indexed former, address indexed aggregator, uint40 turnEnd
     );
     event SeedMoved(bytes32 indexed taskKey, uint40 expiredBlock, uint40 seedBlock);
+    event StakeReleased(bytes32 indexed taskKey, address indexed miner, uint256 amount);
     event StakeSlashed(
         bytes32 indexed taskKey, address indexed aggregator, Offence offence, uint256 position, uint256 amount
     );
@@ -121,7 +134,7 @@ contract StakeRegistry is ReentrancyGuardTransient {
     error InsufficientStake(address miner, uint256 stake, uint256 needed);
     error NothingToWithdraw(address account);
     error WithdrawalTooEarly(uint40 withdrawableAt, uint256 timestamp);
-    error StakeLocked(uint40 lockedUntil, uint256 timestamp);
+    error StakeHeld(uint40 heldUntil, uint256 timestamp);
     error PublisherCannotMine(string taskID, address publisher);
     error InvalidApplication(uint256 index, address miner);
     error RegistrationIsClosed(string taskID);
@@ -134,6 +147,7 @@ contract StakeRegistry is ReentrancyGuardTransient {
     error SeedNotMined(uint40 seedBlock, uint256 blockNumber);
     error SeedExpired(uint40 seedBlock, uint256 blockNumber);
     error SeedAvailable(uint40 seedBlock, uint256 blockNumber);
+    error EvidenceTooLate(uint40 latestEnd, uint256 timestamp);
     error NotTheTurn(string taskID, address caller, address aggregator);
     error TurnNotOver(uint40 turnEnd, uint256 timestamp);
     error TurnOver(uint40 turnEnd, uint256 timestamp);
@@ -162,38 +176,64 @@ contract StakeRegistry is ReentrancyGuardTransient {
         emit StakeDeposited(msg.sender, msg.value, stake);
     }
 
-    /// @notice Asks to withdraw part of the sender's stake after the delay. Replaces an earlier request; zero cancels it.
-    /// The requested part no longer counts as available.
+    /// @notice Takes part of the sender's available stake out of it; it is paid out after the delay. Replaces an earlier request,
+    /// whose amount goes back into the stake first; zero cancels it.
     /// @dev Emits {WithdrawalRequested}. Reverts with {InsufficientStake}.
-    /// @param amount Wei, at most the stake.
+    /// @param amount Wei, at most what is available then.
     function requestWithdrawal(uint256 amount) external {
         Account storage account = _accounts[msg.sender];
-        if (amount > account.stake) revert InsufficientStake(msg.sender, account.stake, amount);
+        Withdrawal storage withdrawal = _withdrawals[msg.sender];
+        uint256 available = uint256(_available(account)) + withdrawal.amount;
+        if (amount > available) revert InsufficientStake(msg.sender, available, amount);
 
         uint40 withdrawableAt = (block.timestamp + withdrawalDelay_s).toUint40();
-        account.requested = amount.toUint88();
-        account.withdrawableAt = withdrawableAt;
+        account.stake = uint88(uint256(account.stake) + withdrawal.amount - amount);
+        withdrawal.amount = uint88(amount);
+        withdrawal.withdrawableAt = withdrawableAt;
         emit WithdrawalRequested(msg.sender, amount, withdrawableAt);
     }
 
-    /// @notice Pays the requested part of the sender's stake, after the delay and when no task holds the stake.
-    /// @dev Emits {StakeWithdrawn}. Reverts with {NothingToWithdraw}, {WithdrawalTooEarly}, {StakeLocked}, InvalidRecipient or
-    /// TransferFailed.
+    /// @notice Pays what the sender requested to withdraw, after the delay.
+    /// @dev Emits {StakeWithdrawn}. Reverts with {NothingToWithdraw}, {WithdrawalTooEarly}, InvalidRecipient or TransferFailed.
     /// @param recipient Who gets it: the sender itself, or another account if it cannot receive.
     function withdrawStake(address recipient) external nonReentrant {
-        Account storage account = _accounts[msg.sender];
-        uint88 amount = account.requested;
+        Withdrawal storage withdrawal = _withdrawals[msg.sender];
+        uint88 amount = withdrawal.amount;
         if (amount == 0) revert NothingToWithdraw(msg.sender);
-        if (block.timestamp < account.withdrawableAt) {
-            revert WithdrawalTooEarly(account.withdrawableAt, block.timestamp);
+        if (block.timestamp < withdrawal.withdrawableAt) {
+            revert WithdrawalTooEarly(withdrawal.withdrawableAt, block.timestamp);
         }
-        if (block.timestamp <= account.lockedUntil) revert StakeLocked(account.lockedUntil, block.timestamp);
 
-        account.requested = 0;
-        account.stake -= amount;
+        withdrawal.amount = 0;
         emit StakeWithdrawn(msg.sender, recipient, amount);
 
         pay(address(0), recipient, amount);
+    }
+
+    /// @notice Makes the stake that a task recorded of a member available again, once its latest end has passed. Anyone may call it,
+    /// for anyone. Only needed while other tasks hold some of the member's stake: when none does, all of it is available.
+    /// @dev Emits {StakeReleased}. Reverts with {StakeHeld}, {WrongCohort} or {NotEntitled}: there is no such member, or nothing of
+    /// it is recorded for this task any more.
+    /// @param cohort As in {RegistrationClosed}.
+    /// @param position Position in the cohort.
+    function releaseStake(string calldata taskID, bytes32[] calldata cohort, uint256 position) external {
+        bytes32 key = taskKeyOf(taskID);
+        Draw storage draw = _draws[key];
+        uint40 end = _latestEnd(escrow.getTask(key).terms);
+
+        _checkCohort(taskID, draw, cohort);
+        if (block.timestamp <= end) revert StakeHeld(end, block.timestamp);
+        if (position >= cohort.length || (draw.released >> position) & 1 != 0) revert NotEntitled(taskID, position);
+        address miner = accountOf(cohort[position]);
+        Account storage account = _accounts[miner];
+        // What was recorded before heldSince is available since then, and is not part of what is recorded now.
+        if (!_isHeld(account) || end < account.heldSince) revert NotEntitled(taskID, position);
+
+        uint256 amount = stakeIn(cohort[position]) - _slashes[key][position][Offence.Silence].amount
+            - _slashes[key][position][Offence.Equivocation].amount;
+        draw.released |= 1 << position;
+        account.recorded -= uint88(amount);
+        emit StakeReleased(key, miner, amount);
     }
 
     /// @notice Pays what the sender was credited from slashed stakes. No delay, no lock.
@@ -212,8 +252,8 @@ contract StakeRegistry is ReentrancyGuardTransient {
     // Cohort and draw
 
     /// @notice Fixes the cohort of a task, once. Only its publisher may. Every member applied by a signed Registration for this
-    /// task. The available stakes are recorded for the draw and held until the task's latest possible end; the draw is seeded by
-    /// the next block.
+    /// task. The stakes that they signed for are recorded for the draw and held until the task's latest possible end; the draw is
+    /// seeded by the next block.
     /// @dev Emits {RegistrationClosed}, whose cohort is what later calls have to bring along. Reverts with {WrongStatus},
     /// {DeadlinePast}, {RegistrationIsClosed}, {NotPublisher}, {CohortSize}, {NotAscending}, {PublisherCannotMine},
     /// {InvalidApplication}, {InsufficientStake} or {CohortWithoutStake}.
@@ -255,11 +295,9 @@ contract StakeRegistry is ReentrancyGuardTransient {
         _checkCohort(taskID, draw, cohort);
 
         bytes32 seed = keccak256(abi.encodePacked(taskID, blockHash));
-        uint40 turnEnd = _turnEnd(task.terms);
         address aggregator = _memberAt(cohort, 0, uint256(seed));
         draw.seed = seed;
-        draw.aggregator = aggregator;
-        draw.turnEnd = turnEnd;
+        uint40 turnEnd = _beginTurn(draw, task.terms, aggregator);
         emit AggregatorDrawn(key, aggregator, seedBlock, blockHash, seed, turnEnd);
     }
 
@@ -294,7 +332,9 @@ contract StakeRegistry is ReentrancyGuardTransient {
 
     /// @notice Ends the turn of an aggregator that resigned, or whose turn passed without a block, and draws the next by the same
     /// seed among the members that had no turn yet, as long as the deadline has not passed. Anyone may call it. The silent one
-    /// loses the part of its recorded stake that the task announced.
+    /// loses the part of its recorded stake that the task announced, unless the deadline had cut its turn short (else a publisher
+    /// that closes registration seconds before the deadline could take the stakes of miners that cannot react in time), or the
+    /// task's latest end has passed.
     /// @dev Emits {StakeSlashed} for silence, and {AggregatorReplaced} with aggregator zero when nobody follows. Reverts with
     /// {NotDrawn}, {WrongStatus}, {TurnNotOver} or {WrongCohort}.
     /// @param cohort As in {RegistrationClosed}.
@@ -310,29 +350,26 @@ contract StakeRegistry is ReentrancyGuardTransient {
         _checkCohort(taskID, draw, cohort);
 
         uint256 position = _positionOf(cohort, former);
-        if (!draw.hasResigned) {
+        if (!draw.hasResigned && !draw.isCutShort && block.timestamp <= _latestEnd(task.terms)) {
             uint256 part = stakeIn(cohort[position]) * task.terms.silencePenaltyPpm / PPM;
             _slash(taskID, key, cohort[position], position, Offence.Silence, part);
         }
         uint256 replaced = draw.replaced | (1 << position);
         address next = address(0);
-        uint40 turnEnd = 0;
         if (task.status == Status.Locked && block.timestamp <= task.terms.deadline) {
             next = _memberAt(cohort, replaced, uint256(keccak256(abi.encodePacked(draw.seed, replaced))));
-            turnEnd = next == address(0) ? 0 : _turnEnd(task.terms);
         }
         draw.replaced = replaced;
-        draw.aggregator = next;
-        draw.turnEnd = turnEnd;
         draw.hasResigned = false;
+        uint40 turnEnd = _beginTurn(draw, task.terms, next);
         emit AggregatorReplaced(key, former, next, turnEnd);
     }
 
     // Slashing
 
-    /// @notice Takes the whole recorded stake of a present or former aggregator, or what is left of it. Once per aggregator and
-    /// task. Only BlockPublisher, which checked the proof.
-    /// @dev Emits {StakeSlashed}. Reverts with {OnlyContract}, {WrongCohort}, {NotTheTurn} or {AlreadySlashed}.
+    /// @notice Takes the whole recorded stake of a present or former aggregator, less what its silence cost it already. Once per
+    /// aggregator and task, until the task's latest end. Only BlockPublisher, which checked the proof.
+    /// @dev Emits {StakeSlashed}. Reverts with {OnlyContract}, {WrongCohort}, {NotTheTurn}, {EvidenceTooLate} or {AlreadySlashed}.
     /// @param cohort As in {RegistrationClosed}.
     function slashEquivocation(string calldata taskID, address aggregator, bytes32[] calldata cohort) external {
         bytes32 key = taskKeyOf(taskID);
@@ -344,6 +381,8 @@ contract StakeRegistry is ReentrancyGuardTransient {
         if (position == cohort.length || (aggregator != draw.aggregator && (draw.replaced >> position) & 1 == 0)) {
             revert NotTheTurn(taskID, aggregator, draw.aggregator);
         }
+        uint40 end = _latestEnd(escrow.getTask(key).terms);
+        if (block.timestamp > end) revert EvidenceTooLate(end, block.timestamp);
 
         _slash(taskID, key, cohort[position], position, Offence.Equivocation, stakeIn(cohort[position]));
     }
@@ -383,27 +422,28 @@ contract StakeRegistry is ReentrancyGuardTransient {
 
     // Views
 
-    /// @notice The whole stake of a miner in wei, requested withdrawals included.
+    /// @notice The stake of a miner in wei, what tasks recorded included and requested withdrawals not.
     function stakeOf(address miner) external view returns (uint256) {
         return _accounts[miner].stake;
     }
 
-    /// @notice The stake of a miner that counts for cohorts and draws: without requested withdrawals.
+    /// @notice The stake of a miner that no task holds: what it can put behind another, or withdraw.
     function availableStake(address miner) external view returns (uint256) {
         return _available(_accounts[miner]);
     }
 
-    /// @notice The requested withdrawal of a miner, and the two times that it has to wait for.
+    /// @notice Until when tasks hold part of a miner's stake, in unix seconds, and how much they recorded.
+    function getHold(address miner) external view returns (uint256 recorded, uint40 heldUntil) {
+        Account storage account = _accounts[miner];
+        return (_isHeld(account) ? account.recorded : 0, account.heldUntil);
+    }
+
+    /// @notice The requested withdrawal of a miner.
     /// @return amount Wei requested.
     /// @return withdrawableAt Unix seconds when the delay ends.
-    /// @return lockedUntil Unix seconds until which a task holds the stake.
-    function getWithdrawal(address miner)
-        external
-        view
-        returns (uint256 amount, uint40 withdrawableAt, uint40 lockedUntil)
-    {
-        Account storage account = _accounts[miner];
-        return (account.requested, account.withdrawableAt, account.lockedUntil);
+    function getWithdrawal(address miner) external view returns (uint256 amount, uint40 withdrawableAt) {
+        Withdrawal storage withdrawal = _withdrawals[miner];
+        return (withdrawal.amount, withdrawal.withdrawableAt);
     }
 
     /// @notice What anyone needs to recompute the draw, and whose turn it is.
@@ -462,7 +502,9 @@ contract StakeRegistry is ReentrancyGuardTransient {
             if (a.miner <= (i == 0 ? address(0) : applications[i - 1].miner)) revert NotAscending(i, a.miner);
             if (a.miner == publisher) revert PublisherCannotMine(taskID, a.miner);
             registrations[i] = keccak256(
-                abi.encode(REGISTRATION_TYPEHASH, key, uint32(0), a.miner, a.encryptionKeyHash, a.datasetProofSha256)
+                abi.encode(
+                    REGISTRATION_TYPEHASH, key, uint32(0), a.miner, a.encryptionKeyHash, a.datasetProofSha256, a.stake
+                )
             );
             bytes32 digest = MessageHashUtils.toTypedDataHash(domain, registrations[i]);
             (address signer,,) = ECDSA.tryRecover(digest, a.r, a.vs);
@@ -470,29 +512,49 @@ contract StakeRegistry is ReentrancyGuardTransient {
         }
     }
 
-    /// @dev Records the available stakes, and holds them until no evidence about this task can matter any more.
+    /// @dev Records the stakes that were signed for, and holds them until no evidence about this task can matter any more.
     function _holdStakes(string calldata taskID, Application[] calldata applications, Terms memory terms)
         private
         returns (bytes32[] memory cohort)
     {
-        uint40 latestEnd = terms.deadline + terms.publisherRevealWindow_s + terms.aggregatorRevealWindow_s
-            + terms.scoreRevealWindow_s;
+        uint40 latestEnd = _latestEnd(terms);
         uint256 total = 0;
         cohort = new bytes32[](applications.length);
         for (uint256 i = 0; i < applications.length; i++) {
-            address miner = applications[i].miner;
-            Account storage account = _accounts[miner];
-            uint88 stake = _available(account);
-            if (stake < terms.minStake) revert InsufficientStake(miner, stake, terms.minStake);
-            if (latestEnd > account.lockedUntil) account.lockedUntil = latestEnd;
-            cohort[i] = memberWord(miner, stake);
+            uint88 stake = applications[i].stake;
+            _hold(applications[i].miner, stake, terms.minStake, latestEnd);
+            cohort[i] = memberWord(applications[i].miner, stake);
             total += stake;
         }
         if (total == 0) revert CohortWithoutStake(taskID);
     }
 
+    function _hold(address miner, uint88 stake, uint88 minStake, uint40 latestEnd) private {
+        Account memory account = _accounts[miner];
+        if (stake < minStake) revert InsufficientStake(miner, stake, minStake);
+        if (block.timestamp > account.heldUntil) {
+            account.recorded = 0;
+            account.heldSince = uint40(block.timestamp);
+        }
+        uint256 available = account.stake - account.recorded;
+        if (stake > available) revert InsufficientStake(miner, available, stake);
+        account.recorded += stake;
+        if (latestEnd > account.heldUntil) account.heldUntil = latestEnd;
+        _accounts[miner] = account;
+    }
+
+    function _isHeld(Account storage account) private view returns (bool) {
+        return block.timestamp <= account.heldUntil;
+    }
+
+    /// @dev What is recorded is never more than the stake.
     function _available(Account storage account) private view returns (uint88) {
-        return account.stake - account.requested;
+        return _isHeld(account) ? account.stake - account.recorded : account.stake;
+    }
+
+    /// @dev The last second in which anything about a task can matter.
+    function _latestEnd(Terms memory terms) private pure returns (uint40) {
+        return terms.deadline + terms.publisherRevealWindow_s + terms.aggregatorRevealWindow_s + terms.scoreRevealWindow_s;
     }
 
     function _checkCohort(string calldata taskID, Draw storage draw, bytes32[] calldata cohort) private view {
@@ -507,8 +569,13 @@ contract StakeRegistry is ReentrancyGuardTransient {
         return blockhash(draw.seedBlock);
     }
 
-    function _turnEnd(Terms memory terms) private view returns (uint40) {
-        return uint40(Math.min(block.timestamp + terms.publishWindow_s, terms.deadline));
+    /// @dev Nobody's turn ends at zero.
+    function _beginTurn(Draw storage draw, Terms memory terms, address aggregator) private returns (uint40 turnEnd) {
+        uint256 end = block.timestamp + terms.publishWindow_s;
+        turnEnd = aggregator == address(0) ? 0 : uint40(Math.min(end, terms.deadline));
+        draw.aggregator = aggregator;
+        draw.turnEnd = turnEnd;
+        draw.isCutShort = end > terms.deadline;
     }
 
     /// @dev Where seed mod (the sum of the stakes) falls, walking in address order and passing over the excluded positions; zero
@@ -535,7 +602,7 @@ contract StakeRegistry is ReentrancyGuardTransient {
         while (position < cohort.length && accountOf(cohort[position]) != account) position++;
     }
 
-    /// @dev Takes at most what is left of the stake. A requested withdrawal never exceeds the stake.
+    /// @dev Both offences together take at most what the task recorded, which is there until its latest end.
     function _slash(
         string calldata taskID,
         bytes32 key,
@@ -549,10 +616,10 @@ contract StakeRegistry is ReentrancyGuardTransient {
         if (slash.isDone) revert AlreadySlashed(taskID, culprit);
 
         Account storage account = _accounts[culprit];
-        uint88 amount = uint88(Math.min(account.stake, most));
-        uint88 left = account.stake - amount;
-        account.stake = left;
-        if (account.requested > left) account.requested = left;
+        Offence other = offence == Offence.Silence ? Offence.Equivocation : Offence.Silence;
+        uint88 amount = uint88(Math.min(stakeIn(member) - _slashes[key][position][other].amount, most));
+        account.stake -= amount;
+        account.recorded -= amount;
         slash.isDone = true;
         slash.amount = amount;
         emit StakeSlashed(key, culprit, offence, position, amount);

@@ -43,7 +43,7 @@ abstract contract World {
     /// @dev Gives count miners a key and a stake each.
     function hire(uint256 count, uint256 stake) internal {
         for (uint256 i = 0; i < count; i++) {
-            uint256 key = uint256(keccak256(abi.encode("miner", i))) >> 8;
+            uint256 key = uint256(keccak256(abi.encode("miner", keys.length))) >> 8;
             address miner = vm.addr(key);
             keyOf[miner] = key;
             keys.push(key);
@@ -52,6 +52,11 @@ abstract contract World {
             }
             if (stake > 0) deposit(miner, stake);
         }
+    }
+
+    /// @dev Stakes for another task: what one task recorded backs no other.
+    function restock(uint256 stake) internal {
+        for (uint256 i = 0; i < keys.length; i++) deposit(vm.addr(keys[i]), stake);
     }
 
     function deposit(address account, uint256 amount) internal {
@@ -184,17 +189,17 @@ abstract contract World {
         return keccak256(abi.encodePacked(hex"1901", blocks.domainSeparator(), struct_));
     }
 
-    function attestationOf(Candidate memory c, bool accepted) internal view returns (bytes32) {
-        return attestationOf(c.taskID, c.roundNumber, blocks.candidateHash(c), accepted);
+    function attestationOf(Candidate memory c, bool isAccepted) internal view returns (bytes32) {
+        return attestationOf(c.taskID, c.roundNumber, blocks.candidateHash(c), isAccepted);
     }
 
-    function attestationOf(string memory id, uint32 round, bytes32 hash, bool accepted)
+    function attestationOf(string memory id, uint32 round, bytes32 hash, bool isAccepted)
         internal
         view
         returns (bytes32)
     {
         return keccak256(
-            abi.encode(blocks.ATTESTATION_TYPEHASH(), keccak256(bytes(id)), round, hash, accepted, keccak256(""))
+            abi.encode(blocks.ATTESTATION_TYPEHASH(), keccak256(bytes(id)), round, hash, isAccepted, keccak256(""))
         );
     }
 

@@ -4,6 +4,7 @@ pragma solidity ^0.8.28;
 import {BlockMeta} from "../../src/BlockPublisher.sol";
 import {accountOf, stakeIn} from "../../src/Cohort.sol";
 import {Outcome, Settlement} from "../../src/RewardDistribution.sol";
+import {StakeRegistry} from "../../src/StakeRegistry.sol";
 import {Status} from "../../src/Task.sol";
 import {vm} from "../Vm.sol";
 import {Records} from "./Records.sol";
@@ -151,6 +152,26 @@ abstract contract Checks is Records {
     function checkNoBreach() external view {
         vm.assertTrue(bytes(breach).length == 0, breach);
         vm.assertEq(hostile.reentered(), 0, "a call back succeeded");
+    }
+
+    /// @notice 14. What a task recorded and has not taken is there until its latest end, for all tasks together.
+    function checkRecordedStakes() external view {
+        for (uint256 i = 0; i < people.length; i++) {
+            uint256 needed = 0;
+            for (uint256 t = 0; t < records.length; t++) {
+                if (time() <= latestEnd(records[t].terms)) needed += neededBy(records[t], people[i]);
+            }
+            vm.assertLe(needed, registry.stakeOf(people[i]), "recorded stakes are there");
+        }
+    }
+
+    function neededBy(Record storage r, address who) internal view returns (uint256) {
+        for (uint256 i = 0; i < r.cohort.length; i++) {
+            if (accountOf(r.cohort[i]) != who) continue;
+            return stakeIn(r.cohort[i]) - registry.getSlash(r.key, i, StakeRegistry.Offence.Silence).amount
+                - registry.getSlash(r.key, i, StakeRegistry.Offence.Equivocation).amount;
+        }
+        return 0;
     }
 
     /// @dev A second way to walk: cumulative sums, the first that exceeds the point.

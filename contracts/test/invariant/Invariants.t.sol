@@ -137,6 +137,7 @@ contract InvariantsTest {
         handler.checkDraw();
         handler.checkPools();
         handler.checkNoBreach();
+        handler.checkRecordedStakes();
     }
 
     /// @dev 13: nothing is stranded.

@@ -1,0 +1,619 @@
+// SPDX-License-Identifier: Apache-2.0
+pragma solidity ^0.8.28;
+
+import {BlockPublisher, Candidate, Vote} from "../src/BlockPublisher.sol";
+import {accountOf} from "../src/Cohort.sol";
+import {HealChainEscrow} from "../src/HealChainEscrow.sol";
+import {Claim, Place, RewardDistribution} from "../src/RewardDistribution.sol";
+import {Application, StakeRegistry} from "../src/StakeRegistry.sol";
+import {MAX_SCORE, NotAscending, Terms, WrongStatus} from "../src/Task.sol";
+import {Hostile} from "./Hostile.sol";
+import {MannerToken} from "./Tokens.sol";
+import {vm} from "./Vm.sol";
+import {World} from "./World.sol";
+import {NaivePool, Token} from "./naive/NaivePool.sol";
+import {NaiveStakes} from "./naive/NaiveStakes.sol";
+import {NaiveTask} from "./naive/NaiveTask.sol";
+import {NaiveVotes} from "./naive/NaiveVotes.sol";
+
+/// @title Every attack twice: test_naive_* shows that it works on a contract that does not defend itself, test_* that it fails here.
+contract AttacksTest is World {
+    NaiveTask private naive;
+    NaiveVotes private ballot;
+    NaivePool private pool;
+    NaiveStakes private stakes;
+    bytes32[] private cohort;
+    Candidate private c;
+
+    function setUp() public {
+        deploy();
+        hire(5, 10 ether);
+        naive = new NaiveTask();
+        ballot = new NaiveVotes();
+        pool = new NaivePool();
+        stakes = new NaiveStakes();
+        vm.deal(publisher, 2000);
+        vm.prank(publisher);
+        naive.publishTask{value: 1000}("t");
+    }
+
+    function miner(uint256 i) private view returns (address) {
+        return vm.addr(keys[i]);
+    }
+
+    function naiveScore(address who, uint256 score) private {
+        vm.prank(who);
+        naive.revealScore("t", score);
+    }
+
+    /// @dev Task "t" with an aggregator, and its candidate.
+    function drawn() private {
+        publish("t", 1000);
+        cohort = draw("t", keys);
+        c = candidateOf("t", keys, same(1, 5));
+    }
+
+    function published() private {
+        published(same(1, 5));
+    }
+
+    function published(uint256[] memory scores) private {
+        (Candidate memory made, bytes32[] memory members) = block_("t", 1000, scores);
+        (c, cohort) = (made, members);
+    }
+
+    function publication(Vote[] memory votes) private view returns (bytes memory) {
+        return abi.encodeCall(blocks.publishBlock, (c, votes, cohort));
+    }
+
+    // A stranger publishes first and is paid
+
+    function test_naive_strangerPublishesFirst() public {
+        vm.prank(outsider);
+        naive.publishModel("t", "rubbish");
+        naiveScore(miner(0), 1);
+        naive.distribute("t");
+        vm.assertEq(outsider.balance, 100, "paid");
+    }
+
+    function test_strangerPublishesFirst() public {
+        drawn();
+        bytes memory data = publication(votesOf(c, keys));
+        refused(outsider, address(blocks), data, BlockPublisher.NotAggregator.selector);
+        c.aggregator = outsider;
+        data = publication(votesOf(c, keys));
+        refused(outsider, address(blocks), data, BlockPublisher.NotAggregator.selector);
+    }
+
+    // The publisher refunds itself after everybody revealed
+
+    function test_naive_refundAfterReveals() public {
+        naive.publishModel("t", "model");
+        naiveScore(miner(0), 1);
+        uint256 before = publisher.balance;
+        vm.prank(publisher);
+        naive.refund("t");
+        vm.assertEq(publisher.balance - before, 1000, "model and money");
+    }
+
+    function test_refundAfterReveals() public {
+        published();
+        bytes memory refund = abi.encodeCall(escrow.refundPublisher, ("t", publisher));
+        pass(400 days);
+        refused(publisher, address(escrow), refund, WrongStatus.selector);
+        rewards.distribute("t");
+        refused(publisher, address(escrow), refund, WrongStatus.selector);
+        vm.assertEq(rewards.balanceOf(address(0), publisher), 0, "nothing for the publisher");
+    }
+
+    // One huge score
+
+    function test_naive_hugeScoreBricks() public {
+        naive.publishModel("t", "model");
+        naiveScore(miner(0), 1);
+        naiveScore(miner(1), type(uint256).max);
+        vm.expectRevert();
+        naive.distribute("t");
+    }
+
+    function test_naive_hugeScoreDrowns() public {
+        vm.prank(outsider);
+        naive.publishModel("t", "model");
+        naiveScore(miner(0), 10);
+        naiveScore(miner(1), 1e30);
+        naive.distribute("t");
+        vm.assertEq(miner(0).balance, 0, "drowned");
+    }
+
+    function test_hugeScore() public {
+        uint256[] memory scores = same(10, 5);
+        scores[1] = type(uint256).max;
+        scores[2] = 1_000_001;
+        published(scores);
+        reveal("t");
+        bytes32[] memory proof = proofOf(c.participants, c.scoreCommits, 1);
+        bytes memory data = abi.encodeCall(rewards.revealScore, ("t", scores[1], SALT, 1, proof));
+        refused(c.participants[1], address(rewards), data, RewardDistribution.ScoreTooLarge.selector);
+        proof = proofOf(c.participants, c.scoreCommits, 2);
+        data = abi.encodeCall(rewards.revealScore, ("t", scores[2], SALT, 2, proof));
+        refused(c.participants[2], address(rewards), data, RewardDistribution.ScoreTooLarge.selector);
+        revealScore(c, 0, 10);
+        pass(3 hours + 1);
+        rewards.distribute("t");
+        vm.assertEq(rewards.claimable(keccak256("t"), 0), 900, "all to the honest one");
+    }
+
+    /// @dev All five at the largest bound: sums and products stay within their words.
+    function test_largestScoresAndReward() public {
+        Terms memory t = terms();
+        t.maxScore = MAX_SCORE;
+        publish("t", address(0), type(uint88).max, t);
+        (Candidate memory made,) = blockOf("t", same(MAX_SCORE, 5));
+        settle(made, same(MAX_SCORE, 5));
+        for (uint256 i = 0; i < 5; i++) withdraw(made.participants[i], address(0), only(claimOf(made, i)));
+        vm.assertEq(address(rewards).balance, 0, "all of it");
+    }
+
+    // One recipient that refuses, burns gas or answers with a bomb
+
+    function test_naive_refusingRecipientBricks() public {
+        for (uint256 manner = 1; manner <= 3; manner += 2) {
+            Hostile hostile = new Hostile();
+            hostile.behave(Hostile.Manner(manner), "");
+            naiveScore(address(hostile), 1);
+        }
+        naive.publishModel("t", "model");
+        naiveScore(miner(0), 1);
+        (bool ok,) = address(naive).call{gas: 3_000_000}(abi.encodeCall(naive.distribute, ("t")));
+        vm.assertFalse(ok, "nobody is paid");
+    }
+
+    /// @dev The publisher, the only payee that need not have a key, is hostile in every manner; the others are paid as ever.
+    function test_hostileRecipient() public {
+        for (uint256 manner = 1; manner <= 4; manner++) {
+            Hostile hostile = new Hostile();
+            hostile.behave(Hostile.Manner(manner), "");
+            publisher = address(hostile);
+            restock(10 ether);
+            string memory id = vm.toString(manner);
+            (Candidate memory made,) = block_(id, 1000, same(1, 5));
+            settle(made, same(1, 5));
+            for (uint256 i = 0; i < 5; i++) {
+                Claim[] memory claims = only(claimOf(made, i));
+                if (i == 0) {
+                    // Paid to the hostile one: only this call fails, and can be made again to another recipient.
+                    vm.prank(made.participants[i]);
+                    (bool ok,) = address(rewards).call{gas: 3_000_000}(
+                        abi.encodeCall(rewards.withdrawTo, (address(0), address(hostile), claims))
+                    );
+                    vm.assertTrue(ok == (manner == 2 || manner == 4), "harms its own payment only");
+                    if (ok) continue;
+                }
+                withdraw(made.participants[i], address(0), claims);
+            }
+            vm.assertEq(address(rewards).balance, 0, "everybody is paid");
+        }
+    }
+
+    // Payment below the requirement
+
+    function test_naive_paidBelowTheRequirement() public {
+        vm.prank(outsider);
+        naive.publishModel("t", "a model that guesses");
+        naiveScore(miner(0), 1);
+        naive.distribute("t");
+        vm.assertEq(miner(0).balance, 900, "paid");
+    }
+
+    function test_paidBelowTheRequirement() public {
+        drawn();
+        c.correct = 89;
+        accepted(c.aggregator, address(blocks), publication(votesOf(c, keys)));
+        reveal("t");
+        rewards.distribute("t");
+        vm.assertEq(rewards.balanceOf(address(0), publisher), 1000, "refunded");
+        bytes memory claim = abi.encodeCall(rewards.withdrawTo, (address(0), miner(0), only(claimOf(c, 0))));
+        refused(miner(0), address(rewards), claim, RewardDistribution.NotDistributed.selector);
+    }
+
+    // An insider withdraws before it is punished
+
+    function test_naive_withdrawBeforeTheSlash() public {
+        vm.deal(miner(0), 5);
+        vm.startPrank(miner(0));
+        stakes.deposit{value: 5}();
+        stakes.withdraw();
+        vm.stopPrank();
+        vm.assertEq(stakes.slash(miner(0)), 0, "nothing to take");
+    }
+
+    function test_withdrawBeforeTheSlash() public {
+        // Asked long before, so that the delay is over.
+        for (uint256 i = 0; i < 5; i++) {
+            accepted(miner(i), address(registry), abi.encodeCall(registry.requestWithdrawal, (9 ether)));
+        }
+        pass(DELAY_S);
+        drawn();
+        bytes memory withdrawal = abi.encodeCall(registry.withdrawStake, (c.aggregator));
+        refused(c.aggregator, address(registry), withdrawal, StakeRegistry.StakeLocked.selector);
+        Candidate memory other = c;
+        other.modelUri = "s3://models/other";
+        Vote memory first = signed(keyOf[c.aggregator], blocks.candidateHash(c));
+        Vote memory second = signed(keyOf[c.aggregator], blocks.candidateHash(other));
+        blocks.reportEquivocation(c, first, other, second, cohort);
+        vm.assertEq(registry.stakeOf(c.aggregator), 9 ether, "what the task recorded is taken");
+    }
+
+    // An insider lets accomplices take its stake before evidence does
+
+    /// @dev A task of the insider's own with two accomplices, of which only the insider can be drawn; silence costs everything.
+    function ownTask(uint40 deadline, uint256 insider) private returns (uint256[] memory who) {
+        hire(2, 0);
+        who = new uint256[](3);
+        uint256 count = 0;
+        for (uint256 i = 0; i < keys.length; i++) {
+            if (keys[i] == insider || registry.stakeOf(miner(i)) == 0) who[count++] = keys[i];
+        }
+        Terms memory t = terms();
+        (t.deadline, t.silencePenaltyPpm, t.publishWindow_s) = (deadline, 1_000_000, 1);
+        publish("own", address(0), 1, t);
+    }
+
+    function twoCandidates(string memory id, uint256 key) private view returns (Candidate memory, Vote memory, Candidate memory, Vote memory) {
+        Candidate memory a = candidateOf(id, three(keys[0], keys[1], keys[2]), same(1, 3));
+        Candidate memory b = candidateOf(id, three(keys[0], keys[1], keys[2]), same(2, 3));
+        a.aggregator = b.aggregator = vm.addr(key);
+        return (a, signed(key, blocks.candidateHash(a)), b, signed(key, blocks.candidateHash(b)));
+    }
+
+    function report(string memory id, uint256 key, bytes32[] memory members) private returns (bytes4) {
+        (Candidate memory a, Vote memory x, Candidate memory b, Vote memory y) = twoCandidates(id, key);
+        (bool ok, bytes memory answer) =
+            address(blocks).call(abi.encodeCall(blocks.reportEquivocation, (a, x, b, y, members)));
+        return ok ? bytes4(0) : bytes4(answer);
+    }
+
+    function test_selfSlashInAnotherTask() public {
+        drawn();
+        uint256 insider = keyOf[c.aggregator];
+        uint256[] memory gang = ownTask(uint40(time() + 1 days), insider);
+        Application[] memory applications = applicationsOf("own", gang);
+        bytes memory closing = abi.encodeCall(registry.closeRegistration, ("own", applications));
+        refused(publisher, address(registry), closing, StakeRegistry.CohortWithoutStake.selector);
+        // With more stake the gang can take from it what is more, and no part of what backs the first task.
+        deposit(c.aggregator, 1 ether);
+        bytes32[] memory members = draw("own", gang);
+        pass(2);
+        registry.replaceAggregator("own", members);
+        vm.assertEq(registry.stakeOf(c.aggregator), 10 ether, "only the top-up");
+        vm.assertEq(bytes32(report("t", insider, cohort)), 0, "reported");
+        vm.assertEq(registry.stakeOf(c.aggregator), 0, "all that the task recorded");
+        vm.assertEq(registry.getSlash(keccak256("t"), placeIn(cohort), StakeRegistry.Offence.Equivocation).amount, 10 ether, "taken");
+    }
+
+    function placeIn(bytes32[] memory members) private view returns (uint256 position) {
+        while (accountOf(members[position]) != c.aggregator) position++;
+    }
+
+    /// @dev Evidence about a task that is over is worth nothing: the stake backs other tasks since.
+    function test_selfSlashInAnOldTask() public {
+        uint256 insider = keys[0];
+        uint256[] memory honest = keys;
+        uint256[] memory gang = ownTask(uint40(time() + 1 hours), insider);
+        keys = honest;
+        bytes32[] memory members = draw("own", gang);
+        pass(1 hours + 6 hours + 1);
+        publish("t", 1);
+        cohort = close("t", keys);
+        vm.assertEq(bytes32(report("own", insider, members)), StakeRegistry.EvidenceTooLate.selector, "too late");
+        registry.replaceAggregator("own", members);
+        vm.assertEq(registry.stakeOf(vm.addr(insider)), 10 ether, "untouched");
+    }
+
+    /// @dev Silence and equivocation in one task take what it recorded, and nothing of a later top-up.
+    function test_twoOffencesTakeTheRecordedStakeOnce() public {
+        drawn();
+        deposit(c.aggregator, 100 ether);
+        pass(1 days + 1);
+        registry.replaceAggregator("t", cohort);
+        vm.assertEq(bytes32(report("t", keyOf[c.aggregator], cohort)), 0, "reported");
+        vm.assertEq(registry.stakeOf(c.aggregator), 100 ether, "the top-up");
+    }
+
+    // Votes
+
+    function test_naive_voteReplayedForAnotherTask() public {
+        ballot.admit(miner(0));
+        NaiveVotes another = new NaiveVotes();
+        another.admit(miner(0));
+        (uint8 v, bytes32 r, bytes32 s) = vm.sign(keys[0], "model");
+        ballot.vote("model", v, r, s);
+        another.vote("model", v, r, s);
+        vm.assertEq(another.accepted(), 1, "one signature, two elections");
+    }
+
+    function test_naive_doubledVote() public {
+        ballot.admit(miner(0));
+        (uint8 v, bytes32 r, bytes32 s) = vm.sign(keys[0], "model");
+        uint8[] memory vs = new uint8[](3);
+        bytes32[] memory rs = new bytes32[](3);
+        bytes32[] memory ss = new bytes32[](3);
+        for (uint256 i = 0; i < 3; i++) (vs[i], rs[i], ss[i]) = (v, r, s);
+        vm.assertEq(ballot.count("model", vs, rs, ss), 3, "one voter, three votes");
+    }
+
+    /// @dev (r, n - s) with the other v is a signature of the same message by the same key.
+    function test_naive_malleableVote() public {
+        ballot.admit(miner(0));
+        (uint8 v, bytes32 r, bytes32 s) = vm.sign(keys[0], "model");
+        ballot.vote("model", v, r, s);
+        ballot.vote("model", v == 27 ? 28 : 27, r, bytes32(ORDER - uint256(s)));
+        vm.assertEq(ballot.accepted(), 2, "one voter, two votes");
+    }
+
+    uint256 private constant ORDER = 0xFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFEBAAEDCE6AF48A03BBFD25E8CD0364141;
+
+    /// @dev Each replaced vote makes the whole list worthless.
+    function test_votesReplayedOrInvented() public {
+        drawn();
+        bytes32 hash = blocks.candidateHash(c);
+        Candidate memory other = c;
+        other.modelUri = "s3://models/other";
+        worthless(attestationOf("u", c.roundNumber, hash, true));
+        worthless(attestationOf("t", c.roundNumber + 1, hash, true));
+        worthless(attestationOf("t", c.roundNumber, blocks.candidateHash(other), true));
+        worthless(attestationOf(c, false));
+    }
+
+    /// @dev All vote for something else.
+    function worthless(bytes32 struct_) private {
+        Vote[] memory votes = votesOf(c, keys);
+        uint256 count = 0;
+        for (uint256 i = 0; i < 5; i++) {
+            if (miner(i) != c.aggregator) votes[count++] = signed(keys[i], struct_);
+        }
+        vm.prank(c.aggregator);
+        (bool ok,) = address(blocks).call(publication(votes));
+        vm.assertFalse(ok, "a vote for something else");
+    }
+
+    function test_voteFromAnotherChainOrDeployment() public {
+        drawn();
+        vm.chainId(2);
+        Vote[] memory votes = votesOf(c, keys);
+        vm.chainId(31337);
+        vm.prank(c.aggregator);
+        (bool ok,) = address(blocks).call(publication(votes));
+        vm.assertFalse(ok, "votes of another chain");
+        BlockPublisher here = blocks;
+        blocks = new BlockPublisher(escrow, registry);
+        votes = votesOf(c, keys);
+        blocks = here;
+        vm.prank(c.aggregator);
+        (ok,) = address(blocks).call(publication(votes));
+        vm.assertFalse(ok, "votes of another deployment");
+        accepted(c.aggregator, address(blocks), publication(votesOf(c, keys)));
+    }
+
+    function test_doubledVote() public {
+        drawn();
+        Vote[] memory votes = votesOf(c, keys);
+        for (uint256 i = 1; i < 4; i++) votes[i] = votes[0];
+        refused(c.aggregator, address(blocks), publication(votes), NotAscending.selector);
+    }
+
+    /// @dev The compact form has no room for most high s; the few that fit are refused.
+    function test_malleableVote() public {
+        drawn();
+        Vote[] memory votes = votesOf(c, keys);
+        votes[0].vs = bytes32(ORDER - (uint256(votes[0].vs) & (2 ** 255 - 1)));
+        vm.prank(c.aggregator);
+        (bool ok,) = address(blocks).call(publication(votes));
+        vm.assertFalse(ok, "the other signature");
+        votes[0].vs = bytes32(ORDER / 2 + 1);
+        refused(c.aggregator, address(blocks), publication(votes), BlockPublisher.InvalidVote.selector);
+    }
+
+    function test_applicationFromAnotherTaskOrDeployment() public {
+        publish("t", 1);
+        Application[] memory all = applicationsOf("u", keys);
+        bytes4 why = StakeRegistry.InvalidApplication.selector;
+        refused(publisher, address(registry), abi.encodeCall(registry.closeRegistration, ("t", all)), why);
+        BlockPublisher here = blocks;
+        blocks = new BlockPublisher(escrow, registry);
+        all = applicationsOf("t", keys);
+        blocks = here;
+        refused(publisher, address(registry), abi.encodeCall(registry.closeRegistration, ("t", all)), why);
+    }
+
+    // Re-entrancy
+
+    function test_naive_reentrancy() public {
+        Hostile hostile = new Hostile();
+        hostile.behave(Hostile.Manner.Reenter, abi.encodeCall(stakes.withdraw, ()));
+        vm.deal(address(this), 100);
+        stakes.deposit{value: 50}();
+        vm.deal(address(hostile), 10);
+        hostile.forward(address(stakes), 10, abi.encodeCall(stakes.deposit, ()));
+        // Calls back until nothing is left; the last call fails, which the hostile account does not mind.
+        (bool ok,) = address(hostile).call(
+            abi.encodeCall(hostile.forward, (address(stakes), 0, abi.encodeCall(stakes.withdraw, ())))
+        );
+        vm.assertTrue(ok && address(hostile).balance > 10, "more than its own");
+    }
+
+    /// @dev On each of the four functions that pay; the call back is the same call, and another paying one.
+    function test_reentrancy() public {
+        Hostile hostile = new Hostile();
+        address self = address(hostile);
+        publisher = self;
+        // A second deposit and a second task, from which a call back could steal.
+        deposit(self, 10);
+        accepted(self, address(registry), abi.encodeCall(registry.requestWithdrawal, (5)));
+        publish("gone", 7);
+        publish("kept", 7);
+        pass(11 days);
+        payOnce(hostile, address(registry), abi.encodeCall(registry.withdrawStake, (self)), 5);
+        payOnce(hostile, address(escrow), abi.encodeCall(escrow.refundPublisher, ("gone", self)), 7);
+        drawn();
+        c.correct = 1;
+        accepted(c.aggregator, address(blocks), publication(votesOf(c, keys)));
+        reveal("t");
+        rewards.distribute("t");
+        bytes memory withdrawal = abi.encodeCall(rewards.withdrawTo, (address(0), self, new Claim[](0)));
+        payOnce(hostile, address(rewards), withdrawal, 1000);
+    }
+
+    /// @dev Credits belong to members, which have keys; the contract is the recipient, and calls back for the member's sake.
+    function test_reentrancyOfCredits() public {
+        drawn();
+        Hostile hostile = new Hostile();
+        pass(1 days + 1);
+        uint256 position = c.aggregator == miner(0) ? 1 : 0;
+        uint256 culprit = 0;
+        while (miner(culprit) != c.aggregator) culprit++;
+        registry.replaceAggregator("t", cohort);
+        registry.creditSlashed("t", cohort, culprit, StakeRegistry.Offence.Silence, position);
+        hostile.behave(Hostile.Manner.Reenter, abi.encodeCall(registry.withdrawCredit, (address(hostile))));
+        accepted(miner(position), address(registry), abi.encodeCall(registry.withdrawCredit, (address(hostile))));
+        vm.assertEq(address(hostile).balance, 2.5 ether / 4, "its part");
+        vm.assertEq(hostile.reentered(), 0, "called back");
+    }
+
+    function payOnce(Hostile hostile, address payer, bytes memory data, uint256 amount) private {
+        hostile.behave(Hostile.Manner.Reenter, data);
+        uint256 before = address(hostile).balance;
+        hostile.forward(payer, 0, data);
+        vm.assertEq(address(hostile).balance - before, amount, "paid once");
+        vm.assertEq(hostile.reentered(), 0, "called back");
+    }
+
+    // Tokens that keep a fee or answer false
+
+    function test_naive_feeOnTransferTakesFromOthers() public {
+        MannerToken token = new MannerToken();
+        address[2] memory savers = [miner(0), miner(1)];
+        token.behave(MannerToken.Manner.Fee);
+        for (uint256 i = 0; i < 2; i++) {
+            token.mint(savers[i], 1000);
+            vm.startPrank(savers[i]);
+            token.approve(address(pool), 1000);
+            pool.deposit(Token(address(token)), 1000);
+            vm.stopPrank();
+        }
+        vm.prank(savers[0]);
+        pool.withdraw(Token(address(token)));
+        vm.prank(savers[1]);
+        vm.expectRevert();
+        pool.withdraw(Token(address(token)));
+    }
+
+    function test_naive_falseReturningTokenIsBelieved() public {
+        MannerToken token = new MannerToken();
+        token.mint(address(pool), 1000);
+        token.behave(MannerToken.Manner.False);
+        pool.deposit(Token(address(token)), 1000);
+        token.behave(MannerToken.Manner.Good);
+        pool.withdraw(Token(address(token)));
+        vm.assertEq(token.balanceOf(address(this)), 1000, "others' tokens");
+    }
+
+    function test_feeOrFalseTokenIsRefused() public {
+        MannerToken token = new MannerToken();
+        token.mint(address(escrow), 1000);
+        bytes memory data =
+            abi.encodeCall(escrow.publishTask, ("t", bytes32("c"), 0, address(token), 1000, terms()));
+        token.behave(MannerToken.Manner.False);
+        refused(publisher, address(escrow), data, bytes4(keccak256("SafeERC20FailedOperation(address)")));
+        token.behave(MannerToken.Manner.Fee);
+        token.mint(publisher, 1000);
+        vm.prank(publisher);
+        token.approve(address(escrow), 1000);
+        refused(publisher, address(escrow), data, HealChainEscrow.FeeOnTransfer.selector);
+    }
+
+    // Proofs and claims
+
+    function test_naive_innerNodeAsLeaf() public view {
+        bytes32[4] memory leaves = [keccak256("a"), keccak256("b"), keccak256("c"), keccak256("d")];
+        bytes32 left = pair(leaves[0], leaves[1]);
+        bytes32 root = pair(left, pair(leaves[2], leaves[3]));
+        bytes32[] memory proof = new bytes32[](1);
+        proof[0] = pair(leaves[2], leaves[3]);
+        (bytes32 a, bytes32 b) = leaves[0] < leaves[1] ? (leaves[0], leaves[1]) : (leaves[1], leaves[0]);
+        vm.assertTrue(pool.isProved(root, a, b, proof), "no leaf, yet proved");
+    }
+
+    function test_proofTricks() public {
+        published();
+        settle(c, same(1, 5));
+        address first = c.participants[0];
+        Claim memory claim = claimOf(c, 0);
+        uint256[5] memory positions = [uint256(1), 4, 5, 256, type(uint256).max];
+        for (uint256 i = 0; i < 5; i++) {
+            Claim memory other = claimOf(c, 0);
+            other.place.position = positions[i];
+            refusedClaim(first, other);
+        }
+        // An inner node of the tree under this name, with what is left of the proof.
+        bytes32[] memory shorter = new bytes32[](2);
+        (shorter[0], shorter[1]) = (claim.place.proof[1], claim.place.proof[2]);
+        refusedClaim(first, Claim("t", Place(0, claim.place.proof[0], shorter)));
+        // The root itself, the empty proof, and a proof that is too long.
+        refusedClaim(first, Claim("t", Place(0, blocks.getBlockMeta(keccak256("t")).contributionsRoot, new bytes32[](0))));
+        bytes32[] memory longer = new bytes32[](4);
+        for (uint256 i = 0; i < 3; i++) longer[i] = claim.place.proof[i];
+        refusedClaim(first, Claim("t", Place(0, claim.place.scoreCommit, longer)));
+        // Another's place, and another's commitment.
+        refusedClaim(first, claimOf(c, 1));
+        refusedClaim(outsider, claim);
+        claim.place.scoreCommit = c.scoreCommits[1];
+        refusedClaim(first, claim);
+    }
+
+    function refusedClaim(address who, Claim memory claim) private {
+        bytes memory data = abi.encodeCall(rewards.withdrawTo, (address(0), who, only(claim)));
+        refused(who, address(rewards), data, RewardDistribution.NotParticipant.selector);
+    }
+
+    function test_naive_sameClaimTwiceInOneCall() public {
+        vm.deal(address(pool), 100);
+        bytes32[] memory leaves = new bytes32[](2);
+        (leaves[0], leaves[1]) = (keccak256("leaf"), keccak256("leaf"));
+        uint256 before = address(this).balance;
+        pool.claim(leaves, 10);
+        vm.assertEq(address(this).balance - before, 20, "paid twice");
+    }
+
+    function test_sameClaimTwiceInOneCall() public {
+        published();
+        settle(c, same(1, 5));
+        Claim[] memory claims = new Claim[](2);
+        claims[0] = claims[1] = claimOf(c, 0);
+        bytes memory data = abi.encodeCall(rewards.withdrawTo, (address(0), miner(0), claims));
+        refused(miner(0), address(rewards), data, RewardDistribution.AlreadyClaimed.selector);
+    }
+
+    /// @dev A task rewarded in a worthless token cannot be claimed in ether, alone or beside a claim in ether.
+    function test_claimAcrossTokens() public {
+        MannerToken token = new MannerToken();
+        token.mint(publisher, 1e18);
+        vm.prank(publisher);
+        token.approve(address(escrow), 1e18);
+        publish("worthless", address(token), 1e18, terms());
+        (Candidate memory cheap,) = blockOf("worthless", same(1, 5));
+        settle(cheap, same(1, 5));
+        restock(10 ether);
+        published();
+        settle(c, same(1, 5));
+        Claim[] memory claims = new Claim[](2);
+        (claims[0], claims[1]) = (claimOf(c, 0), claimOf(cheap, 0));
+        bytes4 why = RewardDistribution.WrongToken.selector;
+        refused(miner(0), address(rewards), abi.encodeCall(rewards.withdrawTo, (address(0), miner(0), claims)), why);
+        claims = only(claims[1]);
+        refused(miner(0), address(rewards), abi.encodeCall(rewards.withdrawTo, (address(0), miner(0), claims)), why);
+        why = RewardDistribution.NothingToWithdraw.selector;
+        bytes memory balance = abi.encodeCall(rewards.withdrawTo, (address(0), outsider, new Claim[](0)));
+        refused(outsider, address(rewards), balance, why);
+    }
+}
