@@ -139,7 +139,7 @@ def apply_for_task(task_id: str, actor: str) -> dict[str, str]:
     )
     posted = st.post(registration)
 
-    stakes = st.chain.contracts(st.me.account).stakes
+    stakes = st.chain.contracts(st.me).stakes
     if stakes.registration_of(task_id, st.address) is None:
         missing = spec.money.minimum_stake_wei - stakes.available_stake(st.address)
         if missing > 0:
@@ -202,7 +202,7 @@ def admit_and_draw(task_id: str, actor: str) -> dict[str, str]:
         return said
     terms = published_task(st, task_id)
     rules = terms.spec.participants
-    stakes = st.chain.contracts(st.me.account).stakes
+    stakes = st.chain.contracts(st.me).stakes
 
     closed = stakes.get_cohort(task_id).miners
     verified = [check_answer(st, task_id, applicant) for applicant in applicants(st, task_id, terms.spec)]

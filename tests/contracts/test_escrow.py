@@ -4,7 +4,7 @@ import pytest
 
 from contracts.bindings import Status, TaskOnChain, task_key
 from contracts.messages import accuracy_commit
-from contracts.sending import Reverted, send
+from contracts.sending import Reverted, Sender
 from tests.contracts.world import ACCURACY, REWARD, SALT, SPEC, TASK, World
 
 COMMIT = accuracy_commit(ACCURACY, SALT)
@@ -171,4 +171,4 @@ def test_only_the_other_contracts_move_a_task(locked: World, function: str) -> N
 @pytest.mark.parametrize("contract", ["escrow", "stakes", "publisher", "rewards"])
 def test_no_contract_takes_plain_ether(empty: World, contract: str) -> None:
     with pytest.raises(Reverted):
-        send(empty.web3, empty.stranger, b"", to=getattr(empty.deployment, contract), value_wei=1)
+        Sender(empty.web3, empty.stranger).send(b"", to=getattr(empty.deployment, contract), value_wei=1)

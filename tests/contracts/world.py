@@ -16,6 +16,7 @@ from web3 import EthereumTesterProvider, Web3
 
 from contracts.bindings import Contracts, Deployment, Terms, connect, deploy
 from contracts.messages import Attestation, Candidate, Domain, accuracy_commit, score_commit, sign, struct_hash
+from contracts.sending import Sender
 
 TASK = "chest-x-ray"
 REWARD = 1_000_003
@@ -59,7 +60,7 @@ class World:
             self.tester.backend.chain.gas_estimator = binary_gas_search(tolerance=10**8)
         # Far ahead of the wall clock, which the tester would follow: every block is one second after the last.
         self.tester.time_travel(4_000_000_000)
-        self.deployment: Deployment = deploy(self.web3, self.deployer, withdrawal_delay_s=DELAY)
+        self.deployment: Deployment = deploy(Sender(self.web3, self.deployer), withdrawal_delay_s=DELAY)
         self.domain = Domain(self.deployment.chain_id, self.deployment.publisher)
         self.views = connect(self.web3, self.deployment)
         self._bound: dict[str, Contracts] = {}
@@ -68,7 +69,7 @@ class World:
 
     def as_(self, account: LocalAccount) -> Contracts:
         if account.address not in self._bound:
-            self._bound[account.address] = connect(self.web3, self.deployment, account)
+            self._bound[account.address] = connect(self.web3, self.deployment, Sender(self.web3, account))
         return self._bound[account.address]
 
     # Time
@@ -201,6 +202,7 @@ class World:
         return self
 
     def _return_to(self, name: str) -> None:
+        self._bound.clear()  # journals know transactions of the branch that is given up
         self.tester.revert_to_snapshot(self._snapshots[name])
         # Going forward, the tester leaves numbers of blocks below the head with the branch that is given up.
         chaindb = self.tester.backend.chain.chaindb
