@@ -42,7 +42,9 @@ class Chain(Block):
     _block_type_slug = "healchain-chain"
     _description = "RPC address of the chain, the contracts' addresses and the rules for sending."
 
-    rpc: str = Field(description="local:<path of its file> or the http(s) address of a node")
+    rpc: str = Field(
+        pattern="^(local:|https?://)", description="local:<path of its file> or the http(s) address of a node"
+    )
     sending: Sending = Field(default_factory=Sending, description="confirmations, fees and waits of transactions")
     patience_s: float = Field(default=30, ge=0, description="longest wait for a moment of chain time inside one step")
     chain_id: int = 0
@@ -65,6 +67,20 @@ class Chain(Block):
             publisher=self.publisher_address,
             rewards=self.rewards_address,
             block_number=self.deployed_in_block,
+        )
+
+    def deployed(self, deployment: bindings.Deployment) -> "Chain":
+        """This chain with the addresses of a deployment on it."""
+        return Chain(
+            rpc=self.rpc,
+            sending=self.sending,
+            patience_s=self.patience_s,
+            chain_id=deployment.chain_id,
+            escrow_address=deployment.escrow,
+            stakes_address=deployment.stakes,
+            publisher_address=deployment.publisher,
+            rewards_address=deployment.rewards,
+            deployed_in_block=deployment.block_number,
         )
 
     @property

@@ -34,7 +34,7 @@ CREATE TABLE IF NOT EXISTS intents (
     fields TEXT NOT NULL, state TEXT NOT NULL);
 CREATE UNIQUE INDEX IF NOT EXISTS one_intent_per_nonce ON intents (owner, nonce) WHERE state != 'replaced';
 CREATE TABLE IF NOT EXISTS versions (
-    number INTEGER PRIMARY KEY, intent INTEGER NOT NULL REFERENCES intents, hash TEXT UNIQUE NOT NULL,
+    number INTEGER PRIMARY KEY, intent INTEGER NOT NULL REFERENCES intents, hash TEXT NOT NULL,
     raw BLOB NOT NULL, max_fee_wei TEXT NOT NULL, tip_wei TEXT NOT NULL, signed_s REAL NOT NULL);
 CREATE TABLE IF NOT EXISTS claims (owner TEXT, name TEXT, value TEXT NOT NULL, PRIMARY KEY (owner, name));
 """

@@ -61,7 +61,7 @@ def draw_someone_else(world: World, cohort: list[str], recipient: Recipient) -> 
         world.as_(world.publisher).stakes.draw_aggregator(TASK)
         if world.views.stakes.aggregator_of(TASK) != recipient.address:
             return world.aggregator
-        world.tester.revert_to_snapshot(snapshot)
+        world.go_back(snapshot)
         world.tester.mine_block()
     raise AssertionError("a member with 3 % of the stake was drawn 20 times")
 

@@ -201,9 +201,13 @@ class World:
             self.deadline = self.views.escrow.get_task(TASK).terms.deadline_s
         return self
 
+    def go_back(self, snapshot: object) -> None:
+        """To a snapshot of the tester, with fresh journals: the others would send again what the chain gives up."""
+        self._bound.clear()
+        self.tester.revert_to_snapshot(snapshot)
+
     def _return_to(self, name: str) -> None:
-        self._bound.clear()  # journals know transactions of the branch that is given up
-        self.tester.revert_to_snapshot(self._snapshots[name])
+        self.go_back(self._snapshots[name])
         # Going forward, the tester leaves numbers of blocks below the head with the branch that is given up.
         chaindb = self.tester.backend.chain.chaindb
         header = chaindb.get_canonical_head()
