@@ -32,6 +32,8 @@ def deploy(rpc: str, me: Identity, rules: Sending, withdrawal_delay_s: int) -> C
 
     Raises the errors of contracts.sending and bindings.InvalidDeployment.
     """
+    if not rpc.startswith(("local:", "http://", "https://")):
+        raise ValueError(f"rpc = {rpc}: expected local:FILE, or the http:// or https:// address of a node")
     chain = Chain(rpc=rpc, sending=rules)
     if rpc.startswith("local:"):
         from infra.devstack import fund
