@@ -13,9 +13,8 @@ from eth_account.signers.local import LocalAccount
 from eth_utils import keccak
 from web3 import HTTPProvider, Web3
 
-BINARY = (
-    Path(__file__).parents[2] / "contracts/node_modules/@foundry-rs/anvil-linux-amd64/bin/anvil"
-)  # `npm ci` in contracts puts it there
+# `npm ci` in contracts puts it there.
+BINARY = Path(__file__).parents[2] / "contracts/node_modules/@foundry-rs/anvil-linux-amd64/bin/anvil"
 CHAIN_ID = 31337
 
 
@@ -24,6 +23,7 @@ class Anvil:
 
     def __init__(self, folder: Path, *, start: bool = True) -> None:
         self.folder = folder
+        self.state = folder / "anvil.json"
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -35,7 +35,7 @@ class Anvil:
 
     def start(self) -> None:
         assert BINARY.is_file(), f"{BINARY} is missing: run `npm ci --ignore-scripts` in contracts"
-        flags = ["--port", str(self.port), "--state", str(self.folder / "anvil.json"), "--silent"]
+        flags = ["--port", str(self.port), "--state", str(self.state), "--silent"]
         environment = {**os.environ, "HOME": str(self.folder)}  # it keeps temporary files there
         self._process = subprocess.Popen([BINARY, *flags], env=environment, stdin=subprocess.DEVNULL)
         deadline = time.monotonic() + 20

@@ -1,6 +1,7 @@
 """Sending on a real node (anvil) and in process: one wish is one transaction, whatever is killed, lost, slow or reorganised."""
 
 import json
+import shutil
 import signal
 import stat
 import subprocess
@@ -42,12 +43,11 @@ HASTY = QUICK.model_copy(update={"timeout_s": 0.3})
 class Bench:
     """A node with the contracts, an account with ether, and its journal."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, deployment: Deployment) -> None:
         self.anvil = Anvil(folder)
         self.web3 = self.anvil.web3
         self.alice = self.anvil.account("alice")
-        deployer = Sender(self.web3, self.anvil.account("deployer"), rules=QUICK)
-        self.deployment: Deployment = deploy(deployer)
+        self.deployment = deployment
         self.path = folder / "home" / "transactions.sqlite"
 
     def sender(
@@ -76,9 +76,24 @@ class Bench:
         return Journal(self.path)._intents("1")
 
 
+def deploy_on(anvil: Anvil) -> Deployment:
+    return deploy(Sender(anvil.web3, anvil.account("deployer"), rules=QUICK))
+
+
+@pytest.fixture(scope="module")
+def deployed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Deployment]:
+    """The state of a node with the contracts."""
+    anvil = Anvil(tmp_path_factory.mktemp("deployed"))
+    deployment = deploy_on(anvil)
+    anvil.stop()
+    return anvil.state, deployment
+
+
 @pytest.fixture
-def bench(tmp_path: Path) -> Iterator[Bench]:
-    opened = Bench(tmp_path)
+def bench(tmp_path: Path, deployed: tuple[Path, Deployment]) -> Iterator[Bench]:
+    state, deployment = deployed
+    shutil.copy(state, tmp_path)
+    opened = Bench(tmp_path, deployment)
     yield opened
     opened.anvil.stop()
 
@@ -316,7 +331,7 @@ def test_a_purpose_that_a_deep_reorganisation_undid_is_fulfilled_again(bench: Be
 # Nonces
 
 
-def test_another_transaction_with_the_nonce_is_noticed(bench: Bench, tmp_path: Path) -> None:
+def test_another_transaction_with_the_nonce_is_noticed(bench: Bench) -> None:
     bench.anvil.stop_mining()
     done = at_once(lambda: bench.as_alice().stakes.deposit_stake(amount_wei=10))
     wait_until(bench.anvil.pending)
@@ -437,14 +452,13 @@ def test_a_node_that_lost_what_waited_gets_it_again(bench: Bench) -> None:
     assert (bench.stake, bench.nonce) == (11, 2)
 
 
-def test_another_chain_of_the_same_number_is_another_chain(bench: Bench, tmp_path: Path) -> None:
+def test_another_chain_of_the_same_number_is_another_chain(bench: Bench) -> None:
     bench.as_alice(purpose="once").stakes.deposit_stake(amount_wei=10)
     bench.anvil.stop()
-    (tmp_path / "anvil.json").unlink()
+    bench.anvil.state.unlink()
     bench.anvil.start()
     bench.anvil.account("alice")
-    deployer = Sender(bench.web3, bench.anvil.account("deployer"), rules=QUICK)
-    assert deploy(deployer).stakes == bench.deployment.stakes
+    assert deploy_on(bench.anvil).stakes == bench.deployment.stakes
     bench.as_alice(purpose="once").stakes.deposit_stake(amount_wei=10)
     assert (bench.stake, bench.nonce) == (10, 1)
 
