@@ -2,15 +2,19 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from eth_utils.address import to_checksum_address
 from eth_utils.crypto import keccak
 
 from blocks.chain import Chain
 from blocks.identity import Identity, create_home
+from blocks.local_chain import ChainInUse
 from contracts import bindings
 from contracts.messages import Address, Bytes32
 from contracts.sending import Sending
+
+__all__ = ["ChainInUse", "Checked", "deploy", "note", "noted", "open_home", "verify"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,22 @@ def deploy(rpc: str, me: Identity, rules: Sending, withdrawal_delay_s: int) -> C
         fund(chain, [me.address], me.journal_path.with_name("faucet.sqlite"))
     sender = chain.sender(me.account, me.journal_path)
     return chain.deployed(bindings.deploy(sender, withdrawal_delay_s=withdrawal_delay_s))
+
+
+def note(chain: Chain) -> None:
+    """Save it as the block that the flows look for."""
+    chain.save("chain", overwrite=True)
+
+
+def noted(rpc: str | None = None) -> Chain:
+    """The block that the flows look for; with another node's address when one is given. Raises ValueError without one."""
+    try:
+        chain = cast(Chain, Chain.load("chain"))
+    except ValueError as error:
+        raise ValueError(
+            "Prefect has no block `chain` here: deploy first (healchain chain deploy), or name its server or --out"
+        ) from error
+    return chain if rpc is None else chain.model_copy(update={"rpc": rpc})
 
 
 def verify(chain: Chain) -> list[Checked]:

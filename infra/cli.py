@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -22,7 +22,8 @@ from rich.markup import escape
 from contracts.task_spec import InvalidTask, TaskFile, load_task_file
 
 if TYPE_CHECKING:
-    from blocks.chain import Chain
+    from contracts.bindings import Deployment
+    from infra.chain_deployment import Checked
     from infra.devstack import Stack
 
 READY = files("deployments") / "ready"
@@ -291,8 +292,8 @@ def deploy_chain(
             timeout_s=timeout_s,
         )
         chain = chain_deployment.deploy(rpc, me, rules, withdrawal_delay_s)
-        _show_contracts(chain)
-    chain.save("chain", overwrite=True)
+        _show_contracts(chain.deployment, chain_deployment.verify(chain))
+    chain_deployment.note(chain)
     end_temporary_server_with_this_process()
     console.print("noted in Prefect's block `chain`")
 
@@ -304,15 +305,12 @@ def verify_chain(
 ) -> None:
     """Check the contracts of Prefect's block `chain`: exactly this build, on that chain, and wired to each other."""
     _use_prefect_of(out)
-    from blocks.chain import Chain
+    from infra import chain_deployment
 
-    try:
-        chain = cast(Chain, Chain.load("chain"))
-    except ValueError:
-        _fail("Prefect has no block `chain` here: deploy first (healchain chain deploy), or name its server or --out")
-    end_temporary_server_with_this_process()
     with _failures():
-        _show_contracts(chain if rpc is None else chain.model_copy(update={"rpc": rpc}))
+        chain = chain_deployment.noted(rpc)
+        end_temporary_server_with_this_process()
+        _show_contracts(chain.deployment, chain_deployment.verify(chain))
 
 
 def _use_prefect_of(folder: Path) -> None:
@@ -320,12 +318,8 @@ def _use_prefect_of(folder: Path) -> None:
     use_temporary_prefect(folder.resolve())
 
 
-def _show_contracts(chain: "Chain") -> None:
-    """Check the contracts and print them."""
-    from infra import chain_deployment
-
-    checked = chain_deployment.verify(chain)
-    console.print(f"chain {chain.chain_id}, from block {chain.deployed_in_block}")
+def _show_contracts(deployment: "Deployment", checked: "list[Checked]") -> None:
+    console.print(f"chain {deployment.chain_id}, from block {deployment.block_number}")
     for one in checked:
         console.print(f"{one.name:18} {one.address}  code {one.code_hash}", soft_wrap=True)
     console.print("[green]ok[/green]  this build, and each contract knows the others")
@@ -336,8 +330,8 @@ def _failures() -> Iterator[None]:
     """What can go wrong between this host and a chain, as one line and exit code 2."""
     from requests import RequestException
 
-    from blocks.local_chain import ChainInUse
     from contracts.sending import FeesTooHigh, InsufficientFunds, Replaced, Reverted
+    from infra.chain_deployment import ChainInUse
 
     try:
         yield
