@@ -3,6 +3,7 @@
     keystore/wallet.json, keystore/encryption.json   Ethereum keystore files (scrypt, AES-128-CTR, keccak MAC)
     passphrase                                       opens both; mode 0600; may be elsewhere (a mounted secret)
     data.npz or any path in data.link                the actor's own samples
+    transactions.sqlite                              what its account sends (contracts.journal)
     private/<task>/...                               what must survive a restart: residual, salts, prepared updates
 
 The keys do not leave this module: it signs, agrees on shared secrets and opens what was sealed to the actor.
@@ -55,6 +56,11 @@ class Identity(Block):
     def account(self) -> LocalAccount:
         """Signs transactions and messages."""
         return _open_keystore(self.home, "wallet")
+
+    @property
+    def journal_path(self) -> Path:
+        """Where this account's transactions are written before they are sent."""
+        return Path(self.home) / "transactions.sqlite"
 
     @property
     def encryption_key(self) -> Bytes:

@@ -21,7 +21,6 @@ from typing import Any, ClassVar, Generic, TypeVar, get_args, get_origin, get_ty
 import rlp
 from eth_abi.abi import decode
 from eth_abi.exceptions import DecodingError
-from eth_account.signers.local import LocalAccount
 from eth_utils.abi import function_abi_to_4byte_selector
 from eth_utils.address import to_checksum_address
 from eth_utils.crypto import keccak
@@ -30,7 +29,7 @@ from web3 import Web3
 from contracts import sending
 from contracts.contributions import Place, place
 from contracts.messages import ZERO_ADDRESS, Address, Bytes, Bytes32, Candidate, Registration, TaskId, compact_signature
-from contracts.sending import Reverted
+from contracts.sending import NonceTaken, Replaced, Reverted, Sender
 
 BUILD = Path(__file__).parent / "build"
 CONTRACTS = ("HealChainEscrow", "StakeRegistry", "BlockPublisher", "RewardDistribution")
@@ -650,7 +649,7 @@ def _decode_event(log: Mapping[str, Any]) -> Any | None:
         return None
 
 
-def _explain(data: bytes) -> Reverted | None:
+def explain(data: bytes) -> Reverted | None:
     """The error of the four contracts, or of a token, that revert data says; or None."""
     entry = _entries("error").get("0x" + data[:4].hex())
     if entry is None:
@@ -671,8 +670,9 @@ def task_key(task_id: TaskId) -> Bytes32:
 
 
 class Bound:
-    """One contract at one address. Without an account only the views can be used.
+    """One contract at one address. Without a sender only the views can be used.
 
+    purpose: set it where the same call is meant several times; each is then made once for its purpose (contracts.sending).
     Events are looked for from first_block on: the block of the deployment.
     """
 
@@ -682,17 +682,15 @@ class Bound:
         self,
         web3: Web3,
         address: Address,
-        account: LocalAccount | None = None,
+        sender: Sender | None = None,
         *,
-        confirmations: int = 1,
-        timeout_s: float = 120,
+        purpose: str = "",
         first_block: int = 0,
     ) -> None:
         self.web3 = web3
         self.address: Address = str(to_checksum_address(address))
-        self.account = account
-        self.confirmations = confirmations
-        self.timeout_s = timeout_s
+        self.sender = sender
+        self.purpose = purpose
         self.first_block = first_block
         self._contract = web3.eth.contract(address=to_checksum_address(address), abi=load_build(self.name)["abi"])
 
@@ -700,17 +698,14 @@ class Bound:
         return bytes.fromhex(self._contract.encode_abi(function, args=list(arguments))[2:])
 
     def _transact(self, event: type[Event], function: str, *arguments: Any, value_wei: int = 0) -> Mined[Event]:
-        if self.account is None:
+        if self.sender is None:
             raise ValueError(f"{self.name}.{function} sends a transaction: bind the contract to an account")
-        receipt = sending.send(
-            self.web3,
-            self.account,
+        receipt = self.sender.send(
             self._encode(function, *arguments),
             to=self.address,
             value_wei=value_wei,
-            confirmations=self.confirmations,
-            timeout_s=self.timeout_s,
-            explain=_explain,
+            purpose=self.purpose,
+            explain=explain,
         )
         events = tuple(decoded for log in receipt["logs"] if (decoded := _decode_event(log)) is not None)
         return Mined(
@@ -725,15 +720,15 @@ class Bound:
         """The return values of a view."""
         transaction = {"to": self.address, "data": "0x" + self._encode(function, *arguments).hex()}
         entry = next(entry for entry in load_build(self.name)["abi"] if entry.get("name") == function)
-        answer = sending.call(self.web3, transaction, explain=_explain)
+        answer = sending.call(self.web3, transaction, explain=explain)
         if not answer:
             raise InvalidDeployment(f"no {self.name} at {self.address} on chain {self.web3.eth.chain_id}")
         return tuple(decode([_abi_type(output) for output in entry["outputs"]], answer))
 
     def _own_address(self) -> Address:
-        if self.account is None:
-            raise ValueError(f"{self.name}: name a recipient, or bind the contract to an account")
-        return str(self.account.address)
+        if self.sender is None:
+            raise ValueError(f"{self.name}: name a recipient, or bind the contract to a sender")
+        return str(self.sender.account.address)
 
     def _inputs(self, function: str) -> list[Any]:
         return next(entry["inputs"] for entry in load_build(self.name)["abi"] if entry.get("name") == function)
@@ -1061,12 +1056,14 @@ def _application(registration: Registration, signature: Bytes) -> tuple[Any, ...
 # Deployment
 
 
-def deploy(web3: Web3, account: LocalAccount, *, withdrawal_delay_s: int = 3600) -> Deployment:
+def deploy(sender: Sender, *, withdrawal_delay_s: int = 3600) -> Deployment:
     """Deploy the four contracts from one account, which has no power over them afterwards, and check the result.
 
-    They name each other in their constructors: an address follows from the deployer's nonce and is known before.
+    They name each other in their constructors: an address follows from the deployer's nonce and is known before. The first
+    nonce is in the account's journal: called again, this goes on with the same deployment, or returns it.
     """
-    nonce = web3.eth.get_transaction_count(account.address, "pending")
+    web3, account, plan = sender.web3, sender.account, _deployment_plan(withdrawal_delay_s)
+    nonce = sender.claim_nonce(plan)
     escrow, stakes, publisher, rewards = (_create_address(account.address, nonce + i) for i in range(4))
     arguments = {
         "HealChainEscrow": (publisher, rewards),
@@ -1075,20 +1072,27 @@ def deploy(web3: Web3, account: LocalAccount, *, withdrawal_delay_s: int = 3600)
         "RewardDistribution": (escrow, publisher),
     }
     first_block = None
-    for name, expected in zip(CONTRACTS, (escrow, stakes, publisher, rewards), strict=True):
+    for number, name in enumerate(CONTRACTS):
         build = load_build(name)
         factory = web3.eth.contract(abi=build["abi"], bytecode=build["bytecode"])
-        receipt = sending.send(
-            web3, account, bytes.fromhex(factory.constructor(*arguments[name]).data_in_transaction[2:]), to=None
-        )
-        if receipt["contractAddress"] != expected:
+        data = bytes.fromhex(factory.constructor(*arguments[name]).data_in_transaction[2:])
+        try:
+            receipt = sender.send(data, to=None, purpose=plan, nonce=nonce + number, explain=explain)
+        except (NonceTaken, Replaced) as error:
+            sender.forget_nonce(plan)
             raise InvalidDeployment(
-                f"{name} is at {receipt['contractAddress']}, not {expected}: was the account used meanwhile?"
-            )
+                f"{error}. What is deployed so far is of no use; run this again for another"
+            ) from error
         first_block = receipt["blockNumber"] if first_block is None else first_block
     deployment = Deployment(web3.eth.chain_id, escrow, stakes, publisher, rewards, first_block or 0)
     check_deployment(web3, deployment)
     return deployment
+
+
+def _deployment_plan(withdrawal_delay_s: int) -> str:
+    """The name of deploying this build with these settings."""
+    builds = keccak("".join(load_build(name)["bytecode"] for name in CONTRACTS).encode())
+    return f"deploy build {builds.hex()[:16]}, withdrawal delay {withdrawal_delay_s} s"
 
 
 def check_deployment(web3: Web3, deployment: Deployment) -> None:
@@ -1134,13 +1138,11 @@ class Contracts:
     rewards: RewardDistribution
 
 
-def connect(
-    web3: Web3, deployment: Deployment, account: LocalAccount | None = None, *, confirmations: int = 1
-) -> Contracts:
-    """The four contracts of a deployment, bound to one account."""
+def connect(web3: Web3, deployment: Deployment, sender: Sender | None = None, *, purpose: str = "") -> Contracts:
+    """The four contracts of a deployment, bound to the account that sends."""
 
     def bind(contract: type[Contract], address: Address) -> Contract:
-        return contract(web3, address, account, confirmations=confirmations, first_block=deployment.block_number)
+        return contract(web3, address, sender, purpose=purpose, first_block=deployment.block_number)
 
     return Contracts(
         bind(HealChainEscrow, deployment.escrow),

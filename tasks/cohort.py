@@ -145,7 +145,7 @@ def apply_for_task(task_id: str, actor: str) -> dict[str, str]:
         encryption_key=st.me.encryption_key,
         dataset_proof_sha256=reference.sha256,
     )
-    stakes = st.chain.contracts(st.me.account).stakes
+    stakes = st.chain.contracts(st.me).stakes
     missing = spec.money.minimum_stake_wei - stakes.available_stake(st.address)
     if missing > 0:
         stakes.deposit_stake(amount_wei=missing)
@@ -209,7 +209,7 @@ def admit_and_draw(task_id: str, actor: str) -> dict[str, str]:
         return said
     terms = published_task(st, task_id)
     rules = terms.spec.participants
-    stakes = st.chain.contracts(st.me.account).stakes
+    stakes = st.chain.contracts(st.me).stakes
 
     closed = stakes.get_cohort(task_id).miners
     verified = without_shared_keys(

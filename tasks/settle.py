@@ -22,7 +22,7 @@ from tasks.show import show_table
 def publish_voted_block(task_id: str, round_number: int, actor: str) -> dict[str, str]:
     """M6, the aggregator: the block with the accepting votes, once; or the reason why there is none."""
     st = station(actor)
-    contracts = st.chain.contracts(st.me.account)
+    contracts = st.chain.contracts(st.me)
     if contracts.publisher.get_block_meta(task_id) is not None:
         return st.receipt(task_id, round_number, "publish-block", _sent(st, task_id, "publishBlock"))
     cohort = trusted_cohort(st, task_id)
@@ -41,7 +41,6 @@ def publish_voted_block(task_id: str, round_number: int, actor: str) -> dict[str
         late = isinstance(error, Reverted) and error.error == "DeadlinePast"
         reason = AbortReason.DEADLINE_PASSED if late else AbortReason.PUBLISH_FAILED
         return give_up(st, task_id, round_number, "publish-block", reason, str(error))
-    st.chain.confirm(done.transaction)
     return st.receipt(task_id, round_number, "publish-block", done.transaction)
 
 
@@ -91,7 +90,7 @@ def open_accuracy_instead(task_id: str, actor: str) -> dict[str, str]:
 
 
 def _reveal_accuracy(st: Station, task_id: str, accuracy_ppm: int, salt: str) -> dict[str, str]:
-    rewards = st.chain.contracts(st.me.account).rewards
+    rewards = st.chain.contracts(st.me).rewards
     if rewards.get_settlement(task_id).outcome is Outcome.PENDING:
         rewards.reveal_accuracy(task_id, accuracy_ppm, bytes.fromhex(salt))
     return st.receipt(task_id, 0, "reveal-accuracy", _sent(st, task_id, "revealAccuracy"))
@@ -101,7 +100,7 @@ def _reveal_accuracy(st: Station, task_id: str, accuracy_ppm: int, salt: str) ->
 def open_score(task_id: str, actor: str) -> dict[str, str]:
     """M7, a miner: open the score commitment that the block lists; once. Nothing to open when the publisher is refunded."""
     st = station(actor)
-    contracts = st.chain.contracts(st.me.account)
+    contracts = st.chain.contracts(st.me)
     settlement = contracts.rewards.get_settlement(task_id)
     if settlement.outcome is Outcome.PENDING:
         st.chain.wait_until(settlement.aggregator_reveal_end_s + 1, "the end of the windows for the accuracy")
@@ -125,7 +124,7 @@ def open_score(task_id: str, actor: str) -> dict[str, str]:
 def distribute_and_withdraw(task_id: str, actor: str) -> dict[str, str]:
     """M7, anybody: have the contract distribute as soon as it may, then take what it owes me."""
     st = station(actor)
-    contracts = st.chain.contracts(st.me.account)
+    contracts = st.chain.contracts(st.me)
     settlement = contracts.rewards.get_settlement(task_id)
     if not settlement.is_distributed:
         if settlement.outcome is not Outcome.UNMET and settlement.revealed_count < settlement.participant_count:
@@ -174,7 +173,7 @@ def last_reveal_s(st: Station, task_id: str, settlement: Settlement) -> int:
 def take_refund(task_id: str, actor: str) -> dict[str, str]:
     """M7, the publisher: the reward back, when the deadline has passed without a block. Raises NotYet before."""
     st = station(actor)
-    escrow = st.chain.contracts(st.me.account).escrow
+    escrow = st.chain.contracts(st.me).escrow
     found = escrow.get_task(task_id)
     if found.status is Status.LOCKED:
         st.chain.wait_until(found.terms.deadline_s + 1, "the refund")
@@ -186,7 +185,7 @@ def take_refund(task_id: str, actor: str) -> dict[str, str]:
 def resign_turn(task_id: str, actor: str) -> dict[str, str]:
     """M7 without a block, the aggregator: give up its turn in time, which costs nothing. Silence costs a part of its stake."""
     st = station(actor)
-    stakes = st.chain.contracts(st.me.account).stakes
+    stakes = st.chain.contracts(st.me).stakes
     if stakes.aggregator_of(task_id) == st.address and st.chain.now_s() <= stakes.get_draw(task_id).turn_end_s:
         stakes.resign_aggregator(task_id)
     return st.receipt(task_id, 0, "resign", _sent(st, task_id, "resignAggregator", by=st.address))
@@ -196,7 +195,7 @@ def resign_turn(task_id: str, actor: str) -> dict[str, str]:
 def take_compensation(task_id: str, actor: str) -> dict[str, str]:
     """M7 without a block, a miner: have the silent aggregator lose what the task announced, and take my part of it."""
     st = station(actor)
-    stakes = st.chain.contracts(st.me.account).stakes
+    stakes = st.chain.contracts(st.me).stakes
     silent = stakes.aggregator_of(task_id)
     is_published = st.chain.contracts().publisher.get_block_meta(task_id) is not None
     if silent not in (None, st.address) and not is_published:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from contracts.bindings import Bound, Offence, _application, _explain
+from contracts.bindings import Bound, Offence, _application, explain
 from contracts.messages import ZERO_ADDRESS, accuracy_commit
-from contracts.sending import Reverted, send
+from contracts.sending import Reverted, Sender
 from tests.contracts.tokens import CALL_BACK, behave, funded
 from tests.contracts.world import DELAY, PUBLISHER_WINDOW, REWARD, SPEC, TASK, World, number
 
@@ -23,13 +23,14 @@ class Recipient:
     def __init__(self, world: World, value: int = 10**6) -> None:
         self.world = world
         build = json.loads(BUILD.read_text())
-        deployed = send(world.web3, world.stranger, bytes.fromhex(build["bytecode"][2:]), to=None, value_wei=value)
+        self.sender = Sender(world.web3, world.stranger)
+        deployed = self.sender.send(bytes.fromhex(build["bytecode"][2:]), to=None, value_wei=value)
         self.address = deployed["contractAddress"]
         self.contract = world.web3.eth.contract(address=self.address, abi=build["abi"])
 
     def _send(self, function: str, *arguments: object) -> None:
         data = bytes.fromhex(self.contract.encode_abi(function, args=list(arguments))[2:])
-        send(self.world.web3, self.world.stranger, data, to=self.address, explain=_explain)
+        self.sender.send(data, to=self.address, explain=explain)
 
     def behave(self, manner: int, again: bytes = b"") -> None:
         self._send("behave", manner, again)
@@ -203,7 +204,7 @@ def test_ether_forced_into_a_contract_belongs_to_nobody_and_disturbs_nothing(pub
     published.at(published.now() + PUBLISHER_WINDOW // 2)
     for target in published.deployment.addresses:
         code = bytes.fromhex("73" + target[2:] + "ff")  # PUSH20 target SELFDESTRUCT
-        send(published.web3, published.stranger, code, to=None, value_wei=5)
+        Sender(published.web3, published.stranger).send(code, to=None, value_wei=5)
         assert published.balance(target) >= 5
     published.reveal_accuracy()
     published.reveal_scores()

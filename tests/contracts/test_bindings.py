@@ -31,7 +31,7 @@ from contracts.bindings import (
     task_events,
 )
 from contracts.messages import accuracy_commit, sign
-from contracts.sending import InsufficientFunds, Reverted, send
+from contracts.sending import InsufficientFunds, Reverted, Sender, Sending, Unconfirmed
 from tests.contracts.tokens import funded
 from tests.contracts.world import (
     ACCURACY,
@@ -221,8 +221,9 @@ def test_a_broken_connection_is_not_a_refusal(locked: World, monkeypatch: pytest
         raise ConnectionError("no route to the node")
 
     monkeypatch.setattr(locked.web3.eth, "estimate_gas", refuse)
+    sender = Sender(locked.web3, locked.stranger, rules=Sending(timeout_s=0.1, poll_s=0.05))
     with pytest.raises(ConnectionError):
-        locked.as_(locked.stranger).stakes.draw_aggregator(TASK)
+        connect(locked.web3, locked.deployment, sender).stakes.draw_aggregator(TASK)
 
 
 def test_a_refusal_after_simulation_is_reported(locked: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,15 +236,16 @@ def test_a_refusal_after_simulation_is_reported(locked: World, monkeypatch: pyte
 def test_an_account_without_ether_is_told_what_it_needs(empty: World) -> None:
     poor = named("poor")
     with pytest.raises(InsufficientFunds) as refused:
-        connect(empty.web3, empty.deployment, poor).stakes.deposit_stake(amount_wei=10)
+        connect(empty.web3, empty.deployment, Sender(empty.web3, poor)).stakes.deposit_stake(amount_wei=10)
     assert (refused.value.account, refused.value.balance_wei) == (poor.address, 0)
     # That is for the cheapest gas, the least any transaction costs; the second answer is for the gas of this one.
-    send(empty.web3, empty.stranger, b"", to=poor.address, value_wei=refused.value.needed_wei)
+    giver = Sender(empty.web3, empty.stranger)
+    giver.send(b"", to=poor.address, value_wei=refused.value.needed_wei)
     with pytest.raises(InsufficientFunds) as refused:
-        connect(empty.web3, empty.deployment, poor).stakes.deposit_stake(amount_wei=10)
+        connect(empty.web3, empty.deployment, Sender(empty.web3, poor)).stakes.deposit_stake(amount_wei=10)
     missing = refused.value.needed_wei - refused.value.balance_wei
-    send(empty.web3, empty.stranger, b"", to=poor.address, value_wei=missing)
-    connect(empty.web3, empty.deployment, poor).stakes.deposit_stake(amount_wei=10)
+    giver.send(b"", to=poor.address, value_wei=missing)
+    connect(empty.web3, empty.deployment, Sender(empty.web3, poor)).stakes.deposit_stake(amount_wei=10)
     assert empty.views.stakes.stake_of(poor.address) == 10
 
 
@@ -278,12 +280,14 @@ def test_the_real_estimate_is_enough() -> None:
 
 
 def test_confirmations_are_waited_for(empty: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    stakes = StakeRegistry(empty.web3, empty.deployment.stakes, empty.stranger, confirmations=3, timeout_s=0.3)
-    with pytest.raises(TimeoutError, match="fewer than 3 confirmations"):
+    sender = Sender(empty.web3, empty.stranger, rules=Sending(confirmations=3, timeout_s=0.3, poll_s=0.1))
+    stakes = StakeRegistry(empty.web3, empty.deployment.stakes, sender)
+    with pytest.raises(Unconfirmed, match="fewer than 3 confirmations"):
         stakes.deposit_stake(amount_wei=1)
     monkeypatch.setattr(sending.time, "sleep", lambda _: empty.tester.mine_block())
     mined = stakes.deposit_stake(amount_wei=1)
     assert empty.web3.eth.block_number == mined.block_number + 2
+    assert empty.views.stakes.stake_of(empty.stranger.address) == 1
 
 
 # Deployment
@@ -306,7 +310,7 @@ def test_an_account_without_code_is_no_token(empty: World) -> None:
 
 
 def test_contracts_of_two_deployments_do_not_mix(empty: World) -> None:
-    second = bindings.deploy(empty.web3, empty.stranger)
+    second = bindings.deploy(Sender(empty.web3, empty.stranger))
     with pytest.raises(InvalidDeployment, match=r"escrow\.rewardDistribution"):
         check_deployment(empty.web3, replace(empty.deployment, rewards=second.rewards))
     assert connect(empty.web3, second).stakes.withdrawal_delay_s() == 3600

@@ -184,7 +184,7 @@ class World:
         return self.chain.contracts()
 
     def contracts_as(self, name: str) -> Any:
-        return self.chain.contracts(self.stack.identity(name).account)
+        return self.chain.contracts(self.stack.identity(name))
 
     def address(self, name: str) -> str:
         return self.stack.identity(name).address
