@@ -104,6 +104,10 @@ class Identity(Block):
         path = Path(self.home) / "private" / name
         return path.read_bytes() if path.exists() else None
 
+    def known_tasks(self) -> list[str]:
+        """Ids of the tasks that this actor has signed anything for, in order."""
+        return sorted(found.parent.name for found in (Path(self.home) / "private").glob("*/signed"))
+
     def claim(self, name: str, data: bytes) -> bytes:
         """The first bytes ever kept under this name: these, or those of an earlier call, also one that runs at the same time.
 

@@ -27,7 +27,7 @@ from eth_utils.crypto import keccak
 from web3 import Web3
 
 from contracts import sending
-from contracts.contributions import Place, place
+from contracts.contributions import Opening, Place, place
 from contracts.messages import ZERO_ADDRESS, Address, Bytes, Bytes32, Candidate, Registration, TaskId, compact_signature
 from contracts.sending import NonceTaken, Replaced, Reverted, Sender
 
@@ -77,19 +77,16 @@ HINTS = {
     "NoEquivocation": "The proof is two candidates of one task and round, both signed by the drawn aggregator.",
     "NotAggregator": "Only the aggregator whose turn it is may publish, and the candidate must name it.",
     "NotAscending": "Sort by address, and give every address once.",
-    "NotDistributed": (
-        "Have the reward distributed first (distribute); when the requirement was missed there is nothing to claim."
-    ),
+    "NotDistributed": "There is nothing to claim in this token: distribute first, and name the token of the task.",
     "NotDrawn": "There is no aggregator: it is not drawn yet (draw_aggregator), or nobody is left.",
     "NotEntitled": (
-        "Only who the rules name may do this: for the accuracy the publisher, then the aggregator; for "
-        "a slashed stake the other members, once."
+        "Only who the rules name may do this: for the accuracy the publisher, then the aggregator; for a slashed stake the "
+        "other members, once; a recorded stake is released once."
     ),
     "NothingToWithdraw": "There is nothing to pay out to this account now.",
     "NotInCohort": "This address is not in the cohort; a vote that recovers to it was signed for something else.",
     "NotParticipant": (
-        "Position, commitment and proof do not lead to the block's root for this account; only "
-        "participants have a part."
+        "Score, salt, position and proof do not lead to the block's root for this account; open exactly what was committed."
     ),
     "NotPublisher": "Only the task's publisher may do this; use its account.",
     "NotTheTurn": "Only the aggregator whose turn it is may do this, or be reported.",
@@ -115,7 +112,7 @@ HINTS = {
     "SeedAvailable": "The seed block's hash is still known; draw the aggregator now.",
     "SeedExpired": "Nobody drew within 256 blocks; call move_seed, then draw again.",
     "SeedNotMined": "Wait until the chain is past the seed block, then draw.",
-    "StakeLocked": "A task still holds this stake; withdraw after the time given.",
+    "StakeHeld": "The task still holds what it recorded; release it after the time given.",
     "StringTooLong": "The contracts were built wrongly; deploy the committed build.",
     "TooFewParticipants": "The block needs at least the task's minimum number of participants.",
     "TransferFailed": "The receiving account refused the payment; repair it or name another recipient.",
@@ -124,7 +121,6 @@ HINTS = {
     "WithdrawalTooEarly": "Wait until the withdrawal delay has passed.",
     "WrongCohort": "Bring along exactly the cohort that RegistrationClosed says (get_cohort reads it).",
     "WrongStatus": "The task is in another state (0 none, 1 locked, 2 published, 3 settled, 4 refunded); see get_task.",
-    "WrongToken": "This task is rewarded in another token; claim it together with tasks of the same one.",
     "WrongValue": "Send exactly the reward as the transaction's value, and no value when it is in tokens.",
     "ZeroAmount": "Send an amount above zero.",
     "ZeroReward": "Give a reward above zero.",
@@ -214,11 +210,18 @@ class Draw:
 
 @dataclass(frozen=True)
 class Withdrawal:
-    """A requested withdrawal of stake: payable from withdrawable_at_s on, once locked_until_s has passed."""
+    """A part that was taken out of the stake, payable from withdrawable_at_s on."""
 
     amount_wei: int
     withdrawable_at_s: int
-    locked_until_s: int
+
+
+@dataclass(frozen=True)
+class Hold:
+    """What tasks recorded of a stake, and until when the last of them holds it."""
+
+    recorded_wei: int
+    held_until_s: int
 
 
 @dataclass(frozen=True)
@@ -262,14 +265,6 @@ class Score:
     is_revealed: bool
     score: int
     is_claimed: bool
-
-
-@dataclass(frozen=True)
-class Claim:
-    """A participant's part of one task's reward: the fields of the Solidity struct Claim."""
-
-    task_id: TaskId
-    place: Place
 
 
 @dataclass(frozen=True)
@@ -384,6 +379,13 @@ class SeedMoved:
 
 
 @dataclass(frozen=True)
+class StakeReleased:
+    task_key: Bytes32
+    miner: Address
+    amount_wei: int
+
+
+@dataclass(frozen=True)
 class StakeSlashed:
     task_key: Bytes32
     aggregator: Address
@@ -472,6 +474,8 @@ class Distributed:
 class RewardClaimed:
     task_key: Bytes32
     miner: Address
+    recipient: Address
+    token: Address
     amount_wei: int
 
 
@@ -514,6 +518,7 @@ EVENTS: tuple[type, ...] = (
     AggregatorResigned,
     AggregatorReplaced,
     SeedMoved,
+    StakeReleased,
     StakeSlashed,
     CreditAdded,
     BlockPublished,
@@ -840,7 +845,16 @@ class StakeRegistry(Bound):
         arguments = (task_id, list(cohort.words), positions[0], int(offence), positions[1])
         return self._transact(CreditAdded, "creditSlashed", *arguments)
 
+    def release_stake(self, task_id: TaskId, miner: Address) -> Mined[StakeReleased]:
+        """After the task's latest end, while other tasks hold the rest of the stake; when none does, nothing needs releasing."""
+        cohort = self.get_cohort(task_id)
+        if miner not in cohort.miners:
+            raise ValueError(f"{miner} is not in the cohort of {task_id}: {', '.join(cohort.miners) or 'none yet'}")
+        position = cohort.miners.index(miner)
+        return self._transact(StakeReleased, "releaseStake", task_id, list(cohort.words), position)
+
     def stake_of(self, miner: Address) -> int:
+        """What tasks recorded included, requested withdrawals not."""
         return int(self._read("stakeOf", miner)[0])
 
     def available_stake(self, miner: Address) -> int:
@@ -848,6 +862,9 @@ class StakeRegistry(Bound):
 
     def credit_of(self, miner: Address) -> int:
         return int(self._read("creditOf", miner)[0])
+
+    def get_hold(self, miner: Address) -> Hold:
+        return _record(Hold, self._read("getHold", miner))
 
     def get_withdrawal(self, miner: Address) -> Withdrawal:
         return _record(Withdrawal, self._read("getWithdrawal", miner))
@@ -989,37 +1006,42 @@ class RewardDistribution(Bound):
         """Optional: records the silence of publisher and aggregator, which reveal_score and distribute do as well."""
         return self._transact(ScoresOpened, "openScores", task_id)
 
-    def reveal_score(self, task_id: TaskId, score: int, salt: bytes, own: Place) -> Mined[ScoreRevealed]:
-        """`own` is the sender's place in the block (BlockPublisher.place_of)."""
-        return self._transact(ScoreRevealed, "revealScore", task_id, score, salt, own.position, list(own.proof))
+    def reveal_score(self, task_id: TaskId, opening: Opening) -> Mined[ScoreRevealed]:
+        return self._transact(ScoreRevealed, "revealScore", task_id, _opening(opening))
 
     def distribute(self, task_id: TaskId) -> Mined[RewardReleased]:
         """`.events` has a RewardCredited for publisher or aggregator, and Distributed when the requirement was met."""
         return self._transact(RewardReleased, "distribute", task_id)
 
-    def withdraw_to(
-        self, recipient: Address | None = None, claims: Sequence[Claim] = (), *, token: Address = ZERO_ADDRESS
-    ) -> Mined[Withdrawn]:
-        """The sender's balance and its parts of these tasks, paid to itself unless a recipient is named."""
-        packed = [
-            (claim.task_id, (claim.place.position, claim.place.score_commit, claim.place.proof)) for claim in claims
-        ]
-        return self._transact(Withdrawn, "withdrawTo", token, recipient or self._own_address(), packed)
+    def claim_to(
+        self, task_id: TaskId, opening: Opening, recipient: Address | None = None, *, token: Address = ZERO_ADDRESS
+    ) -> Mined[RewardClaimed]:
+        """The sender's part of a task's reward, paid to itself unless a recipient is named."""
+        arguments = (task_id, token, recipient or self._own_address(), _opening(opening))
+        return self._transact(RewardClaimed, "claimTo", *arguments)
+
+    def withdraw_to(self, recipient: Address | None = None, *, token: Address = ZERO_ADDRESS) -> Mined[Withdrawn]:
+        """The sender's balance (refunds, aggregators' shares), paid to itself unless a recipient is named."""
+        return self._transact(Withdrawn, "withdrawTo", token, recipient or self._own_address())
 
     def balance_of(self, account: Address, token: Address = ZERO_ADDRESS) -> int:
         """What the account can withdraw beside its claims."""
         return int(self._read("balanceOf", token, account)[0])
 
-    def claimable(self, task_id: TaskId, position: int) -> int:
-        """What the participant at this position would be paid for its claim now."""
-        return int(self._read("claimable", task_key(task_id), position)[0])
+    def claimable(self, task_id: TaskId, position: int, score: int, token: Address = ZERO_ADDRESS) -> int:
+        """What the participant with this score at this position would be paid for its claim now."""
+        return int(self._read("claimable", task_key(task_id), token, position, score)[0])
 
     def get_settlement(self, task_id: TaskId) -> Settlement:
         """Raises Reverted("NoBlock") before a block is published."""
         return _record(Settlement, self._read("getSettlement", task_id)[0])
 
     def get_score(self, task_id: TaskId, position: int) -> Score:
-        return _record(Score, self._read("getScore", task_key(task_id), position))
+        """The score is in the event of its reveal; 0 when it is not revealed."""
+        is_revealed, is_claimed = self._read("isRevealed", task_key(task_id), position)
+        events = self._events(task_id, ScoreRevealed) if is_revealed else ()
+        score = next((event.score for event in events if event.position == position), 0)
+        return Score(is_revealed, score, is_claimed)
 
     def escrow(self) -> Address:
         return self._read_address("escrow")
@@ -1050,7 +1072,13 @@ def _candidate(candidate: Candidate) -> tuple[Any, ...]:
 def _application(registration: Registration, signature: Bytes) -> tuple[Any, ...]:
     """The Solidity struct Application: what its Registration can be recomputed from, and the signature."""
     key_hash = keccak(hexstr=registration.encryption_key)
-    return (registration.miner, key_hash, registration.dataset_proof_sha256, *compact_signature(signature))
+    content = (registration.miner, key_hash, registration.dataset_proof_sha256, registration.stake_wei)
+    return (*content, *compact_signature(signature))
+
+
+def _opening(opening: Opening) -> tuple[Any, ...]:
+    """The Solidity struct Opening."""
+    return (opening.score, opening.salt, opening.place.position, opening.place.proof)
 
 
 # Deployment

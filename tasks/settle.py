@@ -7,7 +7,8 @@ second time.
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from contracts.bindings import Claim, Outcome, RewardCredited, Settlement, StakeSlashed, Status
+from contracts.bindings import Outcome, RewardCredited, Settlement, StakeSlashed, Status
+from contracts.contributions import Opening, Place
 from contracts.messages import ZERO32, AbortReason, Attestation, Candidate, Cohort, struct_hash
 from contracts.sending import InsufficientFunds, Reverted
 from tasks.cohort import trusted_cohort
@@ -111,12 +112,17 @@ def open_score(task_id: str, actor: str) -> dict[str, str]:
         or contracts.rewards.get_score(task_id, own.position).is_revealed
     ):
         return st.receipt(task_id, 0, "reveal-score", _sent(st, task_id, "revealScore", by=st.address))
-    meta = contracts.publisher.get_block_meta(task_id)
+    done = contracts.rewards.reveal_score(task_id, own_opening(st, task_id, own))
+    return st.receipt(task_id, 0, "reveal-score", done.transaction)
+
+
+def own_opening(st: Station, task_id: str, own: Place) -> Opening:
+    """My score and salt behind the commitment that the block lists for me. Raises BadRecord when my home has none."""
+    meta = st.chain.contracts().publisher.get_block_meta(task_id)
     for number in range(meta.round_number if meta else 0, 0, -1):
         prepared = read_prepared(st, task_id, number)
         if prepared is not None and score_at(prepared, task_id, st.address) == own.score_commit:
-            done = contracts.rewards.reveal_score(task_id, prepared.score, prepared.score_salt, own)
-            return st.receipt(task_id, 0, "reveal-score", done.transaction)
+            return Opening(prepared.score, prepared.score_salt, own)
     raise BadRecord(f"no score in {st.me.home} opens the commitment {own.score_commit} that the block lists for me")
 
 
@@ -130,35 +136,35 @@ def distribute_and_withdraw(task_id: str, actor: str) -> dict[str, str]:
         if settlement.outcome is not Outcome.UNMET and settlement.revealed_count < settlement.participant_count:
             st.chain.wait_until(last_reveal_s(st, task_id, settlement) + 1, "the end of the windows for the reveals")
         contracts.rewards.distribute(task_id)
-        show_table(f"rewards-{task_id}", entitlements(st, task_id), "What the contract owes, in wei")
+        show_table(f"rewards-{task_id}", entitlements(st, task_id), "Credited by the contract; the rest is for claims")
     token = contracts.escrow.get_task(task_id).token
-    claims = open_claims(st, task_id)
-    if not claims and not contracts.rewards.balance_of(st.address, token):
-        return st.receipt(task_id, 0, "withdraw", ZERO32)
-    paid = contracts.rewards.withdraw_to(st.address, claims, token=token)
-    return st.receipt(task_id, 0, "withdraw", paid.transaction, paid.event.amount_wei)
+    transaction, amount = claim_own_part(st, task_id, token)
+    if contracts.rewards.balance_of(st.address, token):
+        paid = contracts.rewards.withdraw_to(token=token)
+        transaction, amount = paid.transaction, amount + paid.event.amount_wei
+    return st.receipt(task_id, 0, "withdraw", transaction, amount)
 
 
-def open_claims(st: Station, task_id: str) -> list[Claim]:
-    """My part of the task's reward, when there is one that I have not taken."""
-    contracts = st.chain.contracts()
+def claim_own_part(st: Station, task_id: str, token: str) -> tuple[str, int]:
+    """Take my part of a distributed reward, once; the transaction and the amount, zero when there is nothing to take."""
+    contracts = st.chain.contracts(st.me)
     own = contracts.publisher.place_of(task_id, st.address)
-    if own is None or not contracts.rewards.claimable(task_id, own.position):
-        return []
-    return [Claim(task_id, own)]
+    if own is None or contracts.rewards.get_settlement(task_id).outcome is Outcome.UNMET:
+        return ZERO32, 0
+    score = contracts.rewards.get_score(task_id, own.position)
+    if score.is_claimed or not contracts.rewards.claimable(task_id, own.position, score.score, token):
+        return ZERO32, 0
+    paid = contracts.rewards.claim_to(task_id, own_opening(st, task_id, own), token=token)
+    return paid.transaction, paid.event.amount_wei
 
 
 def entitlements(st: Station, task_id: str) -> list[dict[str, str]]:
-    """Who is owed how much of a distributed reward, before anybody has taken its part."""
-    contracts = st.chain.contracts()
+    """Whom a distribution credited, and what is left for the participants' claims."""
     rows = [
-        {"account": event.account, "for": "refund or aggregation", "wei": str(event.amount_wei)}
-        for event in st.chain.events(task_id, RewardCredited)
+        {"account": event.account, "wei": str(event.amount_wei)} for event in st.chain.events(task_id, RewardCredited)
     ]
-    for position, miner in enumerate(contracts.publisher.get_participants(task_id)):
-        if due := contracts.rewards.claimable(task_id, position):
-            rows.append({"account": miner, "for": "contribution", "wei": str(due)})
-    return rows
+    remaining = st.chain.contracts().rewards.get_settlement(task_id).remaining
+    return [*rows, {"account": "participants, by their claims", "wei": str(remaining)}]
 
 
 def last_reveal_s(st: Station, task_id: str, settlement: Settlement) -> int:
