@@ -212,7 +212,7 @@ class World:
             model_uri="s3://models/chest-x-ray/1",
             correct=85,
             total=100,
-            aggregator=self.aggregator.address,
+            aggregator=changes.get("aggregator") or self.aggregator.address,
             participants=tuple(miner.address for miner in self.cohort),
             score_commits=tuple(
                 score_commit(scores[miner.address], salt_of(miner), task_id, miner.address) for miner in self.cohort
