@@ -25,6 +25,7 @@ would leave the old machine code in use. For the same reason the inversion of `f
 """
 
 import inspect
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -267,6 +268,40 @@ def _memory_operation(emit: Callable[..., None]) -> Any:
     return operation(typed)
 
 
+def _alternate(builder: Any, *streams: Callable[[], None]) -> None:
+    """What the streams write, one instruction of each in turns. None may read what another one writes.
+
+    The columns of a product are chains of nine IFMA of four cycles each. The processor looks some hundred instructions
+    ahead, one product, and finds too few that can start; two products in turns keep both of its ports busy.
+    """
+    instructions = builder.block.instructions
+    written = []
+    for stream in streams:
+        begin = len(instructions)
+        stream()
+        written.append(instructions[begin:])
+        del instructions[begin:]
+    instructions.extend(each for turn in itertools.zip_longest(*written) for each in turn if each is not None)
+
+
+def _pair_operation(emit: Callable[..., None]) -> Any:
+    """`emit` at two places in turns: an operation that takes all arguments of the one, then all of the other.
+
+    Both may be the same place, where one is left over: all that `emit` reads, it reads before it writes there.
+    """
+    names = list(inspect.signature(emit).parameters)[1:]
+
+    def both(builder: Any, *values: Any) -> None:
+        one, other = values[: len(names)], values[len(names) :]
+        _alternate(builder, lambda: emit(builder, *one), lambda: emit(builder, *other))
+
+    every = ["builder", *names, *(f"{name}_too" for name in names)]
+    parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY) for name in every]
+    both.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    both.__name__ = emit.__name__
+    return _memory_operation(both)
+
+
 # --- operations of kernels: addresses in, nothing out ----------------------------------------------------------------
 #
 #   state       a block: N = K - x, and S = y or -y (the kernel counts which)
@@ -378,7 +413,7 @@ def _difference(builder: Any, x2: Lanes, state: Any) -> Lanes:
     return _carry(builder, [builder.add(a, b) for a, b in zip(x2, n, strict=True)], dry=True)
 
 
-@_memory_operation
+@_pair_operation
 def _compare_rows(
     builder: Any, state: Any, base: Any, offsets: Any, dx: Any, prefixes: Any, chain: Any, exceptions: Any
 ) -> None:
@@ -388,14 +423,14 @@ def _compare_rows(
     _prefix(builder, _difference(builder, _unpack64(builder, x), state), dx, prefixes, chain)
 
 
-@_memory_operation
+@_pair_operation
 def _compare_states(builder: Any, state: Any, other: Any, dx: Any, prefixes: Any, chain: Any) -> None:
     """Pass 1 of an addition of another state."""
     x2 = _from_k(builder, _load(builder, other))
     _prefix(builder, _difference(builder, x2, state), dx, prefixes, chain)
 
 
-@_memory_operation
+@_pair_operation
 def _compare_self(builder: Any, state: Any, dx: Any, prefixes: Any, chain: Any) -> None:
     """Pass 1 of a doubling: 2 S in the place of dx. No point of the curve has y = 0."""
     s = _load(builder, state, 1)
@@ -406,8 +441,11 @@ def _compare_self(builder: Any, state: Any, dx: Any, prefixes: Any, chain: Any) 
 def _divide(builder: Any, out: Any, dx: Any, prefixes: Any, chain: Any) -> None:
     """Pass 2: out = 1 / dx; the chain loses this dx."""
     inverse = _load(builder, chain)
-    _store(builder, out, _multiply(builder, inverse, _load(builder, prefixes)))
-    _store(builder, chain, _multiply(builder, inverse, _load(builder, dx)))
+    _alternate(
+        builder,
+        lambda: _store(builder, out, _multiply(builder, inverse, _load(builder, prefixes))),
+        lambda: _store(builder, chain, _multiply(builder, inverse, _load(builder, dx))),
+    )
 
 
 def _slope(builder: Any, quotient: Any, y2: Lanes, state: Any, excess: Any = None) -> None:
@@ -419,7 +457,7 @@ def _slope(builder: Any, quotient: Any, y2: Lanes, state: Any, excess: Any = Non
     _store(builder, quotient, _multiply(builder, _carry(builder, e, signed=True), _load(builder, quotient)))
 
 
-@_memory_operation
+@_pair_operation
 def _slope_named(
     builder: Any, quotient: Any, state: Any, base: Any, offsets: Any, references: Any, negative: Any
 ) -> None:
@@ -431,7 +469,7 @@ def _slope_named(
     _slope(builder, quotient, y2, state, builder.and_(flip, _all(_C - 1)))
 
 
-@_memory_operation
+@_pair_operation
 def _slope_rows(builder: Any, quotient: Any, state: Any, base: Any, offsets: Any, negative: Any) -> None:
     """Pass 2: the slope to rows that all have the sign given."""
     flip = _uniform(builder, builder.neg(negative))
@@ -439,7 +477,7 @@ def _slope_rows(builder: Any, quotient: Any, state: Any, base: Any, offsets: Any
     _slope(builder, quotient, y2, state, builder.and_(flip, _all(_C - 1)))
 
 
-@_memory_operation
+@_pair_operation
 def _slope_states(builder: Any, quotient: Any, state: Any, other: Any, negative: Any) -> None:
     """Pass 2: the slope to another state; negative: the S of the two have different signs."""
     _slope(builder, quotient, _signed(builder, _load(builder, other, 1), negative), state)
@@ -450,7 +488,7 @@ def _signed(builder: Any, y: Lanes, negative: Any) -> Lanes:
     return [builder.select(opposite, n, p) for n, p in zip(_from_k(builder, y), y, strict=True)]
 
 
-@_memory_operation
+@_pair_operation
 def _slope_self(builder: Any, quotient: Any, state: Any) -> None:
     """Pass 2 of a doubling: 3 x**2 / (2 S)."""
     x = _carry(builder, _from_k(builder, _load(builder, state)))
@@ -465,7 +503,7 @@ def _abscissa(builder: Any, slope: Any, state: Any, initial: Lanes, n: Lanes) ->
     _store(builder, state, _from_k(builder, x3))
 
 
-@_memory_operation
+@_pair_operation
 def _abscissa_chord(builder: Any, slope: Any, state: Any, dx: Any) -> None:
     """Pass 2: x3 = s**2 + 2 N - dx; d = x3 + N goes behind the group's slopes.
 
@@ -476,14 +514,14 @@ def _abscissa_chord(builder: Any, slope: Any, state: Any, dx: Any) -> None:
     _abscissa(builder, slope, state, initial, n)
 
 
-@_memory_operation
+@_pair_operation
 def _abscissa_self(builder: Any, slope: Any, state: Any) -> None:
     """Pass 2 of a doubling: x3 = s**2 + 2 N."""
     n = _load(builder, state)
     _abscissa(builder, slope, state, [builder.add(a, a) for a in n], n)
 
 
-@_memory_operation
+@_pair_operation
 def _ordinate(builder: Any, slope: Any, state: Any) -> None:
     """Pass 2: S = s d + S."""
     s = _multiply(builder, _load(builder, slope), _load(builder, slope, _GROUP), _load(builder, state, 1), dry=True)
@@ -542,9 +580,11 @@ def _one(builder: Any, out: Any) -> None:
 
 
 @_memory_operation
-def _zero(builder: Any, out: Any) -> None:
-    """One vector of zeros."""
-    _aligned(builder.store(_all(0), builder.inttoptr(out, _VECTOR.as_pointer())))
+def _clear(builder: Any, exceptions: Any) -> None:
+    """No exceptions: two vectors, for the two blocks of a pair note theirs apart."""
+    pointer = builder.inttoptr(exceptions, _VECTOR.as_pointer())
+    for place in range(2):
+        _aligned(builder.store(_all(0), builder.gep(pointer, [_I64(place)])))
 
 
 @_memory_operation
@@ -573,8 +613,9 @@ def _note_zero(builder: Any, exceptions: Any, words: Any) -> None:
 
 @_memory_operation
 def _flag(builder: Any, flag: Any, exceptions: Any) -> None:
-    """Set a byte to 1 if an exception was noted in any lane, or to 0."""
-    lanes = _aligned(builder.load(builder.inttoptr(exceptions, _VECTOR.as_pointer())))
+    """Set a byte to 1 if an exception was noted in any lane of either vector, or to 0."""
+    pointer = builder.inttoptr(exceptions, _VECTOR.as_pointer())
+    lanes = builder.or_(*(_aligned(builder.load(builder.gep(pointer, [_I64(place)]))) for place in range(2)))
     mask = builder.bitcast(builder.icmp_unsigned("!=", lanes, _all(0)), ir.IntType(8))
     any_lane = builder.zext(builder.icmp_unsigned("!=", mask, ir.IntType(8)(0)), ir.IntType(8))
     builder.store(any_lane, builder.inttoptr(flag, ir.IntType(8).as_pointer()))
@@ -586,7 +627,7 @@ def _begin_one(builder: Any, state: Any, row: Any) -> None:
     _begin_with(builder, state, [row] * LANES, None)
 
 
-@_memory_operation
+@_pair_operation
 def _compare_giant(builder: Any, giant: Any, base: Any, offsets: Any, dx: Any, prefixes: Any, chain: Any) -> None:
     """Pass 1 of a giant step: x of eight points, less x of the giant step's state."""
     x = _unpack64(builder, _gather(builder, _at_offsets(builder, base, offsets), 0))
@@ -605,12 +646,15 @@ def _giant_step(builder: Any, out: Any, inverse: Any, giant: Any, base: Any, off
     quotient = _load(builder, inverse)
     initial = [builder.sub(builder.add(a, a), b) for a, b in zip(n, _load(builder, dx), strict=True)]
     pointer = builder.inttoptr(out, _VECTOR.as_pointer())
-    for side, term in enumerate((q, _from_k(builder, q))):
+
+    def side(place: int, term: Lanes) -> None:
         numerator = _carry(builder, [builder.add(a, b) for a, b in zip(y, term, strict=True)])
         slope = _multiply(builder, numerator, quotient)
         x = _pack64(builder, _square(builder, slope, initial, dry=True))
         for j in range(2):
-            _aligned(builder.store(x[j], builder.gep(pointer, [_I64(2 * side + j)])))
+            _aligned(builder.store(x[j], builder.gep(pointer, [_I64(2 * place + j)])))
+
+    _alternate(builder, lambda: side(0, q), lambda: side(1, _from_k(builder, q)))
 
 
 @_memory_operation
@@ -649,7 +693,7 @@ _PREFIXES = _DX + BATCH * ELEMENT + 64 * 11
 _GROUP_ROOM = _PREFIXES + BATCH * ELEMENT + 64 * 23
 _CHAIN_ROOM = _GROUP_ROOM + 2 * _GROUP * ELEMENT + 64 * 5
 _EXCEPTIONS = _CHAIN_ROOM + (_CHAINS + 10) * ELEMENT + 64
-_WORDS = _EXCEPTIONS + 64
+_WORDS = _EXCEPTIONS + 2 * 64
 _ORDER = _WORDS + 64  # offsets of rows in order: of a whole block, and of the last one
 _OFFSETS = _ORDER + 64 * 3  # of the rows of this addition and of the next one, taking turns
 _SCRATCH = _OFFSETS + 2 * BATCH * ROW + 64 * 13
@@ -698,12 +742,28 @@ def _invert_chains(chains: int, words: int, invert: int) -> None:
 
 
 @compiled
-def _fetch_ahead(kind: int, source: int, there: int, following: int, scratch: int, b: int, lane: int) -> None:
-    """Ask for one row of the next addition of named rows, or of rows in order: see `_add`."""
+def _chain(chains: int, b: int) -> int:
+    """The chain of a block."""
+    return chains + b % _CHAINS * ELEMENT
+
+
+@compiled
+def _order_of(scratch: int, b: int, blocks: int) -> int:
+    """The offsets of a block's rows in order."""
+    return scratch + _ORDER + (ROW if b == blocks - 1 else 0)
+
+
+@compiled
+def _fetch_ahead(kind: int, source: int, there: int, following: int, scratch: int, b: int, c: int, lane: int) -> None:
+    """Ask for one row of the next addition of named rows, or of rows in order, for both blocks of a pair: see `_add`."""
     if kind == _NAMED:
         _fetch(source, there + ROW * b, lane)
+        if c != b:
+            _fetch(source, there + ROW * c, lane)
     elif kind == _IN_ORDER:
         _fetch(following + 8 * ROW * b, scratch + _ORDER, lane)
+        if c != b:
+            _fetch(following + 8 * ROW * c, scratch + _ORDER, lane)
 
 
 @compiled
@@ -730,55 +790,77 @@ def _add(
     here, there = offsets, 2 * (scratch + _OFFSETS) + BATCH * ROW - offsets
     for c in range(_CHAINS):
         _one(chains + c * ELEMENT)
-    for b in range(blocks):
-        state, chain, at = states + b * BLOCK, chains + (b % _CHAINS) * ELEMENT, b * ELEMENT
-        order = scratch + _ORDER + (ROW if b == blocks - 1 else 0)
+    for b in range(0, blocks, 2):
+        c = min(b + 1, blocks - 1)  # a block that is left over is its own partner
+        state, dx1, prefix1, chain1 = states + b * BLOCK, dx + b * ELEMENT, prefixes + b * ELEMENT, _chain(chains, b)
+        other, dx2, prefix2, chain2 = states + c * BLOCK, dx + c * ELEMENT, prefixes + c * ELEMENT, _chain(chains, c)
         if kind == _NAMED:
-            _compare_rows(state, source, here + ROW * b, dx + at, prefixes + at, chain, exceptions)
+            _compare_rows(
+                state, source, here + ROW * b, dx1, prefix1, chain1, exceptions,
+                other, source, here + ROW * c, dx2, prefix2, chain2, exceptions + 64,
+            )  # fmt: skip
             _name(there + ROW * b, following + 32 * b, exceptions)
+            _name(there + ROW * c, following + 32 * c, exceptions)
         elif kind == _IN_ORDER:
-            _compare_rows(state, source + 8 * ROW * b, order, dx + at, prefixes + at, chain, exceptions)
+            _compare_rows(
+                state, source + 8 * ROW * b, _order_of(scratch, b, blocks), dx1, prefix1, chain1, exceptions,
+                other, source + 8 * ROW * c, _order_of(scratch, c, blocks), dx2, prefix2, chain2, exceptions + 64,
+            )  # fmt: skip
         elif kind == _STATES:
-            _compare_states(state, source + b * BLOCK, dx + at, prefixes + at, chain)
+            _compare_states(
+                state, source + b * BLOCK, dx1, prefix1, chain1, other, source + c * BLOCK, dx2, prefix2, chain2
+            )
         else:
-            _compare_self(state, dx + at, prefixes + at, chain)
+            _compare_self(state, dx1, prefix1, chain1, other, dx2, prefix2, chain2)
         # A few rows of the next addition in each stage: only some can be on their way at once.
-        _fetch_ahead(kind, source, there, following, scratch, b, 0)
-        _fetch_ahead(kind, source, there, following, scratch, b, 1)
+        _fetch_ahead(kind, source, there, following, scratch, b, c, 0)
+        _fetch_ahead(kind, source, there, following, scratch, b, c, 1)
     _invert_chains(chains, scratch + _WORDS, invert)
     _note_zero(exceptions, scratch + _WORDS)
-    end_block = blocks
-    while end_block > 0:
-        first = max(0, end_block - _GROUP)
-        for b in range(end_block - 1, first - 1, -1):
+    first = (blocks - 1) // _GROUP * _GROUP
+    while first >= 0:
+        last = min(first + _GROUP, blocks) - 1
+        for b in range(last, first - 1, -1):
             at = b * ELEMENT
-            _divide(group + (b - first) * ELEMENT, dx + at, prefixes + at, chains + (b % _CHAINS) * ELEMENT)
-            _fetch_ahead(kind, source, there, following, scratch, b, 2)
-            _fetch_ahead(kind, source, there, following, scratch, b, 3)
-        for b in range(first, end_block):
-            slope, state = group + (b - first) * ELEMENT, states + b * BLOCK
+            _divide(group + (b - first) * ELEMENT, dx + at, prefixes + at, _chain(chains, b))
+            _fetch_ahead(kind, source, there, following, scratch, b, b, 2)
+        for b in range(first, last + 1, 2):
+            c = min(b + 1, last)
+            slope1, state = group + (b - first) * ELEMENT, states + b * BLOCK
+            slope2, other = group + (c - first) * ELEMENT, states + c * BLOCK
             if kind == _NAMED:
-                _slope_named(slope, state, source, here + ROW * b, references + 32 * b, negative)
+                _slope_named(
+                    slope1, state, source, here + ROW * b, references + 32 * b, negative,
+                    slope2, other, source, here + ROW * c, references + 32 * c, negative,
+                )  # fmt: skip
             elif kind == _IN_ORDER:
-                order = scratch + _ORDER + (ROW if b == blocks - 1 else 0)
-                _slope_rows(slope, state, source + 8 * ROW * b, order, negative)
+                _slope_rows(
+                    slope1, state, source + 8 * ROW * b, _order_of(scratch, b, blocks), negative,
+                    slope2, other, source + 8 * ROW * c, _order_of(scratch, c, blocks), negative,
+                )  # fmt: skip
             elif kind == _STATES:
-                _slope_states(slope, state, source + b * BLOCK, negative)
+                _slope_states(slope1, state, source + b * BLOCK, negative, slope2, other, source + c * BLOCK, negative)
             else:
-                _slope_self(slope, state)
-            _fetch_ahead(kind, source, there, following, scratch, b, 4)
-            _fetch_ahead(kind, source, there, following, scratch, b, 5)
-        for b in range(first, end_block):
-            slope, state = group + (b - first) * ELEMENT, states + b * BLOCK
+                _slope_self(slope1, state, slope2, other)
+            _fetch_ahead(kind, source, there, following, scratch, b, c, 3)
+            _fetch_ahead(kind, source, there, following, scratch, b, c, 4)
+        for b in range(first, last + 1, 2):
+            c = min(b + 1, last)
+            slope1, state = group + (b - first) * ELEMENT, states + b * BLOCK
+            slope2, other = group + (c - first) * ELEMENT, states + c * BLOCK
             if kind == _SELF:
-                _abscissa_self(slope, state)
+                _abscissa_self(slope1, state, slope2, other)
             else:
-                _abscissa_chord(slope, state, dx + b * ELEMENT)
-            _fetch_ahead(kind, source, there, following, scratch, b, 6)
-        for b in range(first, end_block):
-            _ordinate(group + (b - first) * ELEMENT, states + b * BLOCK)
-            _fetch_ahead(kind, source, there, following, scratch, b, 7)
-        end_block = first
+                _abscissa_chord(slope1, state, dx + b * ELEMENT, slope2, other, dx + c * ELEMENT)
+            _fetch_ahead(kind, source, there, following, scratch, b, c, 5)
+            _fetch_ahead(kind, source, there, following, scratch, b, c, 6)
+        for b in range(first, last + 1, 2):
+            c = min(b + 1, last)
+            _ordinate(
+                group + (b - first) * ELEMENT, states + b * BLOCK, group + (c - first) * ELEMENT, states + c * BLOCK
+            )
+            _fetch_ahead(kind, source, there, following, scratch, b, c, 7)
+        first -= _GROUP
 
 
 _in_words = types.Array(types.uint64, 2, "C", readonly=True)
@@ -818,7 +900,7 @@ def add_rows(
         count = min(len(points) - first, BATCH * LANES)
         blocks = (count + LANES - 1) // LANES
         at, names = points.ctypes.data + first * ROW, references.ctypes.data + 4 * first
-        _zero(scratch + _EXCEPTIONS)
+        _clear(scratch + _EXCEPTIONS)
         _order(scratch + _ORDER, 7)
         _order(scratch + _ORDER + ROW, count - 1 - 8 * (blocks - 1))
         offsets = scratch + _OFFSETS
@@ -878,7 +960,7 @@ def combine(
         first = batch * batch_blocks * LANES
         count = min(len(points) - first, batch_blocks * LANES)
         blocks = (count + LANES - 1) // LANES
-        _zero(scratch + _EXCEPTIONS)
+        _clear(scratch + _EXCEPTIONS)
         _order(scratch + _ORDER, 7)
         _order(scratch + _ORDER + ROW, count - 1 - 8 * (blocks - 1))
         turned[:] = 0
@@ -1030,30 +1112,35 @@ def search(
                 _begin_one(steps + s * BLOCK, giants.ctypes.data + (first + s) * ROW)
             for c in range(_CHAINS):
                 _one(chains + c * ELEMENT)
-            for v in range(span * blocks):
-                giant, names = steps + (v // blocks) * BLOCK, offsets.ctypes.data + ROW * (v % blocks)
-                at = v * ELEMENT
-                _compare_giant(giant, base, names, dx + at, prefixes + at, chains + (v % _CHAINS) * ELEMENT)
+            for v in range(0, span * blocks, 2):
+                w = min(v + 1, span * blocks - 1)
+                _compare_giant(
+                    steps + v // blocks * BLOCK, base, offsets.ctypes.data + ROW * (v % blocks),
+                    dx + v * ELEMENT, prefixes + v * ELEMENT, _chain(chains, v),
+                    steps + w // blocks * BLOCK, base, offsets.ctypes.data + ROW * (w % blocks),
+                    dx + w * ELEMENT, prefixes + w * ELEMENT, _chain(chains, w),
+                )  # fmt: skip
             _invert_chains(chains, scratch + _WORDS, invert)
-            _zero(exceptions)
+            _clear(exceptions)
             _note_zero(exceptions, scratch + _WORDS)
             _flag(flag.ctypes.data, exceptions)
             if flag[0] != 0:
                 break
-            end = span * blocks
-            while end > 0:
-                begin = max(0, end - _GROUP)
-                for v in range(end - 1, begin - 1, -1):
+            begin = (span * blocks - 1) // _GROUP * _GROUP
+            while begin >= 0:
+                last = min(begin + _GROUP, span * blocks) - 1
+                for v in range(last, begin - 1, -1):
                     at = v * ELEMENT
-                    _divide(group + (v - begin) * ELEMENT, dx + at, prefixes + at, chains + (v % _CHAINS) * ELEMENT)
-                for v in range(begin, end):
+                    _divide(group + (v - begin) * ELEMENT, dx + at, prefixes + at, _chain(chains, v))
+                for v in range(begin, last + 1):
                     giant, names = steps + (v // blocks) * BLOCK, offsets.ctypes.data + ROW * (v % blocks)
-                    at = v * ELEMENT
-                    _giant_step(tags.ctypes.data + 256 * v, group + (v - begin) * ELEMENT, giant, base, names, dx + at)
+                    _giant_step(
+                        tags.ctypes.data + 256 * v, group + (v - begin) * ELEMENT, giant, base, names, dx + v * ELEMENT
+                    )
                     for lane in range(LANES):
                         _fetch_line(slot_base + 8 * np.int64((tags[32 * v + lane] << BUCKET_BITS) & mask))
                         _fetch_line(slot_base + 8 * np.int64((tags[32 * v + 16 + lane] << BUCKET_BITS) & mask))
-                end = begin
+                begin -= _GROUP
             kept = 0
             for i in range(count):
                 hit = False

@@ -269,23 +269,34 @@ WORDS = [*itertools.product((0, 1, 2**63, 2**64 - 1), repeat=4)]
 @njit
 def chord(states, others, dx, slopes, negative):
     """Both passes of state + other state, but for the inversion: dx is written, slopes hold 1 / dx."""
-    for i in range(len(states)):
+    for i in range(0, len(states), 2):
+        j = min(i + 1, len(states) - 1)
         state, other = states.ctypes.data + 2 * i * ELEMENT, others.ctypes.data + 2 * i * ELEMENT
-        slope = slopes.ctypes.data + i * SLOPE
-        ifma._compare_states(state, other, dx.ctypes.data + i * ELEMENT, slope + ELEMENT, slope + 2 * ELEMENT)
-        ifma._slope_states(slope, state, other, negative)
-        ifma._abscissa_chord(slope, state, dx.ctypes.data + i * ELEMENT)
-        ifma._ordinate(slope, state)
+        state2, other2 = states.ctypes.data + 2 * j * ELEMENT, others.ctypes.data + 2 * j * ELEMENT
+        slope, slope2 = slopes.ctypes.data + i * SLOPE, slopes.ctypes.data + j * SLOPE
+        dx1, dx2 = dx.ctypes.data + i * ELEMENT, dx.ctypes.data + j * ELEMENT
+        ifma._compare_states(
+            state, other, dx1, slope + ELEMENT, slope + 2 * ELEMENT,
+            state2, other2, dx2, slope2 + ELEMENT, slope2 + 2 * ELEMENT,
+        )  # fmt: skip
+        ifma._slope_states(slope, state, other, negative, slope2, state2, other2, negative)
+        ifma._abscissa_chord(slope, state, dx1, slope2, state2, dx2)
+        ifma._ordinate(slope, state, slope2, state2)
 
 
 @njit
 def tangent(states, dx, slopes):
-    for i in range(len(states)):
+    for i in range(0, len(states), 2):
+        j = min(i + 1, len(states) - 1)
         state, slope = states.ctypes.data + 2 * i * ELEMENT, slopes.ctypes.data + i * SLOPE
-        ifma._compare_self(state, dx.ctypes.data + i * ELEMENT, slope + ELEMENT, slope + 2 * ELEMENT)
-        ifma._slope_self(slope, state)
-        ifma._abscissa_self(slope, state)
-        ifma._ordinate(slope, state)
+        state2, slope2 = states.ctypes.data + 2 * j * ELEMENT, slopes.ctypes.data + j * SLOPE
+        dx1, dx2 = dx.ctypes.data + i * ELEMENT, dx.ctypes.data + j * ELEMENT
+        ifma._compare_self(
+            state, dx1, slope + ELEMENT, slope + 2 * ELEMENT, state2, dx2, slope2 + ELEMENT, slope2 + 2 * ELEMENT
+        )
+        ifma._slope_self(slope, state, slope2, state2)
+        ifma._abscissa_self(slope, state, slope2, state2)
+        ifma._ordinate(slope, state, slope2, state2)
 
 
 SLOPE = (ifma._GROUP + 1) * ELEMENT  # a slope, and d behind the slopes of a group
