@@ -43,6 +43,7 @@ ELEMENT = 8 * LANES * LIMBS  # bytes of one field element in lanes
 BLOCK = 2 * ELEMENT  # bytes of x and y
 ROW = 64  # bytes of a point in an array
 BATCH = 384  # blocks that share an inversion: 3072 points, 480 KiB with their dx and prefix products, in the L2 cache
+_NEAR = 6  # blocks whose rows are on their way from the second-level cache to the first
 _AHEAD = 16  # points whose slots are on their way
 _CHAINS = 4  # of prefix products, so that four multiplications never wait for one another
 _GROUP = 16  # blocks that go through a stage together; their intermediate values stay in the L1 cache
@@ -348,11 +349,18 @@ def _fetch(builder: Any, base: Any, offsets: Any, lane: Any) -> None:
     _prefetch(builder, builder.add(base, offset))
 
 
-def _prefetch(builder: Any, address: Any) -> None:
+def _prefetch(builder: Any, address: Any, locality: int = 2) -> None:
     pointer = ir.IntType(8).as_pointer()
     kind = ir.FunctionType(ir.VoidType(), [pointer, _I32, _I32, _I32])
     prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    builder.call(prefetch, [builder.inttoptr(address, pointer), _I32(0), _I32(3), _I32(1)])
+    builder.call(prefetch, [builder.inttoptr(address, pointer), _I32(0), _I32(locality), _I32(1)])
+
+
+@_memory_operation
+def _fetch_rows(builder: Any, base: Any, offsets: Any) -> None:
+    """Ask for eight rows, from the second-level cache to the first."""
+    for row in _at_offsets(builder, base, offsets):
+        _prefetch(builder, row, 3)
 
 
 @_memory_operation
@@ -795,6 +803,8 @@ def _add(
         state, dx1, prefix1, chain1 = states + b * BLOCK, dx + b * ELEMENT, prefixes + b * ELEMENT, _chain(chains, b)
         other, dx2, prefix2, chain2 = states + c * BLOCK, dx + c * ELEMENT, prefixes + c * ELEMENT, _chain(chains, c)
         if kind == _NAMED:
+            _fetch_rows(source, here + ROW * min(b + _NEAR, blocks - 1))
+            _fetch_rows(source, here + ROW * min(b + _NEAR + 1, blocks - 1))
             _compare_rows(
                 state, source, here + ROW * b, dx1, prefix1, chain1, exceptions,
                 other, source, here + ROW * c, dx2, prefix2, chain2, exceptions + 64,
@@ -824,6 +834,8 @@ def _add(
             at = b * ELEMENT
             _divide(group + (b - first) * ELEMENT, dx + at, prefixes + at, _chain(chains, b))
             _fetch_ahead(kind, source, there, following, scratch, b, b, 2)
+            if kind == _NAMED:
+                _fetch_rows(source, here + ROW * b)
         for b in range(first, last + 1, 2):
             c = min(b + 1, last)
             slope1, state = group + (b - first) * ELEMENT, states + b * BLOCK
