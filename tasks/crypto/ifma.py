@@ -116,20 +116,20 @@ def _multiply(builder: Any, a: Lanes, b: Lanes, initial: Lanes | None = None, *,
     return _reduce(builder, columns, dry=dry)
 
 
-def _square(builder: Any, a: Lanes, initial: Lanes | None = None, *, dry: bool = False) -> Lanes:
-    """a**2 + initial, which is as in `_multiply`; a wet, its limb 4 below 2**51, its value below 2**259.
+def _square(builder: Any, a: Lanes, n: Lanes | None = None, less: Lanes | None = None, *, dry: bool = False) -> Lanes:
+    """a**2 + 2 n - less; a wet, its limb 4 below 2**51, its value below 2**259; limbs of 2 n - less in [0, 2**58).
 
-    The products of two different limbs, in columns 1 to 8, are doubled at the end.
+    The products of two different limbs, in columns 1 to 8, and n are doubled at the end.
     """
-    columns = [_all(0)] * (2 * LIMBS)
+    columns = [*(n or [_all(0)] * LIMBS), *[_all(0)] * LIMBS]
     for i in range(LIMBS):
         for j in range(i + 1, LIMBS):
             columns[i + j] = _madd(builder, "l", columns[i + j], a[i], a[j])
         for j in range(i + 1, LIMBS):
             columns[i + j + 1] = _madd(builder, "h", columns[i + j + 1], a[i], a[j])
-    columns = [columns[0], *(builder.add(column, column) for column in columns[1:9]), columns[9]]
-    if initial:
-        columns[:LIMBS] = [builder.add(c, i) for c, i in zip(columns, initial, strict=False)]
+    columns = [*(builder.add(column, column) for column in columns[:9]), columns[9]]
+    if less:
+        columns[:LIMBS] = [builder.sub(c, l) for c, l in zip(columns, less, strict=False)]
     for i in range(LIMBS):
         columns[2 * i] = _madd(builder, "l", columns[2 * i], a[i], a[i])
         columns[2 * i + 1] = _madd(builder, "h", columns[2 * i + 1], a[i], a[i])
@@ -505,8 +505,9 @@ def _slope_self(builder: Any, quotient: Any, state: Any) -> None:
     _store(builder, quotient, _multiply(builder, triple, _load(builder, quotient)))
 
 
-def _abscissa(builder: Any, slope: Any, state: Any, initial: Lanes, n: Lanes) -> None:
-    x3 = _square(builder, _load(builder, slope), initial, dry=True)
+def _abscissa(builder: Any, slope: Any, state: Any, dx: Lanes | None) -> None:
+    n = _load(builder, state)
+    x3 = _square(builder, _load(builder, slope), n, dx, dry=True)
     _store(builder, slope, _carry(builder, [builder.add(a, b) for a, b in zip(x3, n, strict=True)]), _GROUP)
     _store(builder, state, _from_k(builder, x3))
 
@@ -517,16 +518,13 @@ def _abscissa_chord(builder: Any, slope: Any, state: Any, dx: Any) -> None:
 
     2 N - dx: limbs 0 to 3 in (2**54, 2**56), limb 4 above 2**50 - 2**49 - 2**10.
     """
-    n = _load(builder, state)
-    initial = [builder.sub(builder.add(a, a), b) for a, b in zip(n, _load(builder, dx), strict=True)]
-    _abscissa(builder, slope, state, initial, n)
+    _abscissa(builder, slope, state, _load(builder, dx))
 
 
 @_pair_operation
 def _abscissa_self(builder: Any, slope: Any, state: Any) -> None:
     """Pass 2 of a doubling: x3 = s**2 + 2 N."""
-    n = _load(builder, state)
-    _abscissa(builder, slope, state, [builder.add(a, a) for a in n], n)
+    _abscissa(builder, slope, state, None)
 
 
 @_pair_operation
@@ -651,14 +649,13 @@ def _giant_step(builder: Any, out: Any, inverse: Any, giant: Any, base: Any, off
     """
     y = _unpack64(builder, _gather(builder, _at_offsets(builder, base, offsets), 32))
     n, q = _load(builder, giant), _load(builder, giant, 1)
-    quotient = _load(builder, inverse)
-    initial = [builder.sub(builder.add(a, a), b) for a, b in zip(n, _load(builder, dx), strict=True)]
+    quotient, less = _load(builder, inverse), _load(builder, dx)
     pointer = builder.inttoptr(out, _VECTOR.as_pointer())
 
     def side(place: int, term: Lanes) -> None:
         numerator = _carry(builder, [builder.add(a, b) for a, b in zip(y, term, strict=True)])
         slope = _multiply(builder, numerator, quotient)
-        x = _pack64(builder, _square(builder, slope, initial, dry=True))
+        x = _pack64(builder, _square(builder, slope, n, less, dry=True))
         for j in range(2):
             _aligned(builder.store(x[j], builder.gep(pointer, [_I64(2 * place + j)])))
 

@@ -131,10 +131,14 @@ INITIAL = [
 ]
 INITIAL += [_K, tuple(2 * limb for limb in _K), (1, 0, 0, 0, 0)]
 
+# n and less, where limbs of 2 n - less are in [0, 2**58).
+DOUBLED = [(n, (0,) * 5) for n in ((0,) * 5, (2**57 - 1,) * 5, (2**57 - 1, 0, 0, 0, 0), (0, 0, 0, 0, 2**57 - 1), _K)]
+DOUBLED += [(_K, (*[_LOW52] * 4, 2**51 - 10)), ((2**51,) * 5, (2**52,) * 5), ((2**57 - 1,) * 5, (1,) * 5)]
+
 multiply = emitted(lambda builder, a, b: ifma._multiply(builder, a, b))
 multiply_dry = emitted(lambda builder, a, b, c: ifma._multiply(builder, a, b, c, dry=True))
 square = emitted(lambda builder, a: ifma._square(builder, a))
-square_dry = emitted(lambda builder, a, b: ifma._square(builder, a, b, dry=True))
+square_dry = emitted(lambda builder, a, n, less: ifma._square(builder, a, n, less, dry=True))
 reduce_dry = emitted(lambda builder, low, high: ifma._reduce(builder, low + high, dry=True))
 reduce_wet = emitted(lambda builder, low, high: ifma._reduce(builder, low + high))
 carry_dry = emitted(lambda builder, a: ifma._carry(builder, a, dry=True))
@@ -165,10 +169,9 @@ def test_squares_at_the_bounds():
     for a, product in zip(factors, square(factors), strict=True):
         assert multiplied(product) % P == multiplied(a) ** 2 % P
         assert holds_wet(product)
-    pairs = list(itertools.product(factors, INITIAL))
-    left, initial = zip(*pairs, strict=True)
-    for (a, i), product in zip(pairs, square_dry(left, initial), strict=True):
-        assert number(product) % P == (multiplied(a) ** 2 + number(i)) % P
+    triples = [(a, n, less) for a, (n, less) in itertools.product(factors, DOUBLED)]
+    for (a, n, less), product in zip(triples, square_dry(*zip(*triples, strict=True)), strict=True):
+        assert number(product) % P == (multiplied(a) ** 2 + 2 * number(n) - number(less)) % P
         assert is_tight(product)
 
 
