@@ -326,7 +326,7 @@ _P_INVERSE62 = pow(P, -1, 2**62)
 
 
 @operation
-def _count_zeros(typingctx: Any, a: Any) -> Any:
+def count_zeros(typingctx: Any, a: Any) -> Any:
     """Trailing zero bits of a nonzero word."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -436,7 +436,7 @@ def inverse(a: Element) -> Element:
         left = 62
         while True:
             # Steps that only halve g; a bit above the last step ends the count.
-            zeros = _count_zeros(low_g | (_ALL_ONES << np.uint64(left)))
+            zeros = count_zeros(low_g | (_ALL_ONES << np.uint64(left)))
             low_g >>= np.uint64(zeros)
             u <<= zeros
             v <<= zeros

@@ -35,7 +35,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from tasks.crypto.field import BUCKET_BITS, STEP_BITS, STEP_MASK, P, Words, compiled, kernel, operation
+from tasks.crypto.field import BUCKET_BITS, STEP_BITS, STEP_MASK, P, Words, compiled, count_zeros, kernel, operation
 
 LANES = 8
 LIMBS = 5
@@ -1042,10 +1042,7 @@ def _find(slots: npt.NDArray[np.uint64], low: np.uint64, high: np.uint64) -> np.
     while True:
         bits = _bucket(slots.ctypes.data + np.int64(slot) * 8, tag)
         if bits & 255:
-            while bits & 1 == 0:
-                bits >>= 1
-                slot += np.uint64(1)
-            return slots[slot] & STEP_MASK
+            return slots[slot + np.uint64(count_zeros(np.uint64(bits)))] & STEP_MASK
         if bits:  # a free entry ends the chain
             return np.uint64(0)
         slot = (slot + np.uint64(LANES)) & mask
@@ -1101,7 +1098,8 @@ def search(
             step = _find(slots, points[position, 0], points[position, 1])
             if step != np.uint64(0):
                 j = np.int64(step >> np.uint64(1))
-                logs[position] = j if ((step ^ points[position, 4]) & np.uint64(1)) == np.uint64(0) else 1 - j
+                flip = np.int64((step ^ points[position, 4]) & np.uint64(1))
+                logs[position] = (j ^ -flip) + 2 * flip  # j, or ~j + 2 = 1 - j
                 others[position] = logs[position]
                 found[position] = 1
             else:
