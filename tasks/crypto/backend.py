@@ -209,12 +209,31 @@ def first_invalid(points: Words) -> int:
     return int((field if ifma is None else ifma).first_invalid(points))
 
 
+def sums_hold(points: Words, table: Words, references: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
+    """(m,) whether points (m, 8) are the sums of the rows named by references (2, m or more), which differ in x.
+
+    Without a division: less than half of what adding the rows costs.
+    """
+    ifma = CHOICE.kernels
+    if ifma is None:
+        sums = np.zeros_like(points)
+        field.add_rows(sums, table, np.ascontiguousarray(references[:, : len(points)]))
+        return equal_rows(sums, points)
+    holds = np.empty(len(points), np.uint8)
+    ifma.sums_hold(points, table, references, holds)
+    return holds.view(bool)
+
+
 def search(
-    slots: npt.NDArray[np.uint64], giants: Words, stride: int, points: Words, encode: Callable[[Integers], Words]
+    slots: npt.NDArray[np.uint64],
+    giants: Words,
+    stride: int,
+    points: Words,
+    confirm: Callable[[Integers, Words], npt.NDArray[np.bool_]],
 ) -> tuple[Integers, npt.NDArray[np.bool_]]:
     """Exponents m of points (m - 1/2) G, and whether they were found: see `field.search`.
 
-    encode: the points of exponents; a tag may fit by accident, so every candidate is encoded again and compared.
+    confirm: whether exponents are those of points; a tag may fit by accident, so every candidate is asked for.
     """
     logs = np.zeros(len(points), np.int64)
     solved = np.zeros(len(points), bool)
@@ -225,16 +244,16 @@ def search(
         ifma.search(
             slots, giants, stride, points, logs, others, found, tags, offsets, _room(1), field.invert_at.address
         )
-        solved = (found == 1) & equal_rows(encode(logs), points)
+        solved = (found == 1) & confirm(logs, points)
         pending = np.flatnonzero((found == 1) & ~solved & (others != logs))
-        right = pending[equal_rows(encode(others[pending]), points[pending])]
+        right = pending[confirm(others[pending], points[pending])]
         logs[right], solved[right] = others[right], True
     pending = np.flatnonzero(~solved)
     skips = np.zeros(len(points), np.int64)
     while len(pending):
         candidates, found = np.zeros(len(pending), np.int64), np.zeros(len(pending), np.uint8)
         field.search(slots, giants, stride, points[pending], skips[pending], candidates, found)
-        right_here = (found == 1) & equal_rows(encode(candidates), points[pending])
+        right_here = (found == 1) & confirm(candidates, points[pending])
         right = pending[right_here]
         logs[right], solved[right] = candidates[right_here], True
         pending = pending[(found == 1) & ~right_here]

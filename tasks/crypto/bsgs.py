@@ -5,8 +5,8 @@
     stride      2 T: x alone finds j and 1 - j, so a giant step skips both halves
     m           the exponent, m = g * stride + j with 1 - T <= j <= T, |m| <= bound
 
-A tag may fit by accident. Therefore every candidate is encoded again, (m - 1/2) G, and compared with the point; a false
-one is passed over and the search goes on behind it. What is returned is right, whatever the table holds.
+A tag may fit by accident. Therefore every candidate is confirmed: that the point is (m - 1/2) G, all of it; a false one
+is passed over and the search goes on behind it. What is returned is right, whatever the table holds.
 
 Errors: OutOfBound. Sources: Shanks 1971; sharing 1 / (x_g - x_E) between E - g and E + g, see `field.search`.
 """
@@ -149,11 +149,11 @@ def half_logs(
     done, reporting = [0], Lock()
     commitments()  # built before any thread asks for it
 
-    def encode(m: npt.NDArray[np.int64]) -> Words:
-        return commitments().half_exponents(m - 1, reach)
+    def confirm(m: npt.NDArray[np.int64], candidates: Words) -> npt.NDArray[np.bool_]:
+        return commitments().are_half_exponents(candidates, m - 1, reach)
 
     def work(chunk: slice) -> None:
-        logs[chunk], solved[chunk] = backend.search(table.slots, giants, stride, points[chunk], encode)
+        logs[chunk], solved[chunk] = backend.search(table.slots, giants, stride, points[chunk], confirm)
         if progress:
             with reporting:
                 done[0] += chunk.stop - chunk.start

@@ -686,6 +686,56 @@ def _check(builder: Any, base: Any, offsets: Any, bad: Any) -> None:
     _aligned(builder.store(lanes, builder.inttoptr(bad, _VECTOR.as_pointer())))
 
 
+@_memory_operation
+def _confirm(
+    builder: Any, bad: Any, base: Any, order: Any, table: Any, first: Any, second: Any, signs: Any, other_signs: Any
+) -> None:
+    """Write one vector: zero in the lanes where the point E is the sum of two named rows A and B that differ in x.
+
+    The formulas of a chord without their division, for D = x_B - x_A and N = y_B - y_A:
+
+        (x_E + x_A + x_B) D**2 = N**2        (y_E + y_A) D = N (x_A - x_E)
+
+    Rows have signs a and b, u = a b. With n = y_B - u y_A = b N, of the rows' own y, the second times b is
+    (b y_E + u y_A) D + n (x_E - x_A) = 0. All factors are below 8 p < 2**259 and at most 2**51 in limb 4; n, which is
+    squared, is below 5 p + 2**256.
+    """
+    rows = [_at_offsets(builder, base, order), *(_at_offsets(builder, table, at) for at in (first, second))]
+    (xe, ye), (xa, ya), (xb, yb) = (
+        [_unpack64(builder, _gather(builder, each, offset)) for offset in (0, 32)] for each in rows
+    )
+    a, b = (_references(builder, at) for at in (signs, other_signs))
+    b_negative = builder.icmp_signed("<", b, _all(0))
+    u_negative = builder.icmp_signed("<", builder.xor(a, b), _all(0))
+
+    def plus(left: Lanes, right: Lanes) -> Lanes:
+        return [builder.add(i, j) for i, j in zip(left, right, strict=True)]
+
+    def signed(negative: Any, y: Lanes) -> Lanes:
+        return [builder.select(negative, n, p) for n, p in zip(_from_k(builder, y), y, strict=True)]
+
+    dx, across = (_carry(builder, plus(x, _from_k(builder, xa))) for x in (xb, xe))
+    u_ya = signed(u_negative, ya)
+    n = _carry(builder, plus(yb, signed(builder.not_(u_negative), ya)))
+    rise = _carry(builder, plus(signed(b_negative, ye), u_ya))
+    total = _carry(builder, plus(plus(xe, xa), xb))
+    both: list[Lanes] = []
+
+    def abscissa() -> None:
+        left = _multiply(builder, total, _square(builder, dx), dry=True)
+        both.append(plus(_from_k(builder, left), _square(builder, n, dry=True)))
+
+    def ordinate() -> None:
+        both.append(_multiply(builder, across, n, _multiply(builder, rise, dx, dry=True), dry=True))
+
+    _alternate(builder, abscissa, ordinate)
+    together = _all(0)
+    for element in both:
+        for limb in _canonical(builder, element):
+            together = builder.or_(together, limb)
+    _aligned(builder.store(together, builder.inttoptr(bad, _VECTOR.as_pointer())))
+
+
 # --- kernels --------------------------------------------------------------------------------------------------------
 
 # What is added to a block: named rows of a table, rows in order, another state, itself.
@@ -1017,6 +1067,39 @@ def first_invalid(points: Words) -> int:
             if room[lane] != 0:
                 return first + lane
     return -1
+
+
+@kernel(types.void(_in_words, _in_words, _in_references, _out_bytes))
+def sums_hold(points: Words, table: Words, references: npt.NDArray[np.int32], holds: npt.NDArray[np.uint8]) -> None:
+    """holds[i] = 1 where points[i] is the sum of the rows references[0, i] and references[1, i], else 0.
+
+    points (m, 8), on the curve or not; references (2, columns) as in `add_rows`, none of them 0. The two rows of a point
+    differ in x.
+    """
+    ring = 2 * _NEAR  # offsets of the rows of some blocks ahead: first rows, then second ones
+    room = np.empty((2 * ring + 5) * LANES, np.uint64)
+    bad = (room.ctypes.data + 63) & ~63
+    order, exceptions, offsets = bad + ROW, bad + 2 * ROW, bad + 4 * ROW
+    skip = (bad - room.ctypes.data) // 8
+    base, signs, other = table.ctypes.data - ROW, references.ctypes.data, references.shape[1] * 4
+    blocks = (len(points) + LANES - 1) // LANES
+    for step in range(blocks + _NEAR):
+        if step < blocks:
+            at = offsets + 2 * ROW * (step % ring)
+            _name(at, signs + 32 * step, exceptions)
+            _name(at + ROW, signs + other + 32 * step, exceptions)
+            _fetch_rows(base, at)
+            _fetch_rows(base, at + ROW)
+        b = step - _NEAR
+        if b >= 0:
+            at = offsets + 2 * ROW * (b % ring)
+            first = b * LANES
+            _order(order, min(7, len(points) - 1 - first))
+            _confirm(
+                bad, points.ctypes.data + ROW * first, order, base, at, at + ROW, signs + 32 * b, signs + other + 32 * b
+            )
+            for lane in range(min(LANES, len(points) - first)):
+                holds[first + lane] = room[skip + lane] == 0
 
 
 @operation

@@ -78,12 +78,21 @@ class Commitments:
 
     def half_exponents(self, values: npt.NDArray[np.int64], bound: int) -> Words:
         """(m, 8) points (values + 1/2) G."""
-        values = longs(values, "values")
-        references = _references(exponent_windows(bound), len(values))
-        field.recode_exponents(values, _EXPONENT_ROWS, references)
+        references = _exponent_references(values, bound)
         points = np.empty((len(values), 8), np.uint64)
         backend.add_rows(points, self.table, references, fresh=True)
         return points
+
+    def are_half_exponents(self, points: Words, values: npt.NDArray[np.int64], bound: int) -> npt.NDArray[np.bool_]:
+        """(m,) whether points (m, 8) are (values + 1/2) G.
+
+        Two windows, for bounds from 2**15 on and below 2**31, need no addition: their rows are odd multiples of G / 2
+        and of 2**16 G / 2, which never agree in x.
+        """
+        _check_length(words(points, 8, "points"), len(values), "points")
+        if exponent_windows(bound) != 2:
+            return backend.equal_rows(self.half_exponents(values, bound), points)
+        return backend.sums_hold(points, self.table, _exponent_references(values, bound))
 
     def take_off(self, points: Words, rho: Words) -> None:
         """points -= rho H + G / 2, in place."""
@@ -99,6 +108,14 @@ def references_of(values: npt.NDArray[np.int64], rho: Words, bound: int) -> npt.
     references = _references(WINDOWS + exponent_windows(bound), len(values))
     field.recode(rho, False, references)
     field.recode_exponents(values, _EXPONENT_ROWS, references[WINDOWS:])
+    return references
+
+
+def _exponent_references(values: npt.NDArray[np.int64], bound: int) -> npt.NDArray[np.int32]:
+    """References to the rows of values + 1/2."""
+    values = longs(values, "values")
+    references = _references(exponent_windows(bound), len(values))
+    field.recode_exponents(values, _EXPONENT_ROWS, references)
     return references
 
 

@@ -378,3 +378,78 @@ def test_the_steps_of_a_doubling_hold_for_tight_coordinates():
     for element, (_, y) in zip(out_of_lanes(dx), points, strict=False):
         assert number(element) == 2 * number(y)
         assert element[4] < 2**51
+
+
+# --- confirming sums without a division ------------------------------------------------------------------------------
+
+EDGES = sorted({value % P for value in NUMBERS})
+
+
+def drawn_sums(count, seed):
+    """Signed rows (x, y) that need not be on the curve, some with coordinates at their bounds, and their sums by a chord."""
+    source = random.Random(seed)
+
+    def coordinate():
+        return source.choice(EDGES) if source.random() < 0.6 else source.randrange(P)
+
+    for _ in range(count):
+        (xa, ya), (xb, yb) = ((coordinate(), coordinate()) for _ in range(2))
+        a, b = source.choice((1, -1)), source.choice((1, -1))
+        if xa != xb:
+            slope = (b * yb - a * ya) * pow(xb - xa, -1, P)
+            x = (slope * slope - xa - xb) % P
+            yield (xa, ya, a), (xb, yb, b), (x, (slope * (xa - x) - a * ya) % P)
+
+
+def confirmed(sums):
+    table = np.ascontiguousarray(words_of([(x, y) for rows in zip(*sums, strict=True) for x, y, *_ in rows]))[
+        : 2 * len(sums)
+    ]
+    columns = -(-len(sums) // LANES) * LANES
+    references = np.ones((2, columns), np.int32)
+    for w in range(2):
+        references[w, : len(sums)] = [(w * len(sums) + i + 1) * each[w][2] for i, each in enumerate(sums)]
+    holds = np.full(len(sums), 7, np.uint8)
+    ifma.sums_hold(words_of([point for *_, point in sums]), table, references, holds)
+    return holds.tolist()
+
+
+def words_of(points):
+    data = b"".join(c.to_bytes(32, "little") for point in points for c in point)
+    return np.frombuffer(data, "<u8").reshape(-1, 8)
+
+
+def test_every_sum_of_two_rows_is_confirmed():
+    sums = list(drawn_sums(8000, 1))
+    assert confirmed(sums) == [1] * len(sums)
+
+
+def test_nothing_but_the_sum_is_confirmed():
+    beta = pow(3, (P - 1) // 3, P)  # (beta x, y) is on the curve with (x, y), too
+    others = [
+        lambda x, y: (x, (P - y) % P),
+        lambda x, y: (beta * x % P, y),
+        lambda x, y: ((x + 1) % P, y),
+        lambda x, y: (x, (y + 1) % P),
+        lambda x, y: (0, 0),
+    ]
+    for other in others:
+        sums = [(a, b, point) for a, b, point in drawn_sums(500, 2) if other(*point) != point]
+        assert confirmed([(a, b, other(*point)) for a, b, point in sums]) == [0] * len(sums)
+    for other in range(2):  # one row with the other sign, one row in the place of the sum
+        sums = [each for each in drawn_sums(500, 3) if each[other][1] and each[0][1] and each[1][1]]
+        turned = [[(x, y, -sign if w == other else sign) for w, (x, y, sign) in enumerate(each[:2])] for each in sums]
+        wrong = confirmed([(*rows, each[2]) for rows, each in zip(turned, sums, strict=True)])
+        assert wrong == [0] * len(sums)
+        wrong = confirmed([(a, b, (a, b)[other][:2]) for a, b, point in sums if (a, b)[other][:2] != point])
+        assert not any(wrong)
+
+
+@pytest.mark.parametrize("count", [*range(1, 18), 63, 64, 65, 97, 128])
+def test_one_wrong_sum_is_seen_wherever_it_is(count):
+    sums = list(drawn_sums(2 * count + 9, 4))[:count]
+    for wrong in range(count):
+        tried = list(sums)
+        a, b, (x, y) = sums[wrong]
+        tried[wrong] = (a, b, (x, (y + 1) % P))
+        assert confirmed(tried) == [int(i != wrong) for i in range(count)]
