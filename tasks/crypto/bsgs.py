@@ -91,9 +91,10 @@ class BabySteps:
 def default_size(bound: int, count: int = 2**16) -> int:
     """Steps worth building to find `count` exponents within the bound: a power of two, at most 2**24 (256 MiB).
 
-    A step costs some 75 ns to build, a giant step some 150 ns a point; of those there are count * bound / (4 T).
+    A step costs some 75 ns to build, a giant step some 150 ns a point; of those there are count * bound / (4 T). Rounded
+    up, for a table serves more than one round.
     """
-    bits = (min(bound, MAX_BOUND) * max(count, 1) // 2).bit_length() // 2
+    bits = ((min(bound, MAX_BOUND) * max(count, 1) // 2).bit_length() + 1) // 2
     return 1 << min(max(bits, 0), (bound - 1).bit_length(), 24)
 
 
