@@ -171,9 +171,25 @@ def _canonical(builder: Any, element: Lanes) -> Lanes:
     return [builder.select(reaches, a, b) for a, b in zip(more, limbs, strict=True)]
 
 
+def _is_multiple_of_p(builder: Any, element: Lanes) -> Any:
+    """The lanes where a tight element is 0 mod p: below 2**256 + 2**216 that are 0 and p only, each in one way."""
+    found = None
+    for value in (0, P):
+        different = _all(0)
+        for j, limb in enumerate(element):
+            different = builder.or_(different, builder.xor(limb, _all(value >> 52 * j & _LOW52)))
+        same = builder.icmp_unsigned("==", different, _all(0))
+        found = same if found is None else builder.or_(found, same)
+    return found
+
+
 def _from_k(builder: Any, element: Lanes) -> Lanes:
     """K - element, limbs in (2**53, 2**55), limb 4 in (0, 2**50): of a tight element."""
-    return [builder.sub(_all(k), limb) for k, limb in zip(_K, element, strict=True)]
+    return [builder.sub(k, limb) for k, limb in zip(_four_p(), element, strict=True)]
+
+
+def _four_p() -> Lanes:
+    return [_all(limb) for limb in _K]
 
 
 # --- emitters: memory -----------------------------------------------------------------------------------------------
@@ -662,7 +678,7 @@ def _giant_step(builder: Any, out: Any, inverse: Any, giant: Any, base: Any, off
     _alternate(builder, lambda: side(0, q), lambda: side(1, _from_k(builder, q)))
 
 
-@_memory_operation
+@_pair_operation
 def _check(builder: Any, base: Any, offsets: Any, bad: Any) -> None:
     """Write one vector: all ones in the lanes whose rows are no canonical points, or infinity."""
     rows = _at_offsets(builder, base, offsets)
@@ -677,11 +693,8 @@ def _check(builder: Any, base: Any, offsets: Any, bad: Any) -> None:
         wrong = excess if wrong is None else builder.or_(wrong, excess)
     x, y = (_unpack64(builder, w) for w in words)
     cube = _multiply(builder, _square(builder, x), x, [_all(7), *[_all(0)] * 4], dry=True)
-    difference = [builder.add(a, b) for a, b in zip(_from_k(builder, cube), _square(builder, y, dry=True), strict=True)]
-    together = _all(0)
-    for limb in _canonical(builder, difference):
-        together = builder.or_(together, limb)
-    wrong = builder.or_(wrong, builder.icmp_unsigned("!=", together, _all(0)))
+    difference = _square(builder, y, _four_p(), cube, dry=True)
+    wrong = builder.or_(wrong, builder.not_(_is_multiple_of_p(builder, difference)))
     lanes = builder.select(wrong, _all(-1), _all(0))
     _aligned(builder.store(lanes, builder.inttoptr(bad, _VECTOR.as_pointer())))
 
@@ -719,21 +732,19 @@ def _confirm(
     n = _carry(builder, plus(yb, signed(builder.not_(u_negative), ya)))
     rise = _carry(builder, plus(signed(b_negative, ye), u_ya))
     total = _carry(builder, plus(plus(xe, xa), xb))
-    both: list[Lanes] = []
+    differences: list[Lanes] = []
 
     def abscissa() -> None:
         left = _multiply(builder, total, _square(builder, dx), dry=True)
-        both.append(plus(_from_k(builder, left), _square(builder, n, dry=True)))
+        differences.append(_square(builder, n, _four_p(), left, dry=True))
 
     def ordinate() -> None:
-        both.append(_multiply(builder, across, n, _multiply(builder, rise, dx, dry=True), dry=True))
+        differences.append(_multiply(builder, across, n, _multiply(builder, rise, dx, dry=True), dry=True))
 
     _alternate(builder, abscissa, ordinate)
-    together = _all(0)
-    for element in both:
-        for limb in _canonical(builder, element):
-            together = builder.or_(together, limb)
-    _aligned(builder.store(together, builder.inttoptr(bad, _VECTOR.as_pointer())))
+    holds = builder.and_(*(_is_multiple_of_p(builder, difference) for difference in differences))
+    lanes = builder.select(holds, _all(0), _all(-1))
+    _aligned(builder.store(lanes, builder.inttoptr(bad, _VECTOR.as_pointer())))
 
 
 # --- kernels --------------------------------------------------------------------------------------------------------
@@ -1058,14 +1069,17 @@ def combine(
 @kernel(types.int64(_in_words))
 def first_invalid(points: Words) -> int:
     """Index of the first row that is not a canonical affine point (infinity included), or -1."""
-    room = np.empty(2 * LANES, np.uint64)
-    offsets = room.ctypes.data + ROW
-    for first in range(0, len(points), LANES):
-        _order(offsets, min(7, len(points) - 1 - first))
-        _check(points.ctypes.data + first * ROW, offsets, room.ctypes.data)
-        for lane in range(min(LANES, len(points) - first)):
-            if room[lane] != 0:
-                return first + lane
+    room = np.empty(4 * LANES, np.uint64)  # what is wrong with sixteen rows, and the offsets of eight and eight of them
+    bad, base = room.ctypes.data, points.ctypes.data
+    order, order2 = bad + 2 * ROW, bad + 3 * ROW
+    for first in range(0, len(points), 2 * LANES):
+        _order(order, min(7, len(points) - 1 - first))
+        second = min(first + LANES, len(points) - 1)  # with eight rows or fewer, the last one again
+        _order(order2, min(7, len(points) - 1 - second))
+        _check(base + ROW * first, order, bad, base + ROW * second, order2, bad + ROW)
+        for row in range(min(2 * LANES, len(points) - first)):
+            if room[row] != 0:
+                return first + row
     return -1
 
 

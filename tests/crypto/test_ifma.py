@@ -144,6 +144,9 @@ reduce_wet = emitted(lambda builder, low, high: ifma._reduce(builder, low + high
 carry_dry = emitted(lambda builder, a: ifma._carry(builder, a, dry=True))
 carry_signed = emitted(lambda builder, a: ifma._carry(builder, a, signed=True))
 canonical = emitted(lambda builder, a: ifma._canonical(builder, a))
+is_multiple = emitted(
+    lambda builder, a: [builder.select(ifma._is_multiple_of_p(builder, a), ifma._all(1), ifma._all(0))] * LIMBS
+)
 from_k = emitted(lambda builder, a: ifma._from_k(builder, a))
 minus = emitted(lambda builder, a: ifma._minus(builder, a))
 pack = emitted(lambda builder, a: [*ifma._pack64(builder, a), a[4]])
@@ -214,6 +217,16 @@ def test_the_canonical_number_of_everything_it_is_stated_for():
     cases += [limbs(value) for value in multiples if value >= 0]
     for case, result in zip(cases, canonical(cases), strict=True):
         assert result == limbs(number(case) % P)
+
+
+def test_only_zero_and_p_are_multiples_of_p():
+    near = [
+        [limb ^ (1 << bit if k == j else 0) for k, limb in enumerate(limbs(P))] for j in range(5) for bit in (0, 47)
+    ]
+    elements = [*TIGHT, *near]
+    for element, (found, *_) in zip(elements, is_multiple(elements), strict=True):
+        assert found == int(number(element) % P == 0)
+    assert sum(number(element) % P == 0 for element in elements) >= 2
 
 
 def test_what_is_taken_from_k_stays_positive_limb_by_limb():
