@@ -160,7 +160,7 @@ def half_logs(
                 done[0] += chunk.stop - chunk.start
                 progress(done[0], len(points))
 
-    backend.spread(work, len(points), CHUNK, threads)
+    backend.spread(work, len(points), 4 * CHUNK, threads)
     failed = np.flatnonzero(~solved | (np.abs(logs) > bound))
     if len(failed):
         raise OutOfBound(failed.tolist(), bound)
