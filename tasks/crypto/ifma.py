@@ -1145,6 +1145,14 @@ def _find(slots: npt.NDArray[np.uint64], low: np.uint64, high: np.uint64) -> np.
         slot = (slot + np.uint64(LANES)) & mask
 
 
+@compiled
+def _fetch_buckets(slots: int, mask: np.uint64, tags: npt.NDArray[np.uint64], v: int, side: int, blocks: int) -> None:
+    """Ask for the buckets of one side of a block, where there is one: only some can be on their way at once."""
+    if v < blocks:
+        for lane in range(LANES):
+            _fetch_line(slots + 8 * np.int64((tags[32 * v + 16 * side + lane] << BUCKET_BITS) & mask))
+
+
 @kernel(
     types.void(
         _in_slots,
@@ -1236,15 +1244,16 @@ def search(
                 for v in range(last, begin - 1, -1):
                     at = v * ELEMENT
                     _divide(group + (v - begin) * ELEMENT, dx + at, prefixes + at, _chain(chains, v))
+                    _fetch_buckets(slot_base, mask, tags, v + _GROUP, 1, span * blocks)  # of the group before
                 for v in range(begin, last + 1):
                     giant, names = steps + (v // blocks) * BLOCK, offsets.ctypes.data + ROW * (v % blocks)
                     _giant_step(
                         tags.ctypes.data + 256 * v, group + (v - begin) * ELEMENT, giant, base, names, dx + v * ELEMENT
                     )
-                    for lane in range(LANES):
-                        _fetch_line(slot_base + 8 * np.int64((tags[32 * v + lane] << BUCKET_BITS) & mask))
-                        _fetch_line(slot_base + 8 * np.int64((tags[32 * v + 16 + lane] << BUCKET_BITS) & mask))
+                    _fetch_buckets(slot_base, mask, tags, v, 0, span * blocks)
                 begin -= _GROUP
+            for v in range(min(_GROUP, span * blocks)):
+                _fetch_buckets(slot_base, mask, tags, v, 1, span * blocks)
             kept = 0
             for i in range(count):
                 hit = False
