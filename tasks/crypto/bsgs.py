@@ -160,7 +160,9 @@ def half_logs(
                 done[0] += chunk.stop - chunk.start
                 progress(done[0], len(points))
 
-    backend.spread(work, len(points), 4 * CHUNK, threads)
+    # Up to four chunks at a time, as long as every thread has work: fewer turns at the interpreter's lock.
+    together = max(1, min(4, len(points) // (threads * CHUNK))) if threads > 0 else 1
+    backend.spread(work, len(points), together * CHUNK, threads)
     failed = np.flatnonzero(~solved | (np.abs(logs) > bound))
     if len(failed):
         raise OutOfBound(failed.tolist(), bound)

