@@ -626,11 +626,10 @@ def recode_exponents(values: npt.NDArray[np.int64], first: int, references: npt.
     """
     windows = len(references)
     offset = _ONE << np.uint64(_WINDOW * windows - 1)
-    for i in range(len(values)):
-        u = np.uint64(values[i]) + offset
-        for j in range(windows):
-            digit = np.int32((u >> np.uint64(_WINDOW * j)) & _DIGIT)
-            references[j, i] = _signed_row(np.int32(first + j * _HALF), digit)
+    for j in range(windows):  # many values side by side: a loop of vectors
+        shift, start, row = np.uint64(_WINDOW * j), np.int32(first + j * _HALF), references[j]
+        for i in range(len(values)):
+            row[i] = _signed_row(start, np.int32(((np.uint64(values[i]) + offset) >> shift) & _DIGIT))
 
 
 @kernel(types.void(_out_words, _in_words, types.uint64))
