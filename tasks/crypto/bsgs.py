@@ -161,7 +161,7 @@ def half_logs(
                 progress(done[0], len(points))
 
     # Up to four chunks at a time, as long as every thread has work: fewer turns at the interpreter's lock.
-    together = max(1, min(4, len(points) // (threads * CHUNK))) if threads > 0 else 1
+    together = max(1, min(4, len(points) // (max(threads, 1) * CHUNK)))
     backend.spread(work, len(points), together * CHUNK, threads)
     failed = np.flatnonzero(~solved | (np.abs(logs) > bound))
     if len(failed):
