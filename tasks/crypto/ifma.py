@@ -17,8 +17,9 @@ An addition has one inversion in 5 multiplications and a squaring (see `field.ad
     pass 1      dx = x2 + N, prefix products of dx in four chains; one inversion for the batch
     pass 2      e = y2 - y1, s = e / dx, x3 = s**2 + 2 N - dx, d = x3 + N, -y3 = s d + y1
 
-The sign of y changes with every addition, which costs nothing: the sign of the next row is chosen to fit. Each pass goes
-over 16 blocks with one multiplication, then with the next one: there are always independent ones for the processor.
+The sign of y changes with every addition, which costs nothing: the sign of the next row is chosen to fit. Pass 2 goes
+over 16 blocks with one multiplication, then with the next one, and both passes take two blocks at a time, whose
+instructions alternate: there are always independent ones for the processor.
 
 Everything is emitted in this file: numba's cache is keyed on the file of a kernel, so an emitter edited in another file
 would leave the old machine code in use. For the same reason the inversion of `field` is called by its address.
@@ -189,6 +190,7 @@ def _from_k(builder: Any, element: Lanes) -> Lanes:
 
 
 def _four_p() -> Lanes:
+    """K."""
     return [_all(limb) for limb in _K]
 
 
