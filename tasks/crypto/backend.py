@@ -9,7 +9,7 @@ backend that is right is used. What `ifma` cannot do (exceptional additions) goe
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -71,7 +71,7 @@ def _target_features() -> list[str]:
 
 
 def agrees(kernels: Any) -> bool:
-    """Whether a backend adds points as plain integers do: 9 chords, the last in a block of its own, in both signs."""
+    """Whether a backend does as plain integers do: 9 chords, the last in a block of its own, in both signs, and 9 pairs."""
     points: list[tuple[int, int]] = []
     x = 0
     while len(points) < 18:
@@ -86,7 +86,15 @@ def agrees(kernels: Any) -> bool:
     total, failed, room = _rows(left), np.zeros(1, np.uint8), np.empty(kernels.room_words(1), np.uint64)
     kernels.add_rows(total, _rows(right), references, False, failed, room, field.invert_at.address)
     expected = _rows([_chord(a, (x, sign * y)) for a, (x, y), sign in zip(left, right, signs, strict=True)])
-    return not failed.any() and bool((total == expected).all()) and kernels.first_invalid(total) == -1
+    added = not failed.any() and bool((total == expected).all()) and kernels.first_invalid(total) == -1
+    return added and _decodes(kernels, points, room)
+
+
+def _decodes(kernels: Any, points: list[tuple[int, int]], room: npt.NDArray[np.uint64]) -> bool:
+    pairs = [(a[0], b[0], (a[1] + b[1]) % P) for a, b in zip(points[::2], points[1::2], strict=True)]
+    decoded, failed = np.empty((len(points), 8), np.uint64), np.zeros(1, np.uint8)
+    kernels.decode_pairs(_words(pairs).reshape(-1, 12), decoded, failed, room, field.invert_at.address)
+    return not failed.any() and bool((decoded == _rows(points)).all())
 
 
 def _chord(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
@@ -96,11 +104,12 @@ def _chord(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
 
 
 def _rows(points: list[tuple[int, int]]) -> Words:
-    return (
-        np.frombuffer(b"".join(c.to_bytes(32, "little") for point in points for c in point), "<u8")
-        .reshape(-1, 8)
-        .copy()
-    )
+    return _words(points).reshape(-1, 8)
+
+
+def _words(tuples: Sequence[tuple[int, ...]]) -> Words:
+    """Numbers below 2**256, four words each, in one row."""
+    return np.frombuffer(b"".join(c.to_bytes(32, "little") for one in tuples for c in one), "<u8").astype(np.uint64)
 
 
 class _Rooms(threading.local):
@@ -201,6 +210,22 @@ def _combine_portable(arrays: list[Words], program: Program, slots: int) -> Word
             source = arrays[other] if kind == ADD_ARRAY else held[other]
             field.add_rows(held[slot], source.copy() if other == slot and kind != ADD_ARRAY else source, every)
     return held[0]
+
+
+def decode_pairs(pairs: Words, points: Words) -> int:
+    """Write points (2 n, 8) of pairs (n, 12); index of the first pair that encodes none, or -1: see `field.decode_pairs`."""
+    ifma = CHOICE.kernels
+    if ifma is None or not len(pairs):
+        return int(field.decode_pairs(pairs, points))
+    size = ifma.BATCH * ifma.LANES
+    failed = np.zeros(-(-len(pairs) // size), np.uint8)
+    ifma.decode_pairs(pairs, points, failed, _room(1), field.invert_at.address)
+    for batch in np.flatnonzero(failed):
+        first = int(batch) * size
+        wrong = int(field.decode_pairs(pairs[first : first + size], points[2 * first : 2 * (first + size)]))
+        if wrong >= 0:
+            return first + wrong
+    return -1
 
 
 def first_invalid(points: Words) -> int:

@@ -38,6 +38,7 @@ from tasks.crypto.pedersen import HALF_GENERATOR, commitments
 
 MAX_BOUND = 2**48  # beyond, the search takes hours
 _STEPS_AT_ONCE = 2**20  # 64 MiB of points while a table is built
+_BUILDING = Lock()
 _MAX_GIANTS = 2**24  # 1 GiB of points; a table of 2**24 steps takes half as many for the largest bound
 
 
@@ -98,9 +99,14 @@ def default_size(bound: int, count: int = 2**16) -> int:
     return 1 << min(max(bits, 0), (bound - 1).bit_length(), 24)
 
 
-@lru_cache(maxsize=2)
 def baby_steps(size: int) -> BabySteps:
-    """A table of this process, built at first use."""
+    """A table of this process, built at first use; threads that ask meanwhile wait, and share it."""
+    with _BUILDING:
+        return _baby_steps(size)
+
+
+@lru_cache(maxsize=2)
+def _baby_steps(size: int) -> BabySteps:
     return BabySteps.build(size)
 
 

@@ -1277,3 +1277,141 @@ def search(
                     kept += 1
             count = kept
             first += span
+
+
+# --- pairs of points on the wire --------------------------------------------------------------------------------------
+
+_PAIR = 96  # bytes of a pair: x1, x2, y1 + y2
+_CURVE_ROOM, _QUOTIENT_ROOM = 0, _GROUP * ELEMENT  # what the stages of `decode_pairs` leave to the next, of each block
+
+
+@_memory_operation
+def _order_pairs(builder: Any, offsets: Any, last: Any) -> None:
+    """Write the offsets of eight pairs that follow one another; behind pair `last`, of that one again."""
+    places = ir.Constant(_VECTOR, list(range(LANES)))
+    uniform = _uniform(builder, last)
+    clamped = builder.select(builder.icmp_signed("<", places, uniform), places, uniform)
+    _aligned(builder.store(builder.mul(clamped, _all(_PAIR)), builder.inttoptr(offsets, _VECTOR.as_pointer())))
+
+
+def _unreduced(builder: Any, words: Lanes) -> Any:
+    """Where four words are p or more: p has ones in all words but the first."""
+    top = builder.and_(builder.and_(words[1], words[2]), words[3])
+    return builder.and_(
+        builder.icmp_unsigned("==", top, _all(-1)), builder.icmp_unsigned(">=", words[0], _all(2**64 - _C))
+    )
+
+
+@_memory_operation
+def _compare_pairs(builder: Any, base: Any, offsets: Any, dx: Any, prefixes: Any, chain: Any, exceptions: Any) -> None:
+    """Pass 1 of eight pairs: 2 (y1 + y2) in the place of dx. A sum that is not canonical, or 0, is noted."""
+    words = _gather(builder, _at_offsets(builder, base, offsets), 64)
+    together = builder.or_(builder.or_(words[0], words[1]), builder.or_(words[2], words[3]))
+    zero = builder.icmp_unsigned("==", together, _all(0))
+    _note(builder, exceptions, builder.or_(zero, _unreduced(builder, words)))
+    total = _unpack64(builder, words)
+    _prefix(builder, _carry(builder, [builder.add(a, a) for a in total], dry=True), dx, prefixes, chain)
+
+
+@_memory_operation
+def _cube_pairs(builder: Any, room: Any, base: Any, offsets: Any, exceptions: Any) -> None:
+    """Pass 2: c1 = x1**3 + 7 and c1 - c2, wet, to the room. An x that is not canonical is noted."""
+    rows, cubes = _at_offsets(builder, base, offsets), []
+    words = [_gather(builder, rows, offset) for offset in (0, 32)]
+    _note(builder, exceptions, builder.or_(*(_unreduced(builder, four) for four in words)))
+    xs = [_unpack64(builder, four) for four in words]
+    squares = [_square(builder, x) for x in xs]
+    for x, square in zip(xs, squares, strict=True):
+        cubes.append(_multiply(builder, square, x, [_all(7), *[_all(0)] * 4], dry=True))
+    difference = [builder.add(a, b) for a, b in zip(cubes[0], _from_k(builder, cubes[1]), strict=True)]
+    _store(builder, builder.add(room, _I64(_CURVE_ROOM)), cubes[0])
+    _store(builder, builder.add(room, _I64(_QUOTIENT_ROOM)), _carry(builder, difference))
+
+
+@_memory_operation
+def _part_pairs(builder: Any, points: Any, last: Any, room: Any, inverse: Any, base: Any, offsets: Any) -> None:
+    """Pass 2: y1 and y2, the halves of (y1 + y2) +- (y1 - y2); both points to eight pairs of rows, y1 to the room."""
+    place = builder.add(room, _I64(_QUOTIENT_ROOM))
+    q = _multiply(builder, _load(builder, place), _load(builder, inverse), dry=True)  # (y1 - y2) / 2
+    rows = _at_offsets(builder, base, offsets)
+    half = _halved(builder, _unpack64(builder, _gather(builder, rows, 64)))
+    ys = [
+        _canonical(builder, [builder.add(a, b) for a, b in zip(half, term, strict=True)])
+        for term in (q, _from_k(builder, q))
+    ]
+    _store(builder, place, ys[0])
+    for side, y in enumerate(ys):
+        out = [builder.add(points, _I64(2 * ROW * lane + ROW * side)) for lane in range(LANES)]
+        _scatter(builder, out, last, _gather(builder, rows, 32 * side) + _pack64(builder, y))
+
+
+def _halved(builder: Any, element: Lanes) -> Lanes:
+    """Half of a canonical element mod p: limbs below 2**52 + 2**51. An odd one takes p, which is odd, along."""
+    odd = builder.sub(_all(0), builder.and_(element[0], _all(1)))
+    even = [
+        builder.add(limb, builder.and_(odd, _all(P >> 52 * j & (_LOW52 if j < 4 else _LOW48))))
+        for j, limb in enumerate(element)
+    ]
+    lower = [builder.lshr(limb, _all(1)) for limb in even]
+    for j in range(4):
+        lower[j] = builder.add(lower[j], builder.shl(builder.and_(even[j + 1], _all(1)), _all(51)))
+    return lower
+
+
+@_memory_operation
+def _check_pairs(builder: Any, room: Any, exceptions: Any) -> None:
+    """Pass 2: y1**2 that is not c1 is noted."""
+    y, cube = (_load(builder, builder.add(room, _I64(place))) for place in (_QUOTIENT_ROOM, _CURVE_ROOM))
+    square = _square(builder, y, dry=True)
+    difference = [builder.add(a, b) for a, b in zip(_from_k(builder, cube), square, strict=True)]
+    together = _all(0)
+    for limb in _canonical(builder, difference):
+        together = builder.or_(together, limb)
+    _note(builder, exceptions, builder.icmp_unsigned("!=", together, _all(0)))
+
+
+@kernel(types.void(_in_words, _out_words, _out_bytes, _room, types.int64))
+def decode_pairs(
+    pairs: Words, points: Words, failed: npt.NDArray[np.uint8], room: npt.NDArray[np.uint64], invert: int
+) -> None:
+    """Write points (2 m, 8) of pairs (m, 12), as `field.decode_pairs`.
+
+    failed: one byte for each batch of 8 BATCH pairs; where it becomes 1, one of them is not common, or wrong, and what is
+    written of the batch counts for nothing. room, invert: as in `add_rows`.
+    """
+    states = (room.ctypes.data + 63) & ~63  # what the stages leave, and inverses
+    scratch, inverses = states + _STATE_STEP, states + 2 * _GROUP * ELEMENT
+    dx, prefixes, chains = scratch + _DX, scratch + _PREFIXES, scratch + _CHAIN_ROOM
+    exceptions = scratch + _EXCEPTIONS
+    for batch in range(len(failed)):
+        first = batch * BATCH * LANES
+        count = min(len(pairs) - first, BATCH * LANES)
+        blocks = (count + LANES - 1) // LANES
+        base, out = pairs.ctypes.data + first * _PAIR, points.ctypes.data + 2 * first * ROW
+        _clear(exceptions)
+        _order_pairs(scratch + _ORDER, 7)
+        _order_pairs(scratch + _ORDER + ROW, count - 1 - 8 * (blocks - 1))
+        for c in range(_CHAINS):
+            _one(chains + c * ELEMENT)
+        for b in range(blocks):
+            order, at = scratch + _ORDER + (ROW if b == blocks - 1 else 0), b * ELEMENT
+            chain = chains + (b % _CHAINS) * ELEMENT
+            _compare_pairs(base + 8 * _PAIR * b, order, dx + at, prefixes + at, chain, exceptions)
+        _invert_chains(chains, scratch + _WORDS, invert)
+        end = blocks
+        while end > 0:
+            begin = max(0, end - _GROUP)
+            for b in range(end - 1, begin - 1, -1):
+                at, chain = b * ELEMENT, chains + (b % _CHAINS) * ELEMENT
+                _divide(inverses + (b - begin) * ELEMENT, dx + at, prefixes + at, chain)
+            for b in range(begin, end):
+                order = scratch + _ORDER + (ROW if b == blocks - 1 else 0)
+                _cube_pairs(states + (b - begin) * ELEMENT, base + 8 * _PAIR * b, order, exceptions)
+            for b in range(begin, end):
+                order, at = scratch + _ORDER + (ROW if b == blocks - 1 else 0), (b - begin) * ELEMENT
+                last = min(7, count - 1 - 8 * b)
+                _part_pairs(out + 16 * ROW * b, last, states + at, inverses + at, base + 8 * _PAIR * b, order)
+            for b in range(begin, end):
+                _check_pairs(states + (b - begin) * ELEMENT, exceptions)
+            end = begin
+        _flag(failed.ctypes.data + batch, exceptions)

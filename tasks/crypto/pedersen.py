@@ -8,6 +8,7 @@ The rows are named by secret digits: not constant time. Source: Pedersen 1991.
 
 from dataclasses import dataclass
 from functools import lru_cache
+from threading import Lock
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,7 @@ WINDOW, WINDOWS, EXPONENT_WINDOWS = 16, 16, 4
 _FULL, _HALF = 2**WINDOW, 2 ** (WINDOW - 1)
 _EXPONENT_ROWS = _FULL + (WINDOWS - 1) * _HALF  # where those of x begin
 _ROWS = _EXPONENT_ROWS + EXPONENT_WINDOWS * _HALF
+_BUILDING = Lock()
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,7 +145,12 @@ def _references(windows: int, count: int) -> npt.NDArray[np.int32]:
     return references
 
 
-@lru_cache(maxsize=1)
 def commitments() -> Commitments:
-    """The rows of this process, built at first use."""
+    """The rows of this process, built at first use; threads that ask meanwhile wait, and share them."""
+    with _BUILDING:
+        return _commitments()
+
+
+@lru_cache(maxsize=1)
+def _commitments() -> Commitments:
     return Commitments.build()

@@ -98,8 +98,12 @@ def gives_up(points, table, references, fresh, failed, room, invert):
 @once
 @with_ifma
 @pytest.mark.parametrize(
-    "kernels", [{"add_rows": wrong_sum}, {"add_rows": gives_up}, {"first_invalid": lambda points: 3}],
-    ids=["one bit", "all failed", "no point"],
+    "kernels",
+    [
+        {"add_rows": wrong_sum}, {"add_rows": gives_up}, {"first_invalid": lambda points: 3},
+        {"decode_pairs": lambda pairs, points, failed, room, invert: points.fill(1)},
+    ],
+    ids=["one bit", "all failed", "no point", "no pair"],
 )  # fmt: skip
 def test_kernels_that_fail_their_self_test_are_not_taken(kernels, monkeypatch):
     changed = SimpleNamespace(**{**vars(IFMA), **kernels})

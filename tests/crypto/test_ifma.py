@@ -151,6 +151,12 @@ from_k = emitted(lambda builder, a: ifma._from_k(builder, a))
 minus = emitted(lambda builder, a: ifma._minus(builder, a))
 pack = emitted(lambda builder, a: [*ifma._pack64(builder, a), a[4]])
 unpack = emitted(lambda builder, words: ifma._unpack64(builder, words[:4]))
+halved = emitted(lambda builder, a: ifma._halved(builder, a))
+halves = emitted(
+    lambda builder, a, q: ifma._canonical(
+        builder, [builder.add(*limbs) for limbs in zip(ifma._halved(builder, a), q, strict=True)]
+    )
+)
 unpack_flipped = emitted(lambda builder, words: ifma._unpack64(builder, words[:4], ifma._all(-1)))
 
 
@@ -275,6 +281,19 @@ def test_words_and_limbs_go_both_ways():
     assert [sum(w << 64 * i for i, w in enumerate(words[:4])) for words in packed] == values
     assert unpack(packed) == [limbs(value) for value in values]
     assert unpack_flipped(packed) == [limbs(2**256 - 1 - value) for value in values]
+
+
+def test_halves_of_canonical_elements_and_what_is_added_to_them():
+    patterns = [sum(word << 64 * i for i, word in enumerate(words)) for words in WORDS]
+    elements = [limbs(value % P) for value in [*NUMBERS, *patterns]]
+    for element, result in zip(elements, halved(elements), strict=True):
+        assert 2 * number(result) in (number(element), number(element) + P)
+        assert all(limb < 2**52 + 2**51 for limb in result[:4])
+        assert result[4] < 2**48
+    for terms in (TIGHT, from_k(TIGHT)):
+        left, right = zip(*itertools.product(elements[: len(NUMBERS)], terms), strict=True)
+        for a, q, result in zip(left, right, halves(left, right), strict=True):
+            assert result == limbs((number(a) * (P + 1) // 2 + number(q)) % P)
 
 
 WORDS = [*itertools.product((0, 1, 2**63, 2**64 - 1), repeat=4)]
