@@ -388,7 +388,7 @@ def test_estimates_are_enough_for_every_call_and_not_far_above(provider):
     provider.advance_to(terms.deadline_s + 1)
     send("refundPublisher", FAUCET, contracts.escrow._encode("refundPublisher", "a-task", FAUCET.address), escrow)
     assert contracts.stakes.aggregator_of("a-task") in [miner.address for miner in miners]
-    assert len(used) == 10
+    assert len(used) == 12
 
 
 def test_an_estimate_of_a_call_that_would_fail_is_a_refusal(busy):
