@@ -15,8 +15,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from eth_utils.address import to_checksum_address
 from prefect.blocks.core import Block
 from pydantic import Field
+
+from contracts.messages import ZERO_ADDRESS
 
 MAX_RECORD_BYTES = 256 * 1024
 _OWNER = re.compile(r"^0x[0-9a-fA-F]{40}$")
@@ -118,6 +121,13 @@ class ArtifactStore(Block):
         """Paths of all records of one owner, in order."""
         folder = self._owner(owner) / "records"
         return sorted(str(found.relative_to(folder)) for found in folder.rglob("*.json"))
+
+    def owners_of(self, path: str) -> list[str]:
+        """Addresses of all who posted a record under this agreed name, in order, checksummed."""
+        self._record(ZERO_ADDRESS, path)  # refuses a path that is none
+        found = Path(self.root).glob(f"0x*/records/{path}")
+        owners = [one.relative_to(self.root).parts[0] for one in found]
+        return sorted((str(to_checksum_address(one)) for one in owners if _OWNER.fullmatch(one)), key=str.lower)
 
     def _read(self, target: Path, what: str, max_bytes: int | None) -> bytes:
         try:

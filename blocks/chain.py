@@ -3,7 +3,7 @@
     rpc   "local:<path>"   the stored chain in this process (blocks.local_chain)
           "http://..."     a node
 
-Errors: NotYet (a moment that lies further ahead than the caller may wait), those of contracts.bindings.
+Errors: NotYet (a moment that lies further ahead than the caller may wait), those of contracts.sending.
 """
 
 import time
@@ -13,13 +13,14 @@ from typing import TypeVar
 
 from eth_account.signers.local import LocalAccount
 from eth_typing import HexStr
+from eth_utils.address import to_checksum_address
 from prefect.blocks.core import Block
 from pydantic import Field
 from web3 import HTTPProvider, Web3
 
 from blocks.local_chain import LocalChainProvider
 from contracts import bindings
-from contracts.messages import Domain
+from contracts.messages import ZERO_ADDRESS, Domain
 
 POLL_S = 1.0
 Event = TypeVar("Event")
@@ -73,6 +74,16 @@ class Chain(Block):
     def contracts(self, account: LocalAccount | None = None) -> bindings.Contracts:
         """The four contracts; without an account only their views."""
         return bindings.connect(self.web3, self.deployment, account)
+
+    def token(self, address: str, account: LocalAccount | None = None) -> bindings.Token:
+        """An ERC-20 contract; without an account only its views."""
+        return bindings.Token(self.web3, address, account)
+
+    def balance_of(self, account: str, token: str = ZERO_ADDRESS) -> int:
+        """Wei, or the token's smallest units, that an account holds."""
+        if token == ZERO_ADDRESS:
+            return int(self.web3.eth.get_balance(to_checksum_address(account)))
+        return self.token(token).balance_of(account)
 
     def transactions(self, task_id: str) -> list[bindings.TransactionRecord]:
         """Every transaction about a task, in the order of the chain."""

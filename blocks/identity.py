@@ -23,7 +23,7 @@ from prefect.blocks.core import Block
 from pydantic import Field
 
 from blocks.artifacts import sync_folder
-from contracts.messages import Address, Bytes, Domain, Message, sign
+from contracts.messages import Address, Bytes, Domain, KeyPossession, Message, sign
 from tasks.crypto import ecies, ndd_fe
 
 # scrypt work factor: the passphrase that `create_home` makes has 256 random bits, so stretching adds little.
@@ -67,6 +67,10 @@ class Identity(Block):
 
     def sign(self, message: Message, domain: Domain) -> Bytes:
         return sign(message, domain, bytes(self.account.key))
+
+    def sign_as_key_owner(self, message: KeyPossession, domain: Domain) -> Bytes:
+        """Signed with the encryption key, which signs nothing else."""
+        return sign(message, domain, _open_keystore(self.home, "encryption").key)
 
     def mask_key(
         self, peer: Bytes, role: Literal["publisher", "aggregator"], label: ndd_fe.Label, salt: Bytes

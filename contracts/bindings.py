@@ -4,17 +4,13 @@
     HealChainEscrow, StakeRegistry, BlockPublisher, RewardDistribution
                           methods named like the Solidity functions, in snake case
     Mined[Event]          a mined transaction and the event it is about
-    Reverted              the contract (or the chain) refused: the custom error, its arguments, and what to do about it
-    InsufficientFunds     the sender cannot pay value and gas
 
-A transaction is simulated first, so that a refusal costs nothing; then signed here with the account's key and sent raw
-(EIP-1559). All amounts are wei, all times unix seconds, all hashes lower-case 0x hex, all addresses checksummed.
+Transactions go out through contracts.sending, whose Reverted names the custom error, its arguments, and what to do about
+it. All amounts are wei, all times unix seconds, all hashes lower-case 0x hex, all addresses checksummed.
 """
 
-import ast
 import json
 import re
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import Enum, IntEnum
@@ -29,14 +25,16 @@ from eth_account.signers.local import LocalAccount
 from eth_utils.abi import function_abi_to_4byte_selector
 from eth_utils.address import to_checksum_address
 from eth_utils.crypto import keccak
-from web3 import EthereumTesterProvider, Web3
-from web3.exceptions import ContractLogicError
+from web3 import Web3
 
-from contracts.messages import ZERO32, Address, Bytes, Bytes32, Candidate, TaskId
+from contracts import sending
+from contracts.contributions import Place, place
+from contracts.messages import ZERO_ADDRESS, Address, Bytes, Bytes32, Candidate, Registration, TaskId, compact_signature
+from contracts.sending import Reverted
 
 BUILD = Path(__file__).parent / "build"
 CONTRACTS = ("HealChainEscrow", "StakeRegistry", "BlockPublisher", "RewardDistribution")
-ZERO_ADDRESS: Address = "0x" + "00" * 20
+INTERFACES = ("IERC20", "IERC20Errors")
 
 # How many blocks one eth_getLogs asks for: public nodes refuse more.
 LOG_BLOCKS = 10_000
@@ -45,18 +43,30 @@ LOG_BLOCKS = 10_000
 HINTS = {
     "AccuracyAlreadyRevealed": "The outcome is recorded; read it with get_settlement.",
     "AggregatorVote": "The aggregator has no vote on its own candidate; leave its signature out.",
-    "AlreadyDistributed": "The reward is credited; everyone paid can withdraw.",
+    "AlreadyClaimed": "This part of the reward was paid before; name every task once.",
+    "AlreadyDistributed": "The reward is here; everyone can withdraw its part.",
     "AlreadyDrawn": "The aggregator is drawn; read it with aggregator_of.",
-    "AlreadyRegistered": "This miner is registered for the task; nothing is left to do.",
-    "AlreadySlashed": "This aggregator was slashed for this task before; nothing is left to do.",
+    "AlreadySlashed": "This aggregator was slashed for this offence before; nothing is left to do.",
     "CohortSize": "Close registration with a number of miners between the task's minimum and maximum.",
     "CohortWithoutStake": "Nobody in the cohort has a stake to be drawn by; choose miners with stake.",
     "DeadlineNotReached": "Wait until the deadline has passed; until then a block may still be published.",
     "DeadlinePast": "The deadline has passed: choose a later one; of a task on chain, the publisher takes its refund.",
     "DuplicateTask": "A task of this name exists on chain already; choose another name.",
-    "EmptyRegistration": "Register with the hash of the signed registration message, not with zero.",
-    "InsufficientStake": "Deposit more stake (deposit_stake) or cancel a requested withdrawal, then try again.",
+    "ERC20InsufficientAllowance": "Approve the escrow for the whole reward first (Token.approve).",
+    "ERC20InsufficientBalance": "The account has too few of these tokens; get more, or give a smaller reward.",
+    "ERC20InvalidApprover": "The token refuses this account; use another one.",
+    "ERC20InvalidReceiver": "The token refuses this recipient; name another one.",
+    "ERC20InvalidSender": "The token refuses this account; use another one.",
+    "ERC20InvalidSpender": "The token does not let this account spend; approve the escrow's address.",
+    "FeeOnTransfer": "This token keeps a part of what is sent; reward the task in another token or in ether.",
+    "InsufficientStake": (
+        "Deposit more stake (deposit_stake) or cancel a requested withdrawal, or leave the miner out of the cohort."
+    ),
     "InvalidAccuracy": "The candidate must have tested at least one sample, and at most all of them correctly.",
+    "InvalidApplication": (
+        "The signature at this index is not this miner's, or is for another task, chain or contract; "
+        "leave the miner out."
+    ),
     "InvalidRecipient": "Name a recipient other than the zero address.",
     "InvalidReveal": "Value and salt do not open the commitment, or the accuracy exceeds 1; reveal what you committed.",
     "InvalidShortString": "The contracts were built wrongly; deploy the committed build.",
@@ -66,15 +76,24 @@ HINTS = {
     "LengthMismatch": "Give one score commitment per participant, in the same order.",
     "NoBlock": "No block is published for this task; wait for the aggregator, or refund after the deadline.",
     "NoEquivocation": "The proof is two candidates of one task and round, both signed by the drawn aggregator.",
-    "NotAggregator": "Only the aggregator drawn for the task may do this, and the candidate must name it.",
+    "NotAggregator": "Only the aggregator whose turn it is may publish, and the candidate must name it.",
     "NotAscending": "Sort by address, and give every address once.",
-    "NotDrawn": "Draw the aggregator first (draw_aggregator).",
-    "NotEntitled": "Only the task's publisher, and after its window the aggregator, may reveal the accuracy.",
+    "NotDistributed": (
+        "Have the reward distributed first (distribute); when the requirement was missed there is nothing to claim."
+    ),
+    "NotDrawn": "There is no aggregator: it is not drawn yet (draw_aggregator), or nobody is left.",
+    "NotEntitled": (
+        "Only who the rules name may do this: for the accuracy the publisher, then the aggregator; for "
+        "a slashed stake the other members, once."
+    ),
     "NothingToWithdraw": "There is nothing to pay out to this account now.",
     "NotInCohort": "This address is not in the cohort; a vote that recovers to it was signed for something else.",
-    "NotParticipant": "Only participants listed in the block have a score to reveal.",
+    "NotParticipant": (
+        "Position, commitment and proof do not lead to the block's root for this account; only "
+        "participants have a part."
+    ),
     "NotPublisher": "Only the task's publisher may do this; use its account.",
-    "NotRegistered": "Every member of the cohort must have registered on chain for this task first.",
+    "NotTheTurn": "Only the aggregator whose turn it is may do this, or be reported.",
     "OnlyContract": "Only another contract of this deployment may call this.",
     "OutcomePending": "Wait until the publisher or the aggregator reveals the accuracy, or both windows have passed.",
     "PublisherCannotMine": "The publisher of a task cannot be one of its miners; use another account.",
@@ -85,7 +104,11 @@ HINTS = {
     "RequirementUnmet": "The model missed the required accuracy: the publisher was refunded and no scores are paid.",
     "RevealTooEarly": "The publisher may still reveal; wait until its window has passed.",
     "RevealTooLate": "The window for this reveal has passed; it cannot be made up for.",
-    "SafeCastOverflowedUintDowncast": "The amount is too large for the contract.",
+    "SafeCastOverflowedUintDowncast": "The amount is too large for the contract: at most 2^88 - 1.",
+    "SafeERC20FailedOperation": (
+        "The token refused the transfer: approve the escrow for the whole reward and check the balance, "
+        "or ask the token's owner."
+    ),
     "ScoreAlreadyRevealed": "This miner's score is revealed; nothing is left to do.",
     "ScoresAlreadyOpen": "Scores can be revealed already; reveal or distribute.",
     "ScoresStillOpen": "Wait until every participant has revealed or the window has passed.",
@@ -97,45 +120,17 @@ HINTS = {
     "StringTooLong": "The contracts were built wrongly; deploy the committed build.",
     "TooFewParticipants": "The block needs at least the task's minimum number of participants.",
     "TransferFailed": "The receiving account refused the payment; repair it or name another recipient.",
+    "TurnNotOver": "The aggregator may still publish; wait until its turn is over, or until it resigns.",
+    "TurnOver": "The turn is over; the aggregator can publish until it is replaced, but not resign.",
     "WithdrawalTooEarly": "Wait until the withdrawal delay has passed.",
+    "WrongCohort": "Bring along exactly the cohort that RegistrationClosed says (get_cohort reads it).",
     "WrongStatus": "The task is in another state (0 none, 1 locked, 2 published, 3 settled, 4 refunded); see get_task.",
+    "WrongToken": "This task is rewarded in another token; claim it together with tasks of the same one.",
+    "WrongValue": "Send exactly the reward as the transaction's value, and no value when it is in tokens.",
     "ZeroAmount": "Send an amount above zero.",
-    "ZeroReward": "Send the reward as the transaction's value.",
-    # Not errors of these contracts: Solidity's own, and the two of this module.
-    "Error": "The called contract refused with this message.",
-    "Panic": "An internal check of a contract failed; this should never happen.",
-    "UnknownError": "The contract at this address is not of this deployment's build, or the node gives no reason.",
-    "TransactionReverted": "The chain changed between simulation and mining; read the state, then decide again.",
+    "ZeroReward": "Give a reward above zero.",
+    **sending.HINTS,
 }
-
-
-class Reverted(Exception):
-    """A contract refused. `error` is the Solidity error's name, `arguments` its values, `hint` says what to do."""
-
-    def __init__(self, error: str, arguments: tuple[Any, ...] = (), hint: str = "") -> None:
-        self.error = error
-        self.arguments = arguments
-        self.hint = hint or HINTS.get(error, HINTS["UnknownError"])
-        super().__init__(error, arguments, self.hint)
-
-    def __str__(self) -> str:
-        return f"{self.error}({', '.join(map(str, self.arguments))}): {self.hint}"
-
-
-class InsufficientFunds(Exception):
-    """The sender's balance does not cover the value and the most that the gas can cost."""
-
-    def __init__(self, account: Address, balance_wei: int, needed_wei: int) -> None:
-        self.account = account
-        self.balance_wei = balance_wei
-        self.needed_wei = needed_wei
-        super().__init__(account, balance_wei, needed_wei)
-
-    def __str__(self) -> str:
-        return (
-            f"account {self.account} has {self.balance_wei} wei and needs {self.needed_wei} wei for value and gas; "
-            f"send it at least {self.needed_wei - self.balance_wei} wei"
-        )
 
 
 # What the contracts know
@@ -155,29 +150,37 @@ class Outcome(IntEnum):
     MET = 2
 
 
+class Offence(IntEnum):
+    SILENCE = 0
+    EQUIVOCATION = 1
+
+
 @dataclass(frozen=True)
 class Terms:
     """What the publisher fixes for the whole task. The fields of the Solidity struct Terms, in its order."""
 
     deadline_s: int
+    publish_window_s: int
+    publisher_reveal_window_s: int
+    aggregator_reveal_window_s: int
+    score_reveal_window_s: int
     min_miners: int
     max_miners: int
     fault_rate_ppm: int
     aggregator_share_ppm: int
-    publisher_reveal_window_s: int
-    aggregator_reveal_window_s: int
-    score_reveal_window_s: int
+    silence_penalty_ppm: int
     max_score: int
     min_stake_wei: int
 
 
 @dataclass(frozen=True)
 class TaskOnChain:
-    """The escrow's record of a task; status NONE when there is no such task."""
+    """The escrow's record of a task; status NONE when there is no such task. token ZERO_ADDRESS: the reward is in ether."""
 
     publisher: Address
-    status: Status
     reward_wei: int
+    status: Status
+    token: Address
     accuracy_commit: Bytes32
     spec_hash: Bytes32
     terms: Terms
@@ -185,19 +188,29 @@ class TaskOnChain:
 
 @dataclass(frozen=True)
 class CohortOnChain:
-    """Addresses ascending, with the stakes recorded for the draw; both empty while registration is open."""
+    """Addresses ascending, with the stakes recorded for the draw; all empty while registration is open.
 
-    miners: tuple[Address, ...]
-    stakes_wei: tuple[int, ...]
+    registrations are struct hashes of the signed Registrations; words are what the contracts ask to be brought along.
+    """
+
+    miners: tuple[Address, ...] = ()
+    stakes_wei: tuple[int, ...] = ()
+    registrations: tuple[Bytes32, ...] = ()
+    words: tuple[Bytes32, ...] = ()
 
 
 @dataclass(frozen=True)
 class Draw:
-    """seed_block is 0 while registration is open; seed is zero before the draw."""
+    """seed_block is 0 while registration is open; seed is zero before the draw.
+
+    replaced has bit i set when the member at position i of the cohort had a turn as aggregator before.
+    """
 
     seed_block: int
     seed: Bytes32
-    total_wei: int
+    cohort_hash: Bytes32
+    replaced: int
+    turn_end_s: int
 
 
 @dataclass(frozen=True)
@@ -213,42 +226,60 @@ class Withdrawal:
 class BlockMeta:
     """What the chain keeps of a published block."""
 
-    candidate_hash: Bytes32
-    model_sha256: Bytes32
     aggregator: Address
     published_at_s: int
     round_number: int
+    votes: int
     correct: int
     total: int
-    votes: int
+    participant_count: int
     block_number: int
+    candidate_hash: Bytes32
+    contributions_root: Bytes32
 
 
 @dataclass(frozen=True)
 class Settlement:
-    """How far a task with a block is settled. Each `_end_s` is the last second in which the act is accepted."""
+    """How far a task with a block is settled. Each `_end_s` is the last second in which the act is accepted.
+
+    remaining is what the participants have not withdrawn yet; remaining_parts the parts that it is for.
+    """
 
     outcome: Outcome
     is_share_forfeited: bool
-    is_settled: bool
+    is_distributed: bool
     publisher_reveal_end_s: int
     aggregator_reveal_end_s: int
     score_reveal_end_s: int
     revealed_count: int
+    participant_count: int
     score_sum: int
+    remaining: int
+    remaining_parts: int
 
 
 @dataclass(frozen=True)
 class Score:
     is_revealed: bool
     score: int
+    is_claimed: bool
 
 
 @dataclass(frozen=True)
-class ScoreCommit:
-    is_participant: bool
-    score_commit: Bytes32
-    participant_count: int
+class Claim:
+    """A participant's part of one task's reward: the fields of the Solidity struct Claim."""
+
+    task_id: TaskId
+    place: Place
+
+
+@dataclass(frozen=True)
+class Slash:
+    """What was taken from a member of a cohort; bit i of credited is set when position i has had its part."""
+
+    is_done: bool
+    amount_wei: int
+    credited: int
 
 
 # Events. The fields of the Solidity events, in their order; `task_key` is keccak of the task id.
@@ -259,6 +290,7 @@ class TaskPublished:
     task_key: Bytes32
     publisher: Address
     task_id: str
+    token: Address
     reward_wei: int
     accuracy_commit: Bytes32
     spec_hash: Bytes32
@@ -269,12 +301,15 @@ class TaskPublished:
 class PublisherRefunded:
     task_key: Bytes32
     publisher: Address
+    recipient: Address
+    token: Address
     amount_wei: int
 
 
 @dataclass(frozen=True)
 class RewardReleased:
     task_key: Bytes32
+    token: Address
     amount_wei: int
 
 
@@ -295,28 +330,24 @@ class WithdrawalRequested:
 @dataclass(frozen=True)
 class StakeWithdrawn:
     miner: Address
+    recipient: Address
     amount_wei: int
 
 
 @dataclass(frozen=True)
 class CreditWithdrawn:
     miner: Address
+    recipient: Address
     amount_wei: int
 
 
 @dataclass(frozen=True)
-class Registered:
-    task_key: Bytes32
-    miner: Address
-    registration_hash: Bytes32
-
-
-@dataclass(frozen=True)
 class RegistrationClosed:
+    """cohort holds a word per member: the address in its upper 160 bits, the recorded stake in wei below."""
+
     task_key: Bytes32
-    miners: tuple[Address, ...]
-    stakes_wei: tuple[int, ...]
-    total_wei: int
+    cohort: tuple[Bytes32, ...]
+    registrations: tuple[Bytes32, ...]
     seed_block: int
 
 
@@ -327,6 +358,23 @@ class AggregatorDrawn:
     seed_block: int
     block_hash: Bytes32
     seed: Bytes32
+    turn_end_s: int
+
+
+@dataclass(frozen=True)
+class AggregatorResigned:
+    task_key: Bytes32
+    aggregator: Address
+
+
+@dataclass(frozen=True)
+class AggregatorReplaced:
+    """aggregator is ZERO_ADDRESS when nobody follows."""
+
+    task_key: Bytes32
+    former: Address
+    aggregator: Address
+    turn_end_s: int
 
 
 @dataclass(frozen=True)
@@ -340,6 +388,8 @@ class SeedMoved:
 class StakeSlashed:
     task_key: Bytes32
     aggregator: Address
+    offence: Offence
+    position: int
     amount_wei: int
 
 
@@ -360,6 +410,7 @@ class BlockPublished:
     correct: int
     total: int
     round_number: int
+    contributions_root: Bytes32
 
 
 @dataclass(frozen=True)
@@ -392,32 +443,63 @@ class ScoresOpened:
 class ScoreRevealed:
     task_key: Bytes32
     miner: Address
+    position: int
     score: int
 
 
 @dataclass(frozen=True)
 class RewardCredited:
+    """A refund to the publisher, or the aggregator's share; both wait to be withdrawn."""
+
     task_key: Bytes32
     account: Address
+    token: Address
     amount_wei: int
 
 
 @dataclass(frozen=True)
 class Distributed:
-    """aggregator_share_wei includes the rounding residue; it is 0 when the share was forfeited."""
+    """aggregator_share_wei is 0 when the share was forfeited; pool_wei is for the participants, in proportion to parts."""
 
     task_key: Bytes32
     aggregator: Address
     reward_wei: int
     aggregator_share_wei: int
-    score_sum: int
+    pool_wei: int
+    parts: int
+
+
+@dataclass(frozen=True)
+class RewardClaimed:
+    task_key: Bytes32
+    miner: Address
+    amount_wei: int
 
 
 @dataclass(frozen=True)
 class Withdrawn:
     account: Address
     recipient: Address
+    token: Address
     amount_wei: int
+
+
+@dataclass(frozen=True)
+class Approval:
+    """Of an ERC-20 token."""
+
+    owner: Address
+    spender: Address
+    amount: int
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """Of an ERC-20 token."""
+
+    sender: Address
+    recipient: Address
+    amount: int
 
 
 EVENTS: tuple[type, ...] = (
@@ -428,9 +510,10 @@ EVENTS: tuple[type, ...] = (
     WithdrawalRequested,
     StakeWithdrawn,
     CreditWithdrawn,
-    Registered,
     RegistrationClosed,
     AggregatorDrawn,
+    AggregatorResigned,
+    AggregatorReplaced,
     SeedMoved,
     StakeSlashed,
     CreditAdded,
@@ -441,7 +524,10 @@ EVENTS: tuple[type, ...] = (
     ScoreRevealed,
     RewardCredited,
     Distributed,
+    RewardClaimed,
     Withdrawn,
+    Approval,
+    Transfer,
 )
 
 Event = TypeVar("Event")
@@ -504,8 +590,10 @@ def load_build(name: str) -> dict[str, Any]:
 
 @cache
 def _entries(kind: str) -> dict[str, dict[str, Any]]:
-    """Every function, event or error of the four contracts, by selector or topic."""
-    entries = [entry for name in CONTRACTS for entry in load_build(name)["abi"] if entry["type"] == kind]
+    """Every function, event or error of the four contracts and of tokens, by selector or topic."""
+    entries = [
+        entry for name in (*CONTRACTS, *INTERFACES) for entry in load_build(name)["abi"] if entry["type"] == kind
+    ]
     return {_selector(entry): entry for entry in entries}
 
 
@@ -545,48 +633,33 @@ def _record(kind: type[Record], values: Sequence[Any]) -> Record:
 
 
 def _decode_event(log: Mapping[str, Any]) -> Any | None:
-    """The dataclass of a log of ours, or None."""
+    """The dataclass of a log, or None when it is none of ours: a token may emit what it likes, in any form."""
     topics = [bytes(topic) for topic in log["topics"]]
     entry = _entries("event").get("0x" + topics[0].hex()) if topics else None
-    if entry is None:
+    kind = next((kind for kind in EVENTS if entry is not None and kind.__name__ == entry["name"]), None)
+    if entry is None or kind is None:
         return None
     indexed = [_abi_type(field) for field in entry["inputs"] if field["indexed"]]
     plain = [_abi_type(field) for field in entry["inputs"] if not field["indexed"]]
-    from_topics = iter([decode([kind], topic)[0] for kind, topic in zip(indexed, topics[1:], strict=True)])
-    from_data = iter(decode(plain, bytes(log["data"])))
-    values = [next(from_topics if field["indexed"] else from_data) for field in entry["inputs"]]
-    return _record(next(kind for kind in EVENTS if kind.__name__ == entry["name"]), values)
-
-
-def _reverted(data: bytes) -> Reverted:
-    """The error that revert data says."""
-    entry = _entries("error").get("0x" + data[:4].hex())
-    name, types = (entry["name"], [_abi_type(field) for field in entry["inputs"]]) if entry else ("UnknownError", [])
-    if data[:4] == keccak(text="Error(string)")[:4]:
-        name, types = "Error", ["string"]
-    if data[:4] == keccak(text="Panic(uint256)")[:4]:
-        name, types = "Panic", ["uint256"]
-    if name == "UnknownError":
-        return Reverted(name, ("0x" + data.hex(),))
     try:
-        return Reverted(name, tuple(_plain(value, None) for value in decode(types, data[4:])))
+        from_topics = iter([decode([name], topic)[0] for name, topic in zip(indexed, topics[1:], strict=True)])
+        from_data = iter(decode(plain, bytes(log["data"])))
+        values = [next(from_topics if field["indexed"] else from_data) for field in entry["inputs"]]
+        return _record(kind, values)
+    except (DecodingError, ValueError):
+        return None
+
+
+def _explain(data: bytes) -> Reverted | None:
+    """The error of the four contracts, or of a token, that revert data says; or None."""
+    entry = _entries("error").get("0x" + data[:4].hex())
+    if entry is None:
+        return None
+    try:
+        values = decode([_abi_type(field) for field in entry["inputs"]], data[4:])
     except DecodingError:
-        return Reverted("UnknownError", ("0x" + data.hex(),))
-
-
-def _revert_data(error: Exception) -> bytes | None:
-    """The revert data inside a provider's exception. Nodes give hex, the in-process tester a Python literal."""
-    if isinstance(error, ContractLogicError):
-        data = error.data.get("data") if isinstance(error.data, dict) else error.data
-        found = re.search("0x([0-9a-fA-F]+)", str(data))
-        return bytes.fromhex(found[1]) if found else None
-    text = str(error).removeprefix("execution reverted: ")
-    return bytes(ast.literal_eval(text)) if re.match("b['\"]", text) else None
-
-
-def _is_revert(error: Exception) -> bool:
-    # The tester's class is known by name, so that a production install needs no tester.
-    return isinstance(error, ContractLogicError) or type(error).__name__ == "TransactionFailed"
+        return None
+    return Reverted(entry["name"], tuple(_plain(value, None) for value in values), HINTS[entry["name"]])
 
 
 def task_key(task_id: TaskId) -> Bytes32:
@@ -597,94 +670,11 @@ def task_key(task_id: TaskId) -> Bytes32:
 # Transactions
 
 
-def send(
-    web3: Web3,
-    account: LocalAccount,
-    data: bytes,
-    *,
-    to: Address | None,
-    value_wei: int = 0,
-    confirmations: int = 1,
-    timeout_s: float = 120,
-) -> Mapping[str, Any]:
-    """Simulate, sign, send, wait; the receipt. `to` None creates a contract. Raises Reverted or InsufficientFunds."""
-    latest = web3.eth.get_block("latest")
-    base_fee, gas_limit = latest.get("baseFeePerGas", 0), latest["gasLimit"]
-    tip = web3.eth.max_priority_fee
-    # Twice the base fee covers six full blocks in a row.
-    max_fee = 2 * base_fee + tip
-    transaction: dict[str, Any] = {
-        "from": account.address,
-        "value": value_wei,
-        "data": "0x" + data.hex(),
-        "chainId": web3.eth.chain_id,
-        "type": 2,
-        "maxFeePerGas": max_fee,
-        "maxPriorityFeePerGas": tip,
-    }
-    if to is not None:
-        transaction["to"] = to
-    # The cheapest transaction costs 21000 gas. Nodes answer an unpayable simulation each in their own way.
-    _check_funds(web3, account.address, value_wei + 21_000 * max_fee)
-    gas = _estimate(web3, transaction, gas_limit * max_fee)
-    gas = min(gas + gas // 5, gas_limit)
-    _check_funds(web3, account.address, value_wei + gas * max_fee)
-
-    nonce = web3.eth.get_transaction_count(account.address, "pending")
-    signed = account.sign_transaction({**transaction, "gas": gas, "nonce": nonce})
-    sent = web3.eth.send_raw_transaction(signed.raw_transaction)
-    receipt = web3.eth.wait_for_transaction_receipt(sent, timeout=timeout_s, poll_latency=0.1)
-    if receipt["status"] != 1:
-        raise Reverted("TransactionReverted", ("0x" + bytes(sent).hex(),))
-    deadline = time.monotonic() + timeout_s
-    while web3.eth.block_number < receipt["blockNumber"] + confirmations - 1:
-        if time.monotonic() > deadline:
-            raise TimeoutError(
-                f"transaction 0x{bytes(sent).hex()}: fewer than {confirmations} confirmations in {timeout_s} s"
-            )
-        time.sleep(0.1)
-    return receipt
-
-
-def _check_funds(web3: Web3, address: Address, needed_wei: int) -> None:
-    balance_wei = web3.eth.get_balance(to_checksum_address(address))
-    if balance_wei < needed_wei:
-        raise InsufficientFunds(address, balance_wei, needed_wei)
-
-
-def _estimate(web3: Web3, transaction: dict[str, Any], most_wei: int) -> int:
-    """Gas of a transaction that would succeed now. most_wei: what the gas of a whole block costs."""
-    # Without fees, a node does not ask whether the balance covers a whole block.
-    plain = {key: value for key, value in transaction.items() if key in ("from", "to", "value", "data")}
-    # The transaction will see the next block's number and time, not the last one's. (The tester does so unasked.)
-    block = () if isinstance(web3.provider, EthereumTesterProvider) else ("pending",)
-    try:
-        return web3.eth.estimate_gas(plain, *block)  # type: ignore[arg-type]
-    except Exception as error:
-        # The in-process tester does ask.
-        if re.search("cannot afford|insufficient funds", str(error)):
-            _check_funds(web3, transaction["from"], transaction["value"] + most_wei)
-        if not _is_revert(error):
-            raise
-        if data := _revert_data(error):
-            raise _reverted(data) from error
-        # The tester's estimate drops the selector of an error that begins with a string; its call does not.
-        _call(web3, plain)
-        raise Reverted("UnknownError", (str(error),)) from error
-
-
-def _call(web3: Web3, transaction: dict[str, Any]) -> bytes:
-    try:
-        return bytes(web3.eth.call(transaction))  # type: ignore[arg-type]
-    except Exception as error:
-        if not _is_revert(error):
-            raise
-        data = _revert_data(error)
-        raise (_reverted(data) if data else Reverted("UnknownError", (str(error),))) from error
-
-
 class Bound:
-    """One contract at one address. Without an account only the views can be used."""
+    """One contract at one address. Without an account only the views can be used.
+
+    Events are looked for from first_block on: the block of the deployment.
+    """
 
     name: ClassVar[str]
 
@@ -696,12 +686,14 @@ class Bound:
         *,
         confirmations: int = 1,
         timeout_s: float = 120,
+        first_block: int = 0,
     ) -> None:
         self.web3 = web3
         self.address: Address = str(to_checksum_address(address))
         self.account = account
         self.confirmations = confirmations
         self.timeout_s = timeout_s
+        self.first_block = first_block
         self._contract = web3.eth.contract(address=to_checksum_address(address), abi=load_build(self.name)["abi"])
 
     def _encode(self, function: str, *arguments: Any) -> bytes:
@@ -710,7 +702,7 @@ class Bound:
     def _transact(self, event: type[Event], function: str, *arguments: Any, value_wei: int = 0) -> Mined[Event]:
         if self.account is None:
             raise ValueError(f"{self.name}.{function} sends a transaction: bind the contract to an account")
-        receipt = send(
+        receipt = sending.send(
             self.web3,
             self.account,
             self._encode(function, *arguments),
@@ -718,6 +710,7 @@ class Bound:
             value_wei=value_wei,
             confirmations=self.confirmations,
             timeout_s=self.timeout_s,
+            explain=_explain,
         )
         events = tuple(decoded for log in receipt["logs"] if (decoded := _decode_event(log)) is not None)
         return Mined(
@@ -732,10 +725,26 @@ class Bound:
         """The return values of a view."""
         transaction = {"to": self.address, "data": "0x" + self._encode(function, *arguments).hex()}
         entry = next(entry for entry in load_build(self.name)["abi"] if entry.get("name") == function)
-        answer = _call(self.web3, transaction)
+        answer = sending.call(self.web3, transaction, explain=_explain)
         if not answer:
             raise InvalidDeployment(f"no {self.name} at {self.address} on chain {self.web3.eth.chain_id}")
         return tuple(decode([_abi_type(output) for output in entry["outputs"]], answer))
+
+    def _own_address(self) -> Address:
+        if self.account is None:
+            raise ValueError(f"{self.name}: name a recipient, or bind the contract to an account")
+        return str(self.account.address)
+
+    def _inputs(self, function: str) -> list[Any]:
+        return next(entry["inputs"] for entry in load_build(self.name)["abi"] if entry.get("name") == function)
+
+    def _logs(self, task_id: TaskId, kind: type[Event]) -> Iterator[Any]:
+        """Logs of this contract of one kind about a task, in the order of the chain."""
+        topic = next(found for found, entry in _entries("event").items() if entry["name"] == kind.__name__)
+        return _logs(self.web3, [self.address], self.first_block, [topic, task_key(task_id)])
+
+    def _events(self, task_id: TaskId, kind: type[Event]) -> Iterator[Event]:
+        return (_decode_event(log) for log in self._logs(task_id, kind))  # type: ignore[misc]
 
     def _read_address(self, function: str, *arguments: Any) -> Address:
         return str(to_checksum_address(self._read(function, *arguments)[0]))
@@ -744,23 +753,36 @@ class Bound:
         return "0x" + bytes(self._read(function, *arguments)[0]).hex()
 
 
+Contract = TypeVar("Contract", bound=Bound)
+
+
 class HealChainEscrow(Bound):
     """Typed calls to contracts/src/HealChainEscrow.sol."""
 
     name = "HealChainEscrow"
 
     def publish_task(
-        self, task_id: TaskId, accuracy_commit: Bytes32, spec_hash: Bytes32, terms: Terms, *, reward_wei: int
+        self,
+        task_id: TaskId,
+        accuracy_commit: Bytes32,
+        spec_hash: Bytes32,
+        terms: Terms,
+        *,
+        reward_wei: int,
+        token: Address = ZERO_ADDRESS,
     ) -> Mined[TaskPublished]:
+        """Tokens must have been approved to the escrow before (Token.approve)."""
         values = tuple(getattr(terms, field.name) for field in fields(terms))
-        arguments = (task_id, accuracy_commit, spec_hash, values)
-        return self._transact(TaskPublished, "publishTask", *arguments, value_wei=reward_wei)
+        arguments = (task_id, accuracy_commit, spec_hash, token, reward_wei, values)
+        value_wei = reward_wei if token == ZERO_ADDRESS else 0
+        return self._transact(TaskPublished, "publishTask", *arguments, value_wei=value_wei)
 
-    def refund_publisher(self, task_id: TaskId) -> Mined[PublisherRefunded]:
-        return self._transact(PublisherRefunded, "refundPublisher", task_id)
+    def refund_publisher(self, task_id: TaskId, recipient: Address | None = None) -> Mined[PublisherRefunded]:
+        """Paid to the publisher itself unless a recipient is named."""
+        return self._transact(PublisherRefunded, "refundPublisher", task_id, recipient or self._own_address())
 
     def get_task(self, task_id: TaskId) -> TaskOnChain:
-        return _record(TaskOnChain, self._read("getTask", task_id)[0])
+        return _record(TaskOnChain, self._read("getTask", task_key(task_id))[0])
 
     def block_publisher(self) -> Address:
         return self._read_address("blockPublisher")
@@ -781,25 +803,47 @@ class StakeRegistry(Bound):
         """Replaces an earlier request; 0 cancels it."""
         return self._transact(WithdrawalRequested, "requestWithdrawal", amount_wei)
 
-    def withdraw_stake(self) -> Mined[StakeWithdrawn]:
-        return self._transact(StakeWithdrawn, "withdrawStake")
+    def withdraw_stake(self, recipient: Address | None = None) -> Mined[StakeWithdrawn]:
+        """Paid to the miner itself unless a recipient is named."""
+        return self._transact(StakeWithdrawn, "withdrawStake", recipient or self._own_address())
 
-    def withdraw_credit(self) -> Mined[CreditWithdrawn]:
-        return self._transact(CreditWithdrawn, "withdrawCredit")
+    def withdraw_credit(self, recipient: Address | None = None) -> Mined[CreditWithdrawn]:
+        """Paid to the miner itself unless a recipient is named."""
+        return self._transact(CreditWithdrawn, "withdrawCredit", recipient or self._own_address())
 
-    def register(self, task_id: TaskId, registration_hash: Bytes32) -> Mined[Registered]:
-        return self._transact(Registered, "register", task_id, registration_hash)
-
-    def close_registration(self, task_id: TaskId, cohort: Sequence[Address]) -> Mined[RegistrationClosed]:
-        """The cohort strictly ascending by address (as numbers)."""
-        return self._transact(RegistrationClosed, "closeRegistration", task_id, list(cohort))
+    def close_registration(
+        self, task_id: TaskId, applications: Sequence[tuple[Registration, Bytes]]
+    ) -> Mined[RegistrationClosed]:
+        """The admitted miners' Registrations with their signatures, strictly ascending by address (as numbers)."""
+        packed = [_application(registration, signature) for registration, signature in applications]
+        return self._transact(RegistrationClosed, "closeRegistration", task_id, packed)
 
     def draw_aggregator(self, task_id: TaskId) -> Mined[AggregatorDrawn]:
-        return self._transact(AggregatorDrawn, "drawAggregator", task_id)
+        return self._transact(AggregatorDrawn, "drawAggregator", task_id, self._cohort_words(task_id))
 
     def move_seed(self, task_id: TaskId) -> Mined[SeedMoved]:
         """Only when the draw was missed for 256 blocks (SeedExpired)."""
         return self._transact(SeedMoved, "moveSeed", task_id)
+
+    def resign_aggregator(self, task_id: TaskId) -> Mined[AggregatorResigned]:
+        """By the aggregator, before its turn is over: it loses nothing, and can publish no more."""
+        return self._transact(AggregatorResigned, "resignAggregator", task_id)
+
+    def replace_aggregator(self, task_id: TaskId) -> Mined[AggregatorReplaced]:
+        """When the aggregator resigned, or its turn is over without a block (which costs it the announced part of its stake)."""
+        return self._transact(AggregatorReplaced, "replaceAggregator", task_id, self._cohort_words(task_id))
+
+    def credit_slashed(self, task_id: TaskId, culprit: Address, offence: Offence, miner: Address) -> Mined[CreditAdded]:
+        """Credit a member with its part of what was taken from another; for anybody to call, once per member."""
+        cohort = self.get_cohort(task_id)
+        for account in (culprit, miner):
+            if account not in cohort.miners:
+                raise ValueError(
+                    f"{account} is not in the cohort of {task_id}: {', '.join(cohort.miners) or 'none yet'}"
+                )
+        positions = cohort.miners.index(culprit), cohort.miners.index(miner)
+        arguments = (task_id, list(cohort.words), positions[0], int(offence), positions[1])
+        return self._transact(CreditAdded, "creditSlashed", *arguments)
 
     def stake_of(self, miner: Address) -> int:
         return int(self._read("stakeOf", miner)[0])
@@ -813,24 +857,30 @@ class StakeRegistry(Bound):
     def get_withdrawal(self, miner: Address) -> Withdrawal:
         return _record(Withdrawal, self._read("getWithdrawal", miner))
 
-    def registration_of(self, task_id: TaskId, miner: Address) -> Bytes32 | None:
-        """The hash that the miner registered with, or None."""
-        found = self._read_bytes32("registrationOf", task_id, miner)
-        return None if found == ZERO32 else found
-
     def get_cohort(self, task_id: TaskId) -> CohortOnChain:
-        return _record(CohortOnChain, self._read("getCohort", task_id))
+        """From the event; the chain keeps only its hash."""
+        found = next(self._events(task_id, RegistrationClosed), None)
+        if found is None:
+            return CohortOnChain()
+        words = [int(word, 16) for word in found.cohort]
+        return CohortOnChain(
+            miners=tuple(str(to_checksum_address((word >> 96).to_bytes(20, "big"))) for word in words),
+            stakes_wei=tuple(word % 2**96 for word in words),
+            registrations=found.registrations,
+            words=found.cohort,
+        )
 
     def aggregator_of(self, task_id: TaskId) -> Address | None:
-        """The drawn aggregator, or None before the draw."""
-        found = self._read_address("aggregatorOf", task_id)
+        """Who may publish; None before the draw, after a resignation, and when nobody is left."""
+        found = self._read_address("aggregatorOf", task_key(task_id))
         return None if found == ZERO_ADDRESS else found
 
     def get_draw(self, task_id: TaskId) -> Draw:
-        return _record(Draw, self._read("getDraw", task_id))
+        return _record(Draw, self._read("getDraw", task_key(task_id)))
 
-    def is_slashed(self, task_id: TaskId) -> bool:
-        return bool(self._read("isSlashed", task_id)[0])
+    def get_slash(self, task_id: TaskId, position: int, offence: Offence) -> Slash:
+        """What was taken from the member at this position of the cohort."""
+        return _record(Slash, self._read("getSlash", task_key(task_id), position, int(offence))[0])
 
     def withdrawal_delay_s(self) -> int:
         return int(self._read("withdrawalDelay_s")[0])
@@ -841,48 +891,89 @@ class StakeRegistry(Bound):
     def block_publisher(self) -> Address:
         return self._read_address("blockPublisher")
 
+    def registration_typehash(self) -> Bytes32:
+        return self._read_bytes32("REGISTRATION_TYPEHASH")
+
+    def _cohort_words(self, task_id: TaskId) -> list[Bytes32]:
+        return list(self.get_cohort(task_id).words)
+
 
 class BlockPublisher(Bound):
     """Typed calls to contracts/src/BlockPublisher.sol."""
 
     name = "BlockPublisher"
 
-    def publish_block(self, candidate: Candidate, signatures: Sequence[Bytes]) -> Mined[BlockPublished]:
+    def publish_block(
+        self, candidate: Candidate, signatures: Sequence[Bytes], cohort: CohortOnChain
+    ) -> Mined[BlockPublished]:
         """Signatures of the accepting attestations, in the ascending order of their signers' addresses."""
-        return self._transact(BlockPublished, "publishBlock", _candidate(candidate), list(signatures))
+        votes = [compact_signature(signature) for signature in signatures]
+        return self._transact(BlockPublished, "publishBlock", _candidate(candidate), votes, list(cohort.words))
 
     def report_equivocation(
-        self, first: Candidate, first_signature: Bytes, second: Candidate, second_signature: Bytes
+        self,
+        first: Candidate,
+        first_signature: Bytes,
+        second: Candidate,
+        second_signature: Bytes,
+        cohort: CohortOnChain,
     ) -> Mined[EquivocationReported]:
-        arguments = (_candidate(first), first_signature, _candidate(second), second_signature)
+        arguments = (
+            _candidate(first),
+            compact_signature(first_signature),
+            _candidate(second),
+            compact_signature(second_signature),
+            list(cohort.words),
+        )
         return self._transact(EquivocationReported, "reportEquivocation", *arguments)
 
     def candidate_hash(self, candidate: Candidate) -> Bytes32:
         return self._read_bytes32("candidateHash", _candidate(candidate))
 
-    def required_votes(self, task_id: TaskId) -> int:
-        """0 while registration is open."""
-        return int(self._read("requiredVotes", task_id)[0])
+    def contributions_root(self, candidate: Candidate) -> Bytes32:
+        return self._read_bytes32("contributionsRoot", list(candidate.participants), list(candidate.score_commits))
+
+    def required_votes(self, task_id: TaskId, cohort_size: int) -> int:
+        return int(self._read("requiredVotes", task_id, cohort_size)[0])
 
     def get_block_meta(self, task_id: TaskId) -> BlockMeta | None:
         """The published block, or None."""
-        meta = _record(BlockMeta, self._read("getBlockMeta", task_id)[0])
+        meta = _record(BlockMeta, self._read("getBlockMeta", task_key(task_id))[0])
         return meta if meta.published_at_s else None
 
+    def get_candidate(self, task_id: TaskId) -> Candidate | None:
+        """The published candidate, from the transaction that published it; None when there is no block."""
+        log = next(self._logs(task_id, BlockPublished), None)
+        if log is None:
+            return None
+        sent = self.web3.eth.get_transaction(log["transactionHash"])
+        _, arguments = self._contract.decode_function_input(sent["input"])
+        names = [entry["name"] for entry in self._inputs("publishBlock")[0]["components"]]
+        hints = get_type_hints(Candidate)
+        pairs = zip(Candidate.model_fields, names, strict=True)
+        values = {field: _plain(arguments["candidate"][name], hints[field]) for field, name in pairs}
+        return Candidate.model_validate(values)
+
     def get_participants(self, task_id: TaskId) -> tuple[Address, ...]:
-        return tuple(str(to_checksum_address(found)) for found in self._read("getParticipants", task_id)[0])
+        """In address order; empty when there is no block."""
+        found = self.get_candidate(task_id)
+        return found.participants if found else ()
 
-    def get_score_commits(self, task_id: TaskId) -> tuple[Bytes32, ...]:
-        return tuple("0x" + found.hex() for found in self._read("getScoreCommits", task_id)[0])
-
-    def score_commit_of(self, task_id: TaskId, miner: Address) -> ScoreCommit:
-        return _record(ScoreCommit, self._read("scoreCommitOf", task_id, miner))
+    def place_of(self, task_id: TaskId, miner: Address) -> Place | None:
+        """The miner's place in the block, with its proof; None for who has no part in it."""
+        found = self.get_candidate(task_id)
+        if found is None or miner not in found.participants:
+            return None
+        return place(found.participants, found.score_commits, found.participants.index(miner))
 
     def candidate_typehash(self) -> Bytes32:
         return self._read_bytes32("CANDIDATE_TYPEHASH")
 
     def attestation_typehash(self) -> Bytes32:
         return self._read_bytes32("ATTESTATION_TYPEHASH")
+
+    def domain_separator(self) -> Bytes32:
+        return self._read_bytes32("domainSeparator")
 
     def escrow(self) -> Address:
         return self._read_address("escrow")
@@ -903,28 +994,37 @@ class RewardDistribution(Bound):
         """Optional: records the silence of publisher and aggregator, which reveal_score and distribute do as well."""
         return self._transact(ScoresOpened, "openScores", task_id)
 
-    def reveal_score(self, task_id: TaskId, score: int, salt: bytes) -> Mined[ScoreRevealed]:
-        return self._transact(ScoreRevealed, "revealScore", task_id, score, salt)
+    def reveal_score(self, task_id: TaskId, score: int, salt: bytes, own: Place) -> Mined[ScoreRevealed]:
+        """`own` is the sender's place in the block (BlockPublisher.place_of)."""
+        return self._transact(ScoreRevealed, "revealScore", task_id, score, salt, own.position, list(own.proof))
 
-    def distribute(self, task_id: TaskId) -> Mined[Distributed]:
-        """`.events` has one RewardCredited per account paid."""
-        return self._transact(Distributed, "distribute", task_id)
+    def distribute(self, task_id: TaskId) -> Mined[RewardReleased]:
+        """`.events` has a RewardCredited for publisher or aggregator, and Distributed when the requirement was met."""
+        return self._transact(RewardReleased, "distribute", task_id)
 
-    def withdraw(self) -> Mined[Withdrawn]:
-        return self._transact(Withdrawn, "withdraw")
+    def withdraw_to(
+        self, recipient: Address | None = None, claims: Sequence[Claim] = (), *, token: Address = ZERO_ADDRESS
+    ) -> Mined[Withdrawn]:
+        """The sender's balance and its parts of these tasks, paid to itself unless a recipient is named."""
+        packed = [
+            (claim.task_id, (claim.place.position, claim.place.score_commit, claim.place.proof)) for claim in claims
+        ]
+        return self._transact(Withdrawn, "withdrawTo", token, recipient or self._own_address(), packed)
 
-    def withdraw_to(self, recipient: Address) -> Mined[Withdrawn]:
-        return self._transact(Withdrawn, "withdrawTo", recipient)
+    def balance_of(self, account: Address, token: Address = ZERO_ADDRESS) -> int:
+        """What the account can withdraw beside its claims."""
+        return int(self._read("balanceOf", token, account)[0])
 
-    def balance_of(self, account: Address) -> int:
-        return int(self._read("balanceOf", account)[0])
+    def claimable(self, task_id: TaskId, position: int) -> int:
+        """What the participant at this position would be paid for its claim now."""
+        return int(self._read("claimable", task_key(task_id), position)[0])
 
     def get_settlement(self, task_id: TaskId) -> Settlement:
         """Raises Reverted("NoBlock") before a block is published."""
         return _record(Settlement, self._read("getSettlement", task_id)[0])
 
-    def score_of(self, task_id: TaskId, miner: Address) -> Score:
-        return _record(Score, self._read("scoreOf", task_id, miner))
+    def get_score(self, task_id: TaskId, position: int) -> Score:
+        return _record(Score, self._read("getScore", task_key(task_id), position))
 
     def escrow(self) -> Address:
         return self._read_address("escrow")
@@ -933,8 +1033,29 @@ class RewardDistribution(Bound):
         return self._read_address("blockPublisher")
 
 
+class Token(Bound):
+    """The part of an ERC-20 token that a publisher needs."""
+
+    name = "IERC20"
+
+    def approve(self, spender: Address, amount: int) -> Mined[Approval]:
+        return self._transact(Approval, "approve", spender, amount)
+
+    def allowance(self, owner: Address, spender: Address) -> int:
+        return int(self._read("allowance", owner, spender)[0])
+
+    def balance_of(self, account: Address) -> int:
+        return int(self._read("balanceOf", account)[0])
+
+
 def _candidate(candidate: Candidate) -> tuple[Any, ...]:
     return tuple(getattr(candidate, name) for name in Candidate.model_fields)
+
+
+def _application(registration: Registration, signature: Bytes) -> tuple[Any, ...]:
+    """The Solidity struct Application: what its Registration can be recomputed from, and the signature."""
+    key_hash = keccak(bytes.fromhex(registration.encryption_key[2:]))
+    return (registration.miner, key_hash, registration.dataset_proof_sha256, *compact_signature(signature))
 
 
 # Deployment
@@ -957,7 +1078,7 @@ def deploy(web3: Web3, account: LocalAccount, *, withdrawal_delay_s: int = 3600)
     for name, expected in zip(CONTRACTS, (escrow, stakes, publisher, rewards), strict=True):
         build = load_build(name)
         factory = web3.eth.contract(abi=build["abi"], bytecode=build["bytecode"])
-        receipt = send(
+        receipt = sending.send(
             web3, account, bytes.fromhex(factory.constructor(*arguments[name]).data_in_transaction[2:]), to=None
         )
         if receipt["contractAddress"] != expected:
@@ -1017,11 +1138,15 @@ def connect(
     web3: Web3, deployment: Deployment, account: LocalAccount | None = None, *, confirmations: int = 1
 ) -> Contracts:
     """The four contracts of a deployment, bound to one account."""
+
+    def bind(contract: type[Contract], address: Address) -> Contract:
+        return contract(web3, address, account, confirmations=confirmations, first_block=deployment.block_number)
+
     return Contracts(
-        HealChainEscrow(web3, deployment.escrow, account, confirmations=confirmations),
-        StakeRegistry(web3, deployment.stakes, account, confirmations=confirmations),
-        BlockPublisher(web3, deployment.publisher, account, confirmations=confirmations),
-        RewardDistribution(web3, deployment.rewards, account, confirmations=confirmations),
+        bind(HealChainEscrow, deployment.escrow),
+        bind(StakeRegistry, deployment.stakes),
+        bind(BlockPublisher, deployment.publisher),
+        bind(RewardDistribution, deployment.rewards),
     )
 
 
@@ -1030,34 +1155,38 @@ def connect(
 
 def task_events(web3: Web3, deployment: Deployment, task_id: TaskId) -> list[TransactionRecord]:
     """Every transaction about a task, in the order of the chain."""
-    return _transactions(web3, _logs(web3, deployment, [task_key(task_id)]))
+    return _transactions(web3, _deployment_logs(web3, deployment, [task_key(task_id)]))
 
 
 def account_events(web3: Web3, deployment: Deployment, accounts: Sequence[Address]) -> list[TransactionRecord]:
     """Every deposit and withdrawal of these accounts (stake, credit and rewards), in the order of the chain."""
-    return _transactions(
-        web3, _logs(web3, deployment, ["0x" + account[2:].lower().rjust(64, "0") for account in accounts])
-    )
+    topics = ["0x" + account[2:].lower().rjust(64, "0") for account in accounts]
+    return _transactions(web3, _deployment_logs(web3, deployment, topics))
 
 
 def find_events(web3: Web3, deployment: Deployment, task_id: TaskId, kind: type[Event]) -> list[Event]:
     """The events of one kind about a task, in the order of the chain."""
-    decoded = (_decode_event(log) for log in _logs(web3, deployment, [task_key(task_id)]))
+    decoded = (_decode_event(log) for log in _deployment_logs(web3, deployment, [task_key(task_id)]))
     return [found for found in decoded if isinstance(found, kind)]
 
 
-def _logs(web3: Web3, deployment: Deployment, first_topics: Sequence[str]) -> Iterator[Any]:
+def _deployment_logs(web3: Web3, deployment: Deployment, first_topics: Sequence[str]) -> Iterator[Any]:
     """Logs of the four contracts whose first indexed value is one of these."""
     if not first_topics:
-        return
+        return iter(())
+    return _logs(web3, deployment.addresses, deployment.block_number, [None, list(first_topics)])
+
+
+def _logs(web3: Web3, addresses: Sequence[Address], first_block: int, topics: list[Any]) -> Iterator[Any]:
+    """Logs of these contracts with these topics, in the order of the chain, asked for in steps that public nodes accept."""
     latest = web3.eth.block_number
-    for start in range(deployment.block_number, latest + 1, LOG_BLOCKS):
+    for start in range(first_block, latest + 1, LOG_BLOCKS):
         yield from web3.eth.get_logs(
             {
                 "fromBlock": start,
                 "toBlock": min(start + LOG_BLOCKS - 1, latest),
-                "address": [to_checksum_address(address) for address in deployment.addresses],
-                "topics": [None, list(first_topics)],
+                "address": [to_checksum_address(address) for address in addresses],
+                "topics": topics,
             }
         )
 

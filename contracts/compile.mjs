@@ -14,14 +14,22 @@ const SOLC = "0.8.37";
 const SETTINGS = {
   evmVersion: "cancun",
   optimizer: { enabled: true, runs: 200 },
+  viaIR: true,
   metadata: { bytecodeHash: "none", appendCBOR: false },
   outputSelection: {
     "*": { "*": ["abi", "evm.bytecode.object", "evm.deployedBytecode.object", "evm.deployedBytecode.immutableReferences"] },
   },
 };
 const TARGETS = [
-  { sources: "src", build: "build" },
-  { sources: "src/test", build: "../tests/contracts/build" },
+  {
+    sources: "src",
+    build: "build",
+    interfaces: {
+      IERC20: "@openzeppelin/contracts/token/ERC20/IERC20.sol",
+      IERC20Errors: "@openzeppelin/contracts/interfaces/draft-IERC6093.sol",
+    },
+  },
+  { sources: "src/test", build: "../tests/contracts/build", interfaces: {} },
 ];
 // EIP-170: a larger contract cannot be deployed.
 const LARGEST_CODE_BYTES = 24576;
@@ -31,18 +39,23 @@ function read(name) {
   return existsSync(path) ? { contents: readFileSync(path, "utf8") } : { error: `${name} not found; run npm ci` };
 }
 
-/** Name to text of every build file that the sources in a folder give. */
-function compile(folder) {
+/** Name to text of every build file that the sources in a folder give: contracts, and the ABI of some interfaces of tokens. */
+function compile(folder, interfaces) {
   const files = readdirSync(join(HERE, folder)).filter((name) => name.endsWith(".sol")).sort();
-  const sources = Object.fromEntries(files.map((name) => [`${folder}/${name}`, { content: read(`${folder}/${name}`).contents }]));
+  const paths = [...files.map((name) => `${folder}/${name}`), ...Object.values(interfaces)];
+  const sources = Object.fromEntries(paths.map((path) => [path, { content: read(path).contents }]));
   const input = { language: "Solidity", sources, settings: SETTINGS };
   const output = JSON.parse(solc.compile(JSON.stringify(input), { import: read }));
-  const problems = output.errors ?? [];
+  // 2394 warns of every use of transient storage. The re-entrancy guard, which clears it before it returns, is the only one.
+  const problems = (output.errors ?? []).filter((problem) => problem.errorCode !== "2394");
   problems.forEach((problem) => console.error(problem.formattedMessage));
   // A warning is a failure too: there is none, and the first one should be read.
   if (problems.length > 0) process.exit(1);
 
   const builds = new Map();
+  for (const [name, source] of Object.entries(interfaces)) {
+    builds.set(`${name}.json`, `${JSON.stringify({ abi: output.contracts[source][name].abi }, null, 1)}\n`);
+  }
   for (const source of Object.keys(sources)) {
     for (const [name, contract] of Object.entries(output.contracts[source] ?? {})) {
       const code = contract.evm.deployedBytecode;
@@ -70,10 +83,10 @@ if (!solc.version().startsWith(`${SOLC}+`)) {
 }
 const check = process.argv.includes("--check");
 let different = 0;
-for (const { sources, build } of TARGETS) {
+for (const { sources, build, interfaces } of TARGETS) {
   const folder = join(HERE, build);
   mkdirSync(folder, { recursive: true });
-  const builds = compile(sources);
+  const builds = compile(sources, interfaces);
   const names = new Set([...builds.keys(), ...readdirSync(folder).filter((name) => name.endsWith(".json"))]);
   for (const name of [...names].sort()) {
     const path = join(folder, basename(name));

@@ -16,6 +16,7 @@ from typing import Annotated, Any, ClassVar, get_type_hints
 
 from eth_account import Account
 from eth_account.messages import SignableMessage, encode_typed_data
+from eth_keys.datatypes import PublicKey as CurvePoint
 from eth_utils.address import to_checksum_address
 from eth_utils.crypto import keccak
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
@@ -57,6 +58,7 @@ SIGNATURE = re.compile(r"0x[0-9a-f]{128}(1b|1c)")
 SECP256K1_ORDER = 0xFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFEBAAEDCE6AF48A03BBFD25E8CD0364141
 
 ZERO32: Bytes32 = "0x" + "00" * 32
+ZERO_ADDRESS = "0x" + "00" * 20
 
 
 class Frozen(BaseModel):
@@ -135,6 +137,14 @@ class ChallengeAnswer(Message):
     miner: Address
     challenge: Bytes32
     paths_sha256: Bytes32
+    key_signature: Bytes
+
+
+class KeyPossession(Message):
+    """What a miner signs with its encryption key, to show that the key it registered is its own (M2)."""
+
+    miner: Address
+    challenge: Bytes32
 
 
 class Cohort(Message):
@@ -353,6 +363,23 @@ def signer_of(message: Message, domain: Domain, signature: Bytes) -> Address:
         return str(Account.recover_message(typed_data(message, domain), signature=bytes.fromhex(signature[2:])))
     except Exception as error:  # eth-keys raises its own BadSignature and ValidationError families
         raise ValueError(f"signature {signature[:20]}... is malformed: {error}") from error
+
+
+def compact_signature(signature: Bytes) -> tuple[Bytes32, Bytes32]:
+    """65 bytes r, s, v as the two words r, vs of EIP-2098: v - 27 in the top bit of s. Raises ValueError for other forms."""
+    if not SIGNATURE.fullmatch(signature):
+        raise ValueError(f"signature {signature[:20]}... is malformed: not 65 bytes with v of 27 or 28")
+    s, v = int(signature[66:130], 16), int(signature[130:], 16)
+    return signature[:66], f"0x{s | (v - 27) << 255:064x}"
+
+
+def key_address(encryption_key: PublicKey) -> Address:
+    """The address whose signatures a public encryption key makes. Raises ValueError when it is no point."""
+    try:
+        point = CurvePoint.from_compressed_bytes(bytes.fromhex(encryption_key[2:]))
+    except Exception as error:  # eth-keys raises its own ValidationError, and ValueError of the curve
+        raise ValueError(f"encryption key {encryption_key} is not a point of the curve: {error}") from error
+    return str(point.to_checksum_address())
 
 
 def accuracy_commit(accuracy_ppm: int, salt: bytes) -> Bytes32:

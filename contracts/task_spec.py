@@ -15,10 +15,12 @@ from typing import Any, Literal, Self
 from eth_utils.crypto import keccak
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from contracts.messages import Address, Bytes32, Frozen, TaskId
+from contracts.messages import ZERO_ADDRESS, Address, Bytes32, Frozen, TaskId
 
 PPM = 1_000_000
 MAX_WEIGHT_SUM = 2**16
+# Of the contracts: a score, one more, and a flag share 64 bits.
+MAX_SCORE = 2**62 - 1
 # Recovery takes about sqrt(bound) steps a coordinate beyond the table: above this the aggregator would wait for hours.
 MAX_RECOVERY_BOUND = 2**32
 
@@ -28,9 +30,15 @@ class InvalidTask(ValueError):
 
 
 class Money(Frozen):
-    reward_wei: int = Field(gt=0, lt=2**96, description="the whole reward, locked in the escrow by M1")
+    reward_wei: int = Field(gt=0, lt=2**88, description="the whole reward, locked in the escrow by M1")
+    reward_token: Address = Field(
+        default=ZERO_ADDRESS, description="ERC-20 contract; reward_wei is then in its smallest unit; zero: ether"
+    )
     aggregator_share: float = Field(ge=0, le=0.5, description="part of the reward for the drawn aggregator")
-    minimum_stake_wei: int = Field(gt=0, lt=2**96, description="stake a miner needs to register")
+    minimum_stake_wei: int = Field(gt=0, lt=2**88, description="stake a miner needs to be admitted")
+    silence_penalty: float = Field(
+        ge=0, le=1, description="part of its stake that an aggregator loses when its turn passes in silence"
+    )
 
 
 class Participants(Frozen):
@@ -62,6 +70,7 @@ class Windows(Frozen):
     """Seconds of chain time."""
 
     deadline_s: int = Field(ge=60, le=10 * 365 * 86_400, description="from publication to the last moment for a block")
+    publish_s: int = Field(ge=1, le=90 * 86_400, description="an aggregator's turn: then it can be replaced")
     publisher_reveal_s: int = Field(ge=1, le=90 * 86_400)
     aggregator_reveal_s: int = Field(ge=1, le=90 * 86_400)
     score_reveal_s: int = Field(ge=1, le=90 * 86_400)

@@ -36,3 +36,9 @@ def publish_block(task_id: str, round_number: int, actor: str) -> dict[str, str]
 def reveal_accuracy_instead(task_id: str, round_number: int, actor: str) -> dict[str, str]:
     """M7. Open the publisher's commitment when the publisher stays silent."""
     return settle.open_accuracy_instead(task_id, actor)
+
+
+@flow(name="resign", flow_run_name="M7 resign · {task_id} · {actor}", persist_result=False)
+def resign(task_id: str, round_number: int, actor: str) -> dict[str, str]:
+    """M7. Give up the turn of a task that ends without a block."""
+    return settle.resign_turn(task_id, actor)

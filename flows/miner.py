@@ -44,3 +44,9 @@ def reveal_score(task_id: str, round_number: int, actor: str) -> dict[str, str]:
 def withdraw(task_id: str, round_number: int, actor: str) -> dict[str, str]:
     """M7. Have the rewards distributed, take the own one. Publisher and aggregator do the same."""
     return settle.distribute_and_withdraw(task_id, actor)
+
+
+@flow(name="compensation", flow_run_name="M7 compensation · {task_id} · {actor}", persist_result=False)
+def compensation(task_id: str, round_number: int, actor: str) -> dict[str, str]:
+    """M7. Take the own part of what a silent aggregator loses."""
+    return settle.take_compensation(task_id, actor)

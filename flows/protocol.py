@@ -13,6 +13,7 @@ def run_task(task_id: str, publisher: str, spec: TaskSpec) -> str:
     limit, vote_limit = spec.rounds.contribution_timeout_s, spec.rounds.attestation_timeout_s
     ask(publisher, "publish", task_id=task_id, spec=spec)  # M1
 
+    miners, aggregator = (), None
     with task_states(task_id):
         applicants = ask_each(reachable("miner"), "register", task_id=task_id, timeout_s=limit)  # M2
         ask(publisher, "challenge", task_id=task_id)
@@ -38,5 +39,7 @@ def run_task(task_id: str, publisher: str, spec: TaskSpec) -> str:
                 return conclude(task_id)
         give_up_after(task_id, spec.rounds.max_rounds)
 
-    ask_each([publisher], "refund", task_id=task_id, timeout_s=vote_limit)  # M7
+    ask_each([aggregator] if aggregator else [], "resign", task_id=task_id, timeout_s=vote_limit)  # M7
+    ask_each([publisher], "refund", task_id=task_id, timeout_s=vote_limit)
+    ask_each(miners, "compensation", task_id=task_id, timeout_s=vote_limit)
     return conclude(task_id)

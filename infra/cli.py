@@ -144,10 +144,11 @@ def write_report(stack: "Stack", folder: Path, file: TaskFile, begun: dict[str, 
 def check(task: TaskArgument) -> None:
     """Validate a task file as a whole, without spending anything."""
     file = _load(task, {})
-    from tasks.publish import check_runnable
+    from tasks.publish import check_runnable, largest_score
 
     try:
         dimension = check_runnable(file.spec())
+        largest_score(file.spec())
     except ValueError as error:
         _fail(f"model: {error}")
     bound = file.recovery_bound(file.participants.miners_max * file.participants.weight_levels)

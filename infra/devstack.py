@@ -24,7 +24,7 @@ from blocks.chain import Chain
 from blocks.identity import Identity, create_home
 from blocks.local_chain import GENESIS_KEYS
 from blocks.registry import Registry
-from contracts import bindings
+from contracts import bindings, sending
 from contracts.task_spec import DatasetRequirement
 from deployments.register import register_blocks
 from tasks.learning.datasets import Dataset, decode_idx, dirichlet_partition, encode_npz, load_ready, split
@@ -165,7 +165,7 @@ def _fund(chain: Chain, addresses: list[str]) -> None:
     for address in addresses:
         account = Web3.to_checksum_address(address)
         if web3.eth.get_balance(account) == 0 and web3.eth.get_transaction_count(account) == 0:
-            bindings.send(web3, faucet, b"", to=address, value_wei=ALLOWANCE_WEI)
+            sending.send(web3, faucet, b"", to=address, value_wei=ALLOWANCE_WEI)
 
 
 def archive(folder: Path, name: str) -> Path:

@@ -6,7 +6,7 @@ ended early has the same keys with nothing in them.
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from blocks.artifacts import MissingArtifact, TamperedArtifact
@@ -33,6 +33,7 @@ def gather(
     money = _money(stack, task_id, on_chain)
     rounds = _rounds(stack, task_id)
     block = contracts.publisher.get_block_meta(task_id) if locked else None
+    published = next(iter(_events(stack, task_id, bindings.BlockPublished)), None)
     cohort = next(iter(_messages(stack, task_id, Cohort)), None)
     candidates = _messages(stack, task_id, RoundResult)
     chosen = next((one for one in candidates if int(one.candidate, 16)), None)
@@ -76,13 +77,13 @@ def gather(
             }
             for one in transactions
         ],
-        "model_sha256": block.model_sha256 if block else (chosen.model_sha256 if chosen else None),
-        "model_uri": next((one.model_uri for one in _events(stack, task_id, bindings.BlockPublished)), None),
+        "model_sha256": published.model_sha256 if published else (chosen.model_sha256 if chosen else None),
+        "model_uri": published.model_uri if published else None,
         "candidate": block.candidate_hash if block else (chosen.candidate if chosen else None),
         "candidate_round": chosen.round_number if chosen else None,
         "opening_sha256": chosen.opening_sha256 if chosen else None,
         "votes": _votes(stack, task_id),
-        "required_votes": contracts.publisher.required_votes(task_id) if cohort else None,
+        "required_votes": contracts.publisher.required_votes(task_id, len(cohort.miners)) if cohort else None,
         "timeline": _timeline(stack, task_id),
         "actors": addresses,
         "seconds_per_step": _seconds_per_step(stack, task_id),
@@ -104,6 +105,8 @@ def _money(stack: Stack, task_id: str, on_chain: bindings.TaskOnChain) -> dict[s
     credited: dict[str, int] = defaultdict(int)
     for one in _events(stack, task_id, bindings.RewardCredited):
         credited[one.account] += one.amount_wei  # the aggregator is paid twice: its share, and as a miner
+    for claimed in _events(stack, task_id, bindings.RewardClaimed):
+        credited[claimed.miner] += claimed.amount_wei
     distributed = next(iter(_events(stack, task_id, bindings.Distributed)), None)
     refunded = next(iter(_events(stack, task_id, bindings.PublisherRefunded)), None)
     listed = next(iter(_messages(stack, task_id, Candidate)), None)
@@ -112,12 +115,16 @@ def _money(stack: Stack, task_id: str, on_chain: bindings.TaskOnChain) -> dict[s
     refund_wei, aggregator_wei, withdrawn = 0, 0, {}
     if on_chain.status in (Status.PUBLISHED, Status.SETTLED):
         participants = stack.chain.contracts().publisher.get_participants(task_id)
-        for miner in participants:
-            score = rewards.score_of(task_id, miner)
-            scores[miner] = score.score if score.is_revealed else None
-        if rewards.get_settlement(task_id).outcome is Outcome.UNMET:
+        found = [rewards.get_score(task_id, position) for position in range(len(participants))]
+        scores = {miner: one.score if one.is_revealed else None for miner, one in zip(participants, found, strict=True)}
+        settlement = rewards.get_settlement(task_id)
+        if settlement.outcome is Outcome.UNMET:
             refund_wei = credited.pop(on_chain.publisher, 0)
-        withdrawn = {account: rewards.balance_of(account) == 0 for account in credited}
+        withdrawn = {account: rewards.balance_of(account, on_chain.token) == 0 for account in credited}
+        if settlement.is_distributed and settlement.outcome is Outcome.MET:
+            for miner, due in _unclaimed(settlement, participants, found).items():
+                credited[miner] += due
+                withdrawn[miner] = False
     if distributed is not None and distributed.aggregator_share_wei:
         aggregator_wei = distributed.aggregator_share_wei
         credited[distributed.aggregator] -= aggregator_wei
@@ -132,6 +139,22 @@ def _money(stack: Stack, task_id: str, on_chain: bindings.TaskOnChain) -> dict[s
         "refund_wei": refund_wei,
         "escrow_left_wei": left,
     }
+
+
+def _unclaimed(
+    settlement: bindings.Settlement, participants: Sequence[str], scores: Sequence[bindings.Score]
+) -> dict[str, int]:
+    """What those who have not claimed will be paid if they claim in address order: the contract's rule, to the wei."""
+    due, remaining, parts = {}, settlement.remaining, settlement.remaining_parts
+    for miner, score in zip(participants, scores, strict=True):
+        if settlement.score_sum:
+            mine = score.score
+        else:
+            mine = int(score.is_revealed or settlement.revealed_count == 0)
+        if mine and not score.is_claimed:
+            due[miner] = remaining * mine // parts
+            remaining, parts = remaining - due[miner], parts - mine
+    return due
 
 
 def _rounds(stack: Stack, task_id: str) -> list[dict[str, Any]]:

@@ -6,31 +6,35 @@ registration closed, and recomputed here (`draw`), as anybody can.
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from blocks.artifacts import MissingArtifact, TamperedArtifact
 from contracts import bindings
-from contracts.bindings import Registered
 from contracts.messages import (
     AbortReason,
     Address,
     Announcement,
+    Bytes,
     Challenge,
     ChallengeAnswer,
     Cohort,
+    KeyPossession,
     Registration,
     draw_seed,
+    key_address,
+    signer_of,
     struct_hash,
 )
+from contracts.sending import Reverted
 from contracts.task_spec import TaskSpec
 from tasks.crypto import ecies
 from tasks.delivery import deliver
 from tasks.learning.aggregation import public_weights
 from tasks.publish import published_task, secrets_of
-from tasks.records import BadRecord, Station, brief, give_up, station
+from tasks.records import BadRecord, Station, brief, give_up, record_path, station
 from tasks.samples import (
     DatasetMismatch,
     DatasetProof,
@@ -45,16 +49,17 @@ from tasks.show import show_table
 
 MAX_PROOF_BYTES = 1 << 20
 MAX_LISTED = 500  # refusals in one record, of at most 300 characters each: below the size of a record
-FULL = "the cohort is full: miners who registered earlier come first"
+FULL = "the cohort is full: miners with more stake come first"
 
 
 @dataclass(frozen=True)
 class Applicant:
-    """A miner who registered on chain, with its registration and proof, or the reason why it is refused."""
+    """A miner who posted a registration, with its signature and proof, or the reason why it is refused."""
 
     miner: Address
-    registration: Registration | None
-    proof: DatasetProof | None
+    registration: Registration | None = None
+    signature: Bytes = ""
+    proof: DatasetProof | None = None
     refused: str = ""
 
 
@@ -84,19 +89,19 @@ def trusted_cohort(st: Station, task_id: str) -> Cohort:
     """
     terms, contracts = published_task(st, task_id), st.chain.contracts()
     cohort = st.need(Cohort, terms.publisher, task_id)
-    on_chain = contracts.stakes.get_cohort(task_id).miners
-    if cohort.miners != on_chain or cohort.aggregator != contracts.stakes.aggregator_of(task_id):
+    on_chain = contracts.stakes.get_cohort(task_id)
+    if cohort.miners != on_chain.miners or cohort.aggregator != contracts.stakes.aggregator_of(task_id):
         raise BadRecord(f"the publisher's cohort of {task_id} is not the one on chain")
     if not len(cohort.miners) >= terms.spec.participants.miners_min:
         raise BadRecord(
             f"{len(cohort.miners)} miners were admitted, the terms ask for {terms.spec.participants.miners_min}"
         )
-    if len(cohort.registrations) != len(cohort.miners):
-        raise BadRecord("the cohort does not name one registration for each miner")
     registrations = []
+    if cohort.registrations != on_chain.registrations:
+        raise BadRecord("the cohort names other registrations than the chain")
     for miner, name in zip(cohort.miners, cohort.registrations, strict=True):
         registration = st.need(Registration, miner, task_id)
-        if not struct_hash(registration) == name == contracts.stakes.registration_of(task_id, miner):
+        if struct_hash(registration) != name:
             raise BadRecord(f"the registration of {miner} is not the one on chain")
         registrations.append(registration)
     keys = [registration.encryption_key for registration in registrations]
@@ -123,7 +128,11 @@ def registered_samples(st: Station, registration: Registration) -> int:
 
 @task(persist_result=False, cache_policy=NO_CACHE)
 def apply_for_task(task_id: str, actor: str) -> dict[str, str]:
-    """M2, a miner: check its own data, stake what the task asks for, register with the dataset proof."""
+    """M2, a miner: check its own data, stake what the task asks for, register with the dataset proof.
+
+    The signed registration is also the consent to be taken into the cohort: with it the publisher has the contract hold the
+    stake. So it is signed only for a task that the chain has, under terms that were read from it.
+    """
     st = station(actor)
     spec = published_task(st, task_id).spec
     dataset = load_samples(st.me, spec.dataset, "train")
@@ -136,15 +145,11 @@ def apply_for_task(task_id: str, actor: str) -> dict[str, str]:
         encryption_key=st.me.encryption_key,
         dataset_proof_sha256=reference.sha256,
     )
-    posted = st.post(registration)
-
     stakes = st.chain.contracts(st.me.account).stakes
-    if stakes.registration_of(task_id, st.address) is None:
-        missing = spec.money.minimum_stake_wei - stakes.available_stake(st.address)
-        if missing > 0:
-            stakes.deposit_stake(amount_wei=missing)
-        stakes.register(task_id, struct_hash(registration))
-    return posted
+    missing = spec.money.minimum_stake_wei - stakes.available_stake(st.address)
+    if missing > 0:
+        stakes.deposit_stake(amount_wei=missing)
+    return st.post(registration)
 
 
 @task(persist_result=False, cache_policy=NO_CACHE)
@@ -152,8 +157,9 @@ def challenge_applicants(task_id: str, actor: str) -> dict[str, str]:
     """M2, the publisher: choose leaves of every applicant's proof, now that the roots are fixed."""
     st = station(actor)
     spec = published_task(st, task_id).spec
+    stakes = st.chain.contracts().stakes
     for applicant in applicants(st, task_id, spec):
-        if applicant.proof is None or applicant.registration is None:
+        if check_stake(stakes, spec, applicant).refused or applicant.proof is None or applicant.registration is None:
             continue
         if st.mine(Challenge, task_id, about=applicant.miner) is None:
             count = applicant.proof.sample_count
@@ -182,6 +188,7 @@ def answer_challenge(task_id: str, actor: str) -> dict[str, str]:
     challenge = st.need(Challenge, terms.publisher, task_id, about=st.address)
     dataset = load_samples(st.me, terms.spec.dataset, "train")
     paths = st.store.put(st.address, open_leaves(st.me, task_id, dataset, challenge.leaves))
+    owned = KeyPossession(task_id=task_id, round_number=0, miner=st.address, challenge=struct_hash(challenge))
     return st.post(
         ChallengeAnswer(
             task_id=task_id,
@@ -189,6 +196,7 @@ def answer_challenge(task_id: str, actor: str) -> dict[str, str]:
             miner=st.address,
             challenge=struct_hash(challenge),
             paths_sha256=paths.sha256,
+            key_signature=st.me.sign_as_key_owner(owned, st.domain),
         )
     )
 
@@ -204,13 +212,16 @@ def admit_and_draw(task_id: str, actor: str) -> dict[str, str]:
     stakes = st.chain.contracts(st.me.account).stakes
 
     closed = stakes.get_cohort(task_id).miners
-    verified = [check_answer(st, task_id, applicant) for applicant in applicants(st, task_id, terms.spec)]
+    verified = without_shared_keys(
+        [check_answer(st, task_id, applicant) for applicant in applicants(st, task_id, terms.spec)]
+    )
     if closed:  # a run before this one closed registration: what came in since is late
         admitted = [applicant for applicant in verified if applicant.miner in closed]
         surplus = [applicant for applicant in verified if applicant.miner not in closed and not applicant.refused]
     else:
         verified = [check_stake(stakes, terms.spec, applicant) for applicant in verified]
         fitting = [applicant for applicant in verified if not applicant.refused]
+        fitting.sort(key=lambda applicant: -stakes.available_stake(applicant.miner))
         admitted, surplus = fitting[: rules.miners_max], fitting[rules.miners_max :]
     refused = {applicant.miner: applicant.refused for applicant in verified if applicant.refused}
     refused |= {applicant.miner: FULL for applicant in surplus}
@@ -222,11 +233,12 @@ def admit_and_draw(task_id: str, actor: str) -> dict[str, str]:
     # Smallest address first: every party must build the same sums from the same set.
     admitted.sort(key=lambda applicant: applicant.miner.lower())
     miners = tuple(applicant.miner for applicant in admitted)
+    registrations = [applicant.registration for applicant in admitted if applicant.registration is not None]
     if not closed:
-        stakes.close_registration(task_id, miners)
+        signatures = [applicant.signature for applicant in admitted]
+        stakes.close_registration(task_id, list(zip(registrations, signatures, strict=True)))
     aggregator = drawn_aggregator(st, stakes, task_id)
 
-    registrations = [applicant.registration for applicant in admitted if applicant.registration is not None]
     weights = fixed_weights(terms.spec, [applicant.proof.sample_count for applicant in admitted if applicant.proof])
     keys = dict(zip(miners, (registration.encryption_key for registration in registrations), strict=True))
     show_table(
@@ -253,12 +265,12 @@ def admit_and_draw(task_id: str, actor: str) -> dict[str, str]:
 
 
 def check_stake(stakes: bindings.StakeRegistry, spec: TaskSpec, applicant: Applicant) -> Applicant:
-    """The applicant, refused when it has asked part of its stake back since it registered."""
+    """The applicant, refused unless it has the stake that the task asks for, and has not asked it back."""
     available = stakes.available_stake(applicant.miner)
     if applicant.refused or available >= spec.money.minimum_stake_wei:
         return applicant
     reason = f"available stake is {available} wei, the task asks for {spec.money.minimum_stake_wei}"
-    return Applicant(applicant.miner, applicant.registration, applicant.proof, reason)
+    return replace(applicant, refused=reason)
 
 
 @task(persist_result=False, cache_policy=NO_CACHE)
@@ -273,48 +285,74 @@ def deliver_to_aggregator(task_id: str, actor: str) -> None:
 
 
 def applicants(st: Station, task_id: str, spec: TaskSpec) -> list[Applicant]:
-    """Everybody who registered on chain, in that order, with what is wrong with the application."""
-    found: list[Applicant] = []
-    keys: set[str] = set()
-    for event in st.chain.events(task_id, Registered):
-        applicant = _applicant(st, task_id, spec, event.miner, event.registration_hash)
-        if applicant.registration is not None:
-            key = applicant.registration.encryption_key
-            if key in keys or key == st.me.encryption_key:
-                applicant = Applicant(event.miner, None, None, "the encryption key is another party's")
-            keys.add(key)
-        found.append(applicant)
-    return found
+    """Everybody who posted a registration, in address order, with what is wrong with the application."""
+    return [_applicant(st, task_id, spec, miner) for miner in st.store.owners_of(record_path(Registration, task_id, 0))]
 
 
-def _applicant(st: Station, task_id: str, spec: TaskSpec, miner: Address, registered: str) -> Applicant:
+def _applicant(st: Station, task_id: str, spec: TaskSpec, miner: Address) -> Applicant:
+    if miner == st.address:
+        return Applicant(miner, refused="the publisher of a task cannot be one of its miners")
     try:
-        registration = st.need(Registration, miner, task_id)
-        if struct_hash(registration) != registered:
-            return Applicant(miner, None, None, "the registration in the store is not the one on chain")
+        found = st.find_signed(Registration, miner, task_id)
+        if found is None:
+            return Applicant(miner, refused="the registration is no longer in the store")
+        registration, signature = found
         ecies.shared_secret(1, bytes.fromhex(registration.encryption_key[2:]))  # refuses what is no point
         data = st.store.get(miner, registration.dataset_proof_sha256, max_bytes=MAX_PROOF_BYTES)
         proof = parse_proof(data)
         check_proof(spec.dataset, proof)
     except (BadRecord, DatasetMismatch, MissingArtifact, TamperedArtifact, ValueError) as error:
-        return Applicant(miner, None, None, brief(error))
-    return Applicant(miner, registration, proof)
+        return Applicant(miner, refused=brief(error))
+    if registration.encryption_key == st.me.encryption_key:
+        return Applicant(miner, refused="the encryption key is the publisher's")
+    return Applicant(miner, registration, signature, proof)
+
+
+def without_shared_keys(verified: Sequence[Applicant]) -> list[Applicant]:
+    """The applicants, refused when an earlier one that qualified has the same encryption key.
+
+    Both showed that they own it: a copied key alone refuses nobody but the copier.
+    """
+    kept: list[Applicant] = []
+    keys: set[str] = set()
+    for applicant in verified:
+        if not applicant.refused and applicant.registration is not None:
+            key = applicant.registration.encryption_key
+            if key in keys:
+                applicant = replace(applicant, refused="the encryption key is another party's")
+            keys.add(key)
+        kept.append(applicant)
+    return kept
 
 
 def check_answer(st: Station, task_id: str, applicant: Applicant) -> Applicant:
     """The applicant, refused with the reason unless it opened exactly what was challenged."""
-    if applicant.refused or applicant.proof is None:
+    if applicant.refused or applicant.proof is None or applicant.registration is None:
         return applicant
     try:
         challenge = st.need(Challenge, st.address, task_id, about=applicant.miner)
         answer = st.need(ChallengeAnswer, applicant.miner, task_id)
         if answer.challenge != struct_hash(challenge):
             raise DatasetMismatch("the answer is for another challenge")
+        check_key_owner(st, applicant.registration, answer)
         data = st.store.get(applicant.miner, answer.paths_sha256, max_bytes=MAX_PROOF_BYTES)
         check_opening(applicant.proof, challenge.leaves, data)
     except (BadRecord, DatasetMismatch, MissingArtifact, TamperedArtifact) as error:
-        return Applicant(applicant.miner, applicant.registration, applicant.proof, brief(error))
+        return replace(applicant, refused=brief(error))
     return applicant
+
+
+def check_key_owner(st: Station, registration: Registration, answer: ChallengeAnswer) -> None:
+    """Raise DatasetMismatch unless the answer is also signed with the registered encryption key."""
+    owned = KeyPossession(
+        task_id=registration.task_id, round_number=0, miner=registration.miner, challenge=answer.challenge
+    )
+    try:
+        signer = signer_of(owned, st.domain, answer.key_signature)
+    except ValueError as error:
+        raise DatasetMismatch(f"the signature with the encryption key is malformed: {brief(error)}") from error
+    if signer != key_address(registration.encryption_key):
+        raise DatasetMismatch("the answer is not signed with the encryption key that was registered")
 
 
 def drawn_aggregator(st: Station, stakes: bindings.StakeRegistry, task_id: str) -> Address:
@@ -323,7 +361,7 @@ def drawn_aggregator(st: Station, stakes: bindings.StakeRegistry, task_id: str) 
         st.chain.wait_for_block(stakes.get_draw(task_id).seed_block + 1)
         try:
             stakes.draw_aggregator(task_id)
-        except bindings.Reverted as refusal:
+        except Reverted as refusal:
             if refusal.error != "SeedExpired":
                 raise
             moved = stakes.move_seed(task_id).event.seed_block

@@ -58,6 +58,8 @@ STEPS = {
     "reveal-score": Step("M7", "flows.miner.reveal_score"),
     "withdraw": Step("M7", "flows.miner.withdraw"),
     "refund": Step("M7", "flows.publisher.refund"),
+    "resign": Step("M7", "flows.aggregator.resign"),
+    "compensation": Step("M7", "flows.miner.compensation"),
 }
 
 

@@ -14,9 +14,10 @@ from prefect.cache_policies import NO_CACHE
 
 from blocks.artifacts import MissingArtifact, sha256_hex
 from blocks.identity import Identity
-from contracts.bindings import InsufficientFunds, Reverted, Status, TaskOnChain, Terms
-from contracts.messages import AbortReason, Announcement, Bytes32, accuracy_commit
-from contracts.task_spec import PPM, PublishedTask, TaskFile, TaskSpec
+from contracts.bindings import Status, TaskOnChain, Terms
+from contracts.messages import ZERO_ADDRESS, AbortReason, Announcement, Bytes32, accuracy_commit
+from contracts.sending import InsufficientFunds, Reverted
+from contracts.task_spec import MAX_SCORE, PPM, PublishedTask, TaskFile, TaskSpec
 from tasks.crypto import ecies
 from tasks.crypto.ndd_fe import ORDER
 from tasks.learning import compression, models
@@ -60,6 +61,11 @@ def largest_score(spec: TaskSpec) -> int:
         size = math.ceil(dimension * compression.density_of_round(number, rules.density, rules.warmup_rounds))
         clipped = math.ceil((rules.clip_norm * rules.scale + math.sqrt(size) / 2) * compression.SCORE_UNIT)
         total += min(clipped, compression.score_bound(size, rules.bound))
+    if total > MAX_SCORE:
+        raise ValueError(
+            f"rounds.max_rounds = {spec.rounds.max_rounds}, compression.bits = {rules.bits} and compression.clip_norm = "
+            f"{rules.clip_norm} allow scores up to {total}, beyond the contract's {MAX_SCORE}: lower one of them"
+        )
     return total
 
 
@@ -68,10 +74,12 @@ def terms_on_chain(spec: TaskSpec, deadline_s: int) -> Terms:
     return Terms(
         deadline_s=deadline_s,
         # Who takes part in a block may be fewer than the admitted: as few as a round may have (see `trusted_cohort`).
+        publish_window_s=spec.windows.publish_s,
         min_miners=spec.participants.submissions_min,
         max_miners=spec.participants.miners_max,
         fault_rate_ppm=round(spec.participants.tolerated_faults * PPM),
         aggregator_share_ppm=round(spec.money.aggregator_share * PPM),
+        silence_penalty_ppm=round(spec.money.silence_penalty * PPM),
         publisher_reveal_window_s=spec.windows.publisher_reveal_s,
         aggregator_reveal_window_s=spec.windows.aggregator_reveal_s,
         score_reveal_window_s=spec.windows.score_reveal_s,
@@ -101,7 +109,15 @@ def lock_reward(task_id: str, spec: TaskSpec, actor: str) -> dict[str, str]:
         deadline_s = st.chain.now_s() + spec.windows.deadline_s
         on_chain_terms = terms_on_chain(spec, deadline_s)
         try:
-            escrow.publish_task(task_id, commit, terms.spec_hash(), on_chain_terms, reward_wei=spec.money.reward_wei)
+            approve_reward(st, spec)
+            escrow.publish_task(
+                task_id,
+                commit,
+                terms.spec_hash(),
+                on_chain_terms,
+                reward_wei=spec.money.reward_wei,
+                token=spec.money.reward_token,
+            )
         except (InsufficientFunds, Reverted) as error:
             raise DepositFailed(f"{AbortReason.DEPOSIT_FAILED}: {error}") from error
         found = escrow.get_task(task_id)
@@ -125,15 +141,28 @@ def lock_reward(task_id: str, spec: TaskSpec, actor: str) -> dict[str, str]:
     )
 
 
+def approve_reward(st: Station, spec: TaskSpec) -> None:
+    """Let the escrow take a reward in tokens. Raises Reverted."""
+    money, escrow = spec.money, st.chain.contracts().escrow.address
+    if money.reward_token == ZERO_ADDRESS:
+        return
+    token = st.chain.token(money.reward_token, st.me.account)
+    if token.allowance(st.address, escrow) < money.reward_wei:
+        token.approve(escrow, money.reward_wei)
+
+
 def read_back(st: Station, found: TaskOnChain, terms: PublishedTask, commit: Bytes32, *, fresh: bool) -> str:
     """What is wrong with the escrow as the chain has it, or an empty string.
 
     One that was locked before a kill is ours whatever the time: its way out after the deadline is the refund.
     """
-    balance = st.chain.web3.eth.get_balance(st.chain.contracts().escrow.address)  # type: ignore[arg-type]
+    balance = st.chain.balance_of(st.chain.contracts().escrow.address, found.token)
     checks = {
         f"task id {terms.task_id} belongs to {found.publisher}: choose another": found.publisher == st.address,
         f"status is {found.status.name}, not LOCKED": found.status is Status.LOCKED,
+        f"the reward is in token {found.token}, not {terms.spec.money.reward_token}": (
+            found.token == terms.spec.money.reward_token
+        ),
         f"reward is {found.reward_wei} wei, not {terms.spec.money.reward_wei}": (
             found.reward_wei == terms.spec.money.reward_wei
         ),
@@ -184,7 +213,8 @@ def published_task(st: Station, task_id: str) -> PublishedTask:
         raise BadRecord(f"the terms of {task_id} cannot be used: {brief(error)}") from error
     if task.spec_hash() != on_chain.spec_hash or (task.task_id, task.publisher) != (task_id, on_chain.publisher):
         raise BadRecord(f"the terms of {task_id} hash to {task.spec_hash()}, on chain it is {on_chain.spec_hash}")
-    if on_chain.reward_wei != task.spec.money.reward_wei or on_chain.terms != expected:
+    reward = (task.spec.money.reward_wei, task.spec.money.reward_token)
+    if (on_chain.reward_wei, on_chain.token) != reward or on_chain.terms != expected:
         raise BadRecord(f"the reward or the limits locked on chain for {task_id} are not those of its terms")
     return task
 

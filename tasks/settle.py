@@ -7,8 +7,9 @@ second time.
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from contracts.bindings import InsufficientFunds, Outcome, Reverted, RewardCredited, Settlement, Status
+from contracts.bindings import Claim, Outcome, RewardCredited, Settlement, StakeSlashed, Status
 from contracts.messages import ZERO32, AbortReason, Attestation, Candidate, Cohort, struct_hash
+from contracts.sending import InsufficientFunds, Reverted
 from tasks.cohort import trusted_cohort
 from tasks.contribute import read_prepared, score_at
 from tasks.delivery import delivered_requirement
@@ -29,12 +30,13 @@ def publish_voted_block(task_id: str, round_number: int, actor: str) -> dict[str
     votes, verdicts = collect_votes(st, cohort, candidate)
     rows = [{"miner": miner, "verdict": verdict} for miner, verdict in verdicts.items()]
     show_table(f"votes-{task_id}", rows, f"Verdicts on the candidate of round {round_number}")
-    required = contracts.publisher.required_votes(task_id)
+    on_chain = contracts.stakes.get_cohort(task_id)
+    required = contracts.publisher.required_votes(task_id, len(on_chain.miners))
     if len(votes) < required:
         detail = f"{len(votes)} accepting votes, {required} are required: {verdicts}"
         return give_up(st, task_id, round_number, "publish-block", AbortReason.CANDIDATE_REJECTED, detail[:2000])
     try:
-        done = contracts.publisher.publish_block(candidate, votes)
+        done = contracts.publisher.publish_block(candidate, votes, on_chain)
     except (Reverted, InsufficientFunds) as error:
         late = isinstance(error, Reverted) and error.error == "DeadlinePast"
         reason = AbortReason.DEADLINE_PASSED if late else AbortReason.PUBLISH_FAILED
@@ -103,17 +105,20 @@ def open_score(task_id: str, actor: str) -> dict[str, str]:
     settlement = contracts.rewards.get_settlement(task_id)
     if settlement.outcome is Outcome.PENDING:
         st.chain.wait_until(settlement.aggregator_reveal_end_s + 1, "the end of the windows for the accuracy")
-    listed = contracts.publisher.score_commit_of(task_id, st.address)
-    revealed = contracts.rewards.score_of(task_id, st.address)
-    if settlement.outcome is Outcome.UNMET or not listed.is_participant or revealed.is_revealed:
+    own = contracts.publisher.place_of(task_id, st.address)
+    if (
+        settlement.outcome is Outcome.UNMET
+        or own is None
+        or contracts.rewards.get_score(task_id, own.position).is_revealed
+    ):
         return st.receipt(task_id, 0, "reveal-score", _sent(st, task_id, "revealScore", by=st.address))
     meta = contracts.publisher.get_block_meta(task_id)
     for number in range(meta.round_number if meta else 0, 0, -1):
         prepared = read_prepared(st, task_id, number)
-        if prepared is not None and score_at(prepared, task_id, st.address) == listed.score_commit:
-            done = contracts.rewards.reveal_score(task_id, prepared.score, prepared.score_salt)
+        if prepared is not None and score_at(prepared, task_id, st.address) == own.score_commit:
+            done = contracts.rewards.reveal_score(task_id, prepared.score, prepared.score_salt, own)
             return st.receipt(task_id, 0, "reveal-score", done.transaction)
-    raise BadRecord(f"no score in {st.me.home} opens the commitment {listed.score_commit} that the block lists for me")
+    raise BadRecord(f"no score in {st.me.home} opens the commitment {own.score_commit} that the block lists for me")
 
 
 @task(persist_result=False, cache_policy=NO_CACHE)
@@ -122,20 +127,39 @@ def distribute_and_withdraw(task_id: str, actor: str) -> dict[str, str]:
     st = station(actor)
     contracts = st.chain.contracts(st.me.account)
     settlement = contracts.rewards.get_settlement(task_id)
-    if not settlement.is_settled:
-        participants = contracts.publisher.get_participants(task_id)
-        if settlement.revealed_count < len(participants):
+    if not settlement.is_distributed:
+        if settlement.outcome is not Outcome.UNMET and settlement.revealed_count < settlement.participant_count:
             st.chain.wait_until(last_reveal_s(st, task_id, settlement) + 1, "the end of the windows for the reveals")
-        paid = contracts.rewards.distribute(task_id).events
-        rows = [
-            {"account": event.account, "reward (wei)": str(event.amount_wei)}
-            for event in paid
-            if isinstance(event, RewardCredited)
-        ]
-        show_table(f"rewards-{task_id}", rows, "What the contract paid")
-    owed = contracts.rewards.balance_of(st.address)
-    transaction = contracts.rewards.withdraw().transaction if owed else ZERO32
-    return st.receipt(task_id, 0, "withdraw", transaction, owed)
+        contracts.rewards.distribute(task_id)
+        show_table(f"rewards-{task_id}", entitlements(st, task_id), "What the contract owes, in wei")
+    token = contracts.escrow.get_task(task_id).token
+    claims = open_claims(st, task_id)
+    if not claims and not contracts.rewards.balance_of(st.address, token):
+        return st.receipt(task_id, 0, "withdraw", ZERO32)
+    paid = contracts.rewards.withdraw_to(st.address, claims, token=token)
+    return st.receipt(task_id, 0, "withdraw", paid.transaction, paid.event.amount_wei)
+
+
+def open_claims(st: Station, task_id: str) -> list[Claim]:
+    """My part of the task's reward, when there is one that I have not taken."""
+    contracts = st.chain.contracts()
+    own = contracts.publisher.place_of(task_id, st.address)
+    if own is None or not contracts.rewards.claimable(task_id, own.position):
+        return []
+    return [Claim(task_id, own)]
+
+
+def entitlements(st: Station, task_id: str) -> list[dict[str, str]]:
+    """Who is owed how much of a distributed reward, before anybody has taken its part."""
+    contracts = st.chain.contracts()
+    rows = [
+        {"account": event.account, "for": "refund or aggregation", "wei": str(event.amount_wei)}
+        for event in st.chain.events(task_id, RewardCredited)
+    ]
+    for position, miner in enumerate(contracts.publisher.get_participants(task_id)):
+        if due := contracts.rewards.claimable(task_id, position):
+            rows.append({"account": miner, "for": "contribution", "wei": str(due)})
+    return rows
 
 
 def last_reveal_s(st: Station, task_id: str, settlement: Settlement) -> int:
@@ -156,6 +180,37 @@ def take_refund(task_id: str, actor: str) -> dict[str, str]:
         st.chain.wait_until(found.terms.deadline_s + 1, "the refund")
         escrow.refund_publisher(task_id)
     return st.receipt(task_id, 0, "refund", _sent(st, task_id, "refundPublisher"), found.reward_wei)
+
+
+@task(persist_result=False, cache_policy=NO_CACHE)
+def resign_turn(task_id: str, actor: str) -> dict[str, str]:
+    """M7 without a block, the aggregator: give up its turn in time, which costs nothing. Silence costs a part of its stake."""
+    st = station(actor)
+    stakes = st.chain.contracts(st.me.account).stakes
+    if stakes.aggregator_of(task_id) == st.address and st.chain.now_s() <= stakes.get_draw(task_id).turn_end_s:
+        stakes.resign_aggregator(task_id)
+    return st.receipt(task_id, 0, "resign", _sent(st, task_id, "resignAggregator", by=st.address))
+
+
+@task(persist_result=False, cache_policy=NO_CACHE)
+def take_compensation(task_id: str, actor: str) -> dict[str, str]:
+    """M7 without a block, a miner: have the silent aggregator lose what the task announced, and take my part of it."""
+    st = station(actor)
+    stakes = st.chain.contracts(st.me.account).stakes
+    silent = stakes.aggregator_of(task_id)
+    is_published = st.chain.contracts().publisher.get_block_meta(task_id) is not None
+    if silent not in (None, st.address) and not is_published:
+        st.chain.wait_until(stakes.get_draw(task_id).turn_end_s + 1, "the end of the aggregator's turn")
+        stakes.replace_aggregator(task_id)
+    for slashed in st.chain.events(task_id, StakeSlashed):
+        mine = stakes.get_cohort(task_id).miners.index(st.address)
+        taken = stakes.get_slash(task_id, slashed.position, slashed.offence)
+        if taken.amount_wei and slashed.aggregator != st.address and not taken.credited >> mine & 1:
+            stakes.credit_slashed(task_id, slashed.aggregator, slashed.offence, st.address)
+    if not stakes.credit_of(st.address):
+        return st.receipt(task_id, 0, "compensation", ZERO32)
+    paid = stakes.withdraw_credit()
+    return st.receipt(task_id, 0, "compensation", paid.transaction, paid.event.amount_wei)
 
 
 def _sent(st: Station, task_id: str, kind: str, by: str | None = None) -> str:

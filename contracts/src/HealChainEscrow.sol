@@ -3,7 +3,7 @@ pragma solidity ^0.8.28;
 
 import {IERC20} from "@openzeppelin/contracts/token/ERC20/IERC20.sol";
 import {SafeERC20} from "@openzeppelin/contracts/token/ERC20/utils/SafeERC20.sol";
-import {ReentrancyGuard} from "@openzeppelin/contracts/utils/ReentrancyGuard.sol";
+import {ReentrancyGuardTransient} from "@openzeppelin/contracts/utils/ReentrancyGuardTransient.sol";
 import {pay} from "./Payment.sol";
 import {
     DeadlinePast,
@@ -22,7 +22,7 @@ import {
 /// @title Holds the reward of every task from publication to settlement or refund (M1, M7).
 /// @notice Nobody owns this contract. A reward leaves it on two ways only: to the publisher, after the deadline of a task
 /// without a block; or to RewardDistribution, for a task with a block. The two exclude each other.
-contract HealChainEscrow is ReentrancyGuard {
+contract HealChainEscrow is ReentrancyGuardTransient {
     /// @notice The longest time between publication and deadline.
     uint256 public constant MAX_DURATION_S = 366 days;
     /// @notice The longest window.

@@ -2,7 +2,7 @@
 pragma solidity ^0.8.28;
 
 import {MerkleProof} from "@openzeppelin/contracts/utils/cryptography/MerkleProof.sol";
-import {ReentrancyGuard} from "@openzeppelin/contracts/utils/ReentrancyGuard.sol";
+import {ReentrancyGuardTransient} from "@openzeppelin/contracts/utils/ReentrancyGuardTransient.sol";
 import {BlockMeta, BlockPublisher} from "./BlockPublisher.sol";
 import {contributionLeaf} from "./Cohort.sol";
 import {HealChainEscrow} from "./HealChainEscrow.sol";
@@ -52,7 +52,7 @@ struct Claim {
 /// @title Reveals, and what everyone is owed (M7).
 /// @notice The reward of a task moves here from the escrow when it is distributed. Everyone withdraws its own: nobody's
 /// refusal to be paid stands in another's way. Nobody owns this contract.
-contract RewardDistribution is ReentrancyGuard {
+contract RewardDistribution is ReentrancyGuardTransient {
     /// @dev One slot.
     struct State {
         Outcome outcome;

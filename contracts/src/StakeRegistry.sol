@@ -26,7 +26,7 @@ import {
 /// @notice A signed Registration, as far as the contract needs it: its struct hash can be recomputed from these fields.
 struct Application {
     address miner;
-    /// keccak256 of the encryption key's text.
+    /// keccak256 of the encryption key's 33 bytes.
     bytes32 encryptionKeyHash;
     bytes32 datasetProofSha256;
     /// The miner's EIP-712 signature of the Registration, in the compact form of EIP-2098.
@@ -85,7 +85,7 @@ contract StakeRegistry is ReentrancyGuard {
 
     /// @notice Type hash of the EIP-712 struct Registration.
     bytes32 public constant REGISTRATION_TYPEHASH = keccak256(
-        "Registration(string task_id,uint32 round_number,address miner,string encryption_key,bytes32 dataset_proof_sha256)"
+        "Registration(string task_id,uint32 round_number,address miner,bytes encryption_key,bytes32 dataset_proof_sha256)"
     );
 
     /// @notice The escrow of this deployment.
@@ -246,7 +246,7 @@ contract StakeRegistry is ReentrancyGuard {
 
     /// @notice Draws the aggregator with probability proportional to the recorded stakes. Anyone may call it, once, in the 256
     /// blocks after the seed block; who calls and when makes no difference to the result.
-    /// @dev seed = keccak256(taskKey ‖ hash of the seed block); see {_memberAt}. Emits {AggregatorDrawn}. Reverts with
+    /// @dev seed = keccak256(taskID ‖ hash of the seed block); see {_memberAt}. Emits {AggregatorDrawn}. Reverts with
     /// {WrongStatus}, {DeadlinePast}, {RegistrationIsOpen}, {AlreadyDrawn}, {SeedNotMined}, {SeedExpired} or {WrongCohort}.
     /// @param cohort As in {RegistrationClosed}.
     function drawAggregator(string calldata taskID, bytes32[] calldata cohort) external {
@@ -260,7 +260,7 @@ contract StakeRegistry is ReentrancyGuard {
         if (blockHash == 0) revert SeedExpired(seedBlock, block.number);
         _checkCohort(taskID, draw, cohort);
 
-        bytes32 seed = keccak256(abi.encodePacked(key, blockHash));
+        bytes32 seed = keccak256(abi.encodePacked(taskID, blockHash));
         address aggregator = _memberAt(cohort, 0, uint256(seed));
         draw.seed = seed;
         uint40 turnEnd = _beginTurn(draw, task.terms, aggregator);
@@ -415,7 +415,7 @@ contract StakeRegistry is ReentrancyGuard {
     /// @notice What anyone needs to recompute the draw, and whose turn it is.
     /// @param taskKey keccak256(bytes(taskID)).
     /// @return seedBlock The block whose hash seeds the draw; zero while registration is open.
-    /// @return seed keccak256(taskKey ‖ block hash); zero before the draw.
+    /// @return seed keccak256(taskID ‖ block hash); zero before the draw.
     /// @return cohortHash keccak256 of the cohort's words; zero while registration is open.
     /// @return replaced A bit per position in the cohort: who had a turn before.
     /// @return turnEnd Unix seconds until which the aggregator cannot be replaced.

@@ -11,7 +11,7 @@ from web3 import EthereumTesterProvider, Web3
 
 from blocks.chain import Chain, NotYet
 from blocks.local_chain import GENESIS_KEYS, ChainInUse, LocalChainProvider
-from contracts import bindings
+from contracts import bindings, sending
 from contracts.bindings import Terms
 from contracts.messages import accuracy_commit
 
@@ -41,7 +41,7 @@ def provider(path):
 
 
 def pay(web3: Web3, to: str, wei: int) -> None:
-    bindings.send(web3, FAUCET, b"", to=to, value_wei=wei)
+    sending.send(web3, FAUCET, b"", to=to, value_wei=wei)
 
 
 def blocks(web3: Web3) -> list[tuple[int, str, int, list[str]]]:
@@ -129,7 +129,7 @@ from eth_account import Account
 from eth_utils import keccak
 from web3 import Web3
 from blocks.local_chain import GENESIS_KEYS, LocalChainProvider
-from contracts import bindings
+from contracts import bindings, sending
 
 path, faucet, alice = Path(sys.argv[1]), Account.from_key(GENESIS_KEYS[0]), Account.from_key(keccak(text="alice"))
 for attempt in range(6):
@@ -139,7 +139,7 @@ for attempt in range(6):
         web3 = Web3(LocalChainProvider(path))
         os.write(note, b"!")
         while True:
-            bindings.send(web3, faucet, b"", to=alice.address, value_wei=1)
+            sending.send(web3, faucet, b"", to=alice.address, value_wei=1)
             os.write(note, b".")
     os.read(noted, 1)
     time.sleep(0.25 + 0.037 * attempt)
@@ -318,7 +318,7 @@ def test_logs_of_blocks_mined_later_are_found_too(provider):
 
 
 def test_estimates_are_enough_for_every_call_and_not_far_above(provider):
-    """Each transaction is sent with exactly what the estimate says, where `bindings.send` adds a fifth."""
+    """Each transaction is sent with exactly what the estimate says, where `sending.send` adds a fifth."""
     web3 = Web3(provider)
     used = {}
 
@@ -378,7 +378,7 @@ def test_estimates_are_enough_for_every_call_and_not_far_above(provider):
 def test_an_estimate_of_a_call_that_would_fail_is_a_refusal(busy):
     provider, deployment = busy
     stakes = bindings.connect(Web3(provider), deployment, ALICE).stakes
-    with pytest.raises(bindings.Reverted, match=r"NothingToWithdraw|WithdrawalTooEarly"):
+    with pytest.raises(sending.Reverted, match=r"NothingToWithdraw|WithdrawalTooEarly"):
         stakes.withdraw_stake()
 
 
@@ -388,7 +388,7 @@ def test_the_estimate_is_as_good_as_py_evms_own_search(busy):
     data = bindings.connect(web3, deployment).stakes._encode("depositStake")
     call = {"from": ALICE.address, "to": deployment.stakes, "value": 5, "data": "0x" + data.hex()}
     ours = web3.eth.estimate_gas(call)
-    receipt = bindings.send(web3, ALICE, data, to=deployment.stakes, value_wei=5)
+    receipt = sending.send(web3, ALICE, data, to=deployment.stakes, value_wei=5)
     assert receipt["gasUsed"] <= ours <= receipt["gasUsed"] * 17 // 16 + 1
 
 

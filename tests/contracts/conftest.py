@@ -26,3 +26,13 @@ def drawn(world: World) -> World:
 @pytest.fixture
 def published(world: World) -> World:
     return world.stage("published")
+
+
+@pytest.fixture
+def opened(world: World) -> World:
+    return world.stage("open")
+
+
+@pytest.fixture
+def paid(world: World) -> World:
+    return world.stage("paid")

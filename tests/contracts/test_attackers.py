@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from eth_account.signers.local import LocalAccount
 
-from contracts.bindings import Bound, Reverted, send
+from contracts.bindings import Bound
 from contracts.messages import accuracy_commit, score_commit, sign
+from contracts.sending import Reverted, send
 from tests.contracts.world import DELAY, PUBLISHER_WINDOW, REWARD, SCORE_WINDOW, SPEC, TASK, World, number
 
 BUILD = Path(__file__).parent / "build" / "Recipient.json"

@@ -6,27 +6,26 @@ from dataclasses import fields, replace
 import pytest
 from eth_account import Account
 from eth_tester.exceptions import TransactionFailed
+from eth_utils import keccak
 from web3.exceptions import ContractCustomError, ContractPanicError
 
-from contracts import bindings
+from contracts import bindings, sending
 from contracts.bindings import (
     CONTRACTS,
     EVENTS,
     HINTS,
     BlockPublished,
     HealChainEscrow,
-    InsufficientFunds,
     InvalidDeployment,
-    Reverted,
     StakeRegistry,
     account_events,
     check_deployment,
     connect,
     find_events,
     load_build,
-    send,
     task_events,
 )
+from contracts.sending import InsufficientFunds, Reverted, send
 from tests.contracts.world import TASK, World, named
 
 # Called by the other contracts only, or not needed: limits, and a description of the domain.
@@ -89,7 +88,7 @@ def test_a_refusal_costs_nothing_and_says_what_to_do(locked: World) -> None:
     assert before == (locked.balance(account.address), locked.web3.eth.get_transaction_count(account.address))
 
 
-SELECTOR = "0x" + bindings.keccak(text="SeedNotMined(uint64,uint256)")[:4].hex()
+SELECTOR = "0x" + keccak(text="SeedNotMined(uint64,uint256)")[:4].hex()
 DATA = SELECTOR + (7).to_bytes(32, "big").hex() + (8).to_bytes(32, "big").hex()
 PANIC = "0x4e487b71" + (0x11).to_bytes(32, "big").hex()
 
@@ -183,7 +182,7 @@ def test_confirmations_are_waited_for(empty: World, monkeypatch: pytest.MonkeyPa
     stakes = StakeRegistry(empty.web3, empty.deployment.stakes, empty.stranger, confirmations=3, timeout_s=0.3)
     with pytest.raises(TimeoutError, match="fewer than 3 confirmations"):
         stakes.deposit_stake(amount_wei=1)
-    monkeypatch.setattr(bindings.time, "sleep", lambda _: empty.tester.mine_block())
+    monkeypatch.setattr(sending.time, "sleep", lambda _: empty.tester.mine_block())
     mined = stakes.deposit_stake(amount_wei=1)
     assert empty.web3.eth.block_number == mined.block_number + 2
 

@@ -2,8 +2,10 @@
 
 import pytest
 
-from contracts.bindings import Reverted, Status, TaskOnChain, send, task_key
+from contracts.bindings import ZERO_ADDRESS, Status, TaskOnChain, Transfer, _explain, task_key
 from contracts.messages import accuracy_commit
+from contracts.sending import Reverted, send
+from tests.contracts.tokens import ANSWER_FALSE, CALL_BACK, EMIT_NONSENSE, KEEP_A_FEE, behave, funded
 from tests.contracts.world import ACCURACY, REWARD, SALT, SPEC, TASK, World
 
 COMMIT = accuracy_commit(ACCURACY, SALT)
@@ -19,10 +21,10 @@ def test_a_published_task_is_locked_with_its_whole_reward(empty: World) -> None:
         TASK,
         REWARD,
     )
-    assert (mined.event.accuracy_commit, mined.event.spec_hash) == (COMMIT, SPEC)
+    assert (mined.event.token, mined.event.accuracy_commit, mined.event.spec_hash) == (ZERO_ADDRESS, COMMIT, SPEC)
     assert mined.event.deadline_s == terms.deadline_s
     recorded = empty.views.escrow.get_task(TASK)
-    assert recorded == TaskOnChain(empty.publisher.address, Status.LOCKED, REWARD, COMMIT, SPEC, terms)
+    assert recorded == TaskOnChain(empty.publisher.address, REWARD, Status.LOCKED, ZERO_ADDRESS, COMMIT, SPEC, terms)
     assert empty.balance(empty.deployment.escrow) == REWARD
 
 
@@ -68,6 +70,9 @@ def test_a_deadline_lies_in_the_future(empty: World) -> None:
         ("max_miners", 3, 2),
         ("fault_rate_ppm", 500_000, 500_001),
         ("aggregator_share_ppm", 500_000, 500_001),
+        ("silence_penalty_ppm", 1_000_000, 1_000_001),
+        ("publish_window_s", 1, 0),
+        ("publish_window_s", 90 * DAY, 90 * DAY + 1),
         ("publisher_reveal_window_s", 1, 0),
         ("publisher_reveal_window_s", 90 * DAY, 90 * DAY + 1),
         ("aggregator_reveal_window_s", 1, 0),
@@ -75,6 +80,7 @@ def test_a_deadline_lies_in_the_future(empty: World) -> None:
         ("score_reveal_window_s", 1, 0),
         ("score_reveal_window_s", 90 * DAY, 90 * DAY + 1),
         ("max_score", 1, 0),
+        ("max_score", 2**62 - 1, 2**62),
     ],
 )
 def test_terms_are_accepted_up_to_their_limits(empty: World, field: str, good: int, bad: int) -> None:
@@ -95,14 +101,19 @@ def test_a_deadline_is_at_most_366_days_away(empty: World) -> None:
     empty.publish(deadline_s=furthest)
 
 
-def test_a_score_times_the_reward_cannot_overflow(empty: World) -> None:
-    # With 128-bit scores only a reward above all ether meets this limit.
-    reward = 2**121
-    most = (2**256 - 1) // 200 // reward
-    assert most < 2**128
-    with pytest.raises(Reverted, match="InvalidTerms"):
-        empty.publish(reward=reward, max_score=most + 1)
-    empty.publish(reward=reward, max_score=most)
+def test_a_reward_fits_in_88_bits(empty: World) -> None:
+    empty.publish(reward=2**88 - 1)
+    assert empty.views.escrow.get_task(TASK).reward_wei == empty.balance(empty.deployment.escrow) == 2**88 - 1
+
+
+@pytest.mark.parametrize("sent", [0, REWARD - 1, REWARD + 1])
+def test_the_value_sent_is_the_reward(empty: World, sent: int) -> None:
+    values = tuple(vars(empty.terms()).values())
+    with pytest.raises(Reverted, match="WrongValue") as refused:
+        empty.as_(empty.publisher).escrow._transact(
+            object, "publishTask", TASK, COMMIT, SPEC, ZERO_ADDRESS, REWARD, values, value_wei=sent
+        )
+    assert refused.value.arguments == (sent, REWARD)
 
 
 def test_a_commitment_is_not_empty(empty: World) -> None:
@@ -121,6 +132,15 @@ def test_the_publisher_is_refunded_after_the_deadline(locked: World) -> None:
     )
     assert locked.balance(locked.deployment.escrow) == 0
     assert locked.views.escrow.get_task(TASK).status is Status.REFUNDED
+
+
+def test_a_refund_goes_where_the_publisher_says(locked: World) -> None:
+    locked.at(locked.deadline + 1)
+    escrow, elsewhere = locked.as_(locked.publisher).escrow, "0x" + "5" * 40
+    with pytest.raises(Reverted, match="InvalidRecipient"):
+        escrow.refund_publisher(TASK, ZERO_ADDRESS)
+    assert escrow.refund_publisher(TASK, elsewhere).event.recipient == elsewhere
+    assert locked.balance(elsewhere) == REWARD
 
 
 def test_no_refund_at_the_deadline_itself(locked: World) -> None:
@@ -171,3 +191,101 @@ def test_only_the_other_contracts_move_a_task(locked: World, function: str) -> N
 def test_no_contract_takes_plain_ether(empty: World, contract: str) -> None:
     with pytest.raises(Reverted):
         send(empty.web3, empty.stranger, b"", to=getattr(empty.deployment, contract), value_wei=1)
+
+
+def test_the_rewards_contract_says_whose_ether_it_takes(empty: World) -> None:
+    with pytest.raises(Reverted, match="OnlyContract") as refused:
+        send(empty.web3, empty.stranger, b"", to=empty.deployment.rewards, value_wei=1, explain=_explain)
+    assert refused.value.arguments == (empty.stranger.address, empty.deployment.escrow)
+
+
+# Rewards in tokens
+
+
+def test_a_reward_in_tokens_is_taken_from_the_publisher_and_given_back(empty: World) -> None:
+    token = funded(empty)
+    before = token.balance_of(empty.publisher.address)
+    terms = empty.terms()
+    mined = empty.as_(empty.publisher).escrow.publish_task(
+        TASK, COMMIT, SPEC, terms, reward_wei=REWARD, token=token.address
+    )
+    assert (mined.event.token, mined.event.reward_wei) == (token.address, REWARD)
+    assert Transfer(empty.publisher.address, empty.deployment.escrow, REWARD) in mined.events
+    assert empty.views.escrow.get_task(TASK).token == token.address
+    assert (token.balance_of(empty.deployment.escrow), empty.balance(empty.deployment.escrow)) == (REWARD, 0)
+    assert token.balance_of(empty.publisher.address) == before - REWARD
+
+    empty.at(terms.deadline_s + 1)
+    refunded = empty.as_(empty.publisher).escrow.refund_publisher(TASK)
+    assert (refunded.event.token, refunded.event.amount_wei) == (token.address, REWARD)
+    assert (token.balance_of(empty.publisher.address), token.balance_of(empty.deployment.escrow)) == (before, 0)
+
+
+def test_tokens_have_to_be_approved_before(empty: World) -> None:
+    token = funded(empty)
+    token.approve(empty.deployment.escrow, REWARD - 1)
+    assert token.allowance(empty.publisher.address, empty.deployment.escrow) == REWARD - 1
+    with pytest.raises(Reverted, match="ERC20InsufficientAllowance") as refused:
+        empty.publish(token=token.address)
+    assert refused.value.arguments == (empty.deployment.escrow, REWARD - 1, REWARD)
+    token.approve(empty.deployment.escrow, REWARD)
+    empty.publish(token=token.address)
+
+
+def test_a_publisher_without_the_tokens_is_told_so(empty: World) -> None:
+    token = funded(empty, amount=REWARD - 1)
+    token.approve(empty.deployment.escrow, REWARD)
+    with pytest.raises(Reverted, match="ERC20InsufficientBalance") as refused:
+        empty.publish(token=token.address)
+    assert refused.value.arguments == (empty.publisher.address, REWARD - 1, REWARD)
+
+
+def test_no_ether_comes_along_with_a_reward_in_tokens(empty: World) -> None:
+    values = tuple(vars(empty.terms()).values())
+    token = funded(empty)
+    with pytest.raises(Reverted, match="WrongValue") as refused:
+        empty.as_(empty.publisher).escrow._transact(
+            object, "publishTask", TASK, COMMIT, SPEC, token.address, REWARD, values, value_wei=1
+        )
+    assert refused.value.arguments == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("manner", "error"),
+    [
+        (KEEP_A_FEE, "FeeOnTransfer"),
+        (ANSWER_FALSE, "SafeERC20FailedOperation"),
+        (CALL_BACK, "ReentrancyGuardReentrantCall"),
+    ],
+)
+def test_a_token_that_misbehaves_makes_no_task(empty: World, manner: int, error: str) -> None:
+    token = funded(empty, "OddToken")
+    behave(
+        empty,
+        token,
+        manner,
+        empty.deployment.escrow,
+        empty.views.escrow._encode("refundPublisher", TASK, token.address),
+    )
+    with pytest.raises(Reverted, match=error) as refused:
+        empty.publish(token=token.address)
+    fee = REWARD // 100
+    assert (
+        refused.value.arguments
+        == {
+            KEEP_A_FEE: (token.address, REWARD, REWARD - fee),
+            ANSWER_FALSE: (token.address,),
+            CALL_BACK: (),
+        }[manner]
+    )
+    assert empty.views.escrow.get_task(TASK).status is Status.NONE
+    assert token.balance_of(empty.deployment.escrow) == 0
+
+
+def test_logs_of_a_token_that_look_like_ours_are_passed_over(empty: World) -> None:
+    token = funded(empty, "OddToken")
+    behave(empty, token, EMIT_NONSENSE)
+    mined = empty.as_(empty.publisher).escrow.publish_task(
+        TASK, COMMIT, SPEC, empty.terms(), reward_wei=REWARD, token=token.address
+    )
+    assert [type(event).__name__ for event in mined.events] == ["TaskPublished", "Transfer"]

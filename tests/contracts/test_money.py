@@ -20,7 +20,6 @@ from contracts.bindings import (
     Distributed,
     Mined,
     PublisherRefunded,
-    Reverted,
     RewardCredited,
     StakeDeposited,
     StakeSlashed,
@@ -30,6 +29,7 @@ from contracts.bindings import (
     Withdrawn,
 )
 from contracts.messages import Candidate, accuracy_commit, score_commit, sign
+from contracts.sending import Reverted
 from tests.contracts.world import ACCURACY, DELAY, SALT, World, salt_of
 
 TASKS = ("first", "second")

@@ -1,16 +1,29 @@
 """BlockPublisher: who may publish what with whose votes, and equivocation."""
 
+from dataclasses import replace
+
 import pytest
+from eth_account.signers.local import LocalAccount
 from eth_utils import keccak
 
-from contracts.bindings import CreditAdded, Reverted, Status
-from contracts.messages import Attestation, Candidate, Domain, sign, struct_hash, type_string
+from contracts.bindings import EquivocationReported, Mined, Offence, Slash, StakeSlashed, Status, _candidate
+from contracts.contributions import contributions_root, place
+from contracts.messages import (
+    Attestation,
+    Candidate,
+    Domain,
+    compact_signature,
+    sign,
+    struct_hash,
+    type_string,
+)
+from contracts.sending import Reverted
 from tests.contracts.world import STAKES, TASK, World, named, number
 
 
 def refused(world: World, candidate: Candidate, votes: list[str], match: str) -> Reverted:
     with pytest.raises(Reverted, match=match) as error:
-        world.as_(world.aggregator).publisher.publish_block(candidate, votes)
+        world.as_(world.aggregator).publisher.publish_block(candidate, votes, world.cohort_on_chain)
     assert world.views.escrow.get_task(TASK).status is Status.LOCKED
     return error.value
 
@@ -30,14 +43,20 @@ def test_the_contract_hashes_a_candidate_as_the_messages_do(drawn: World) -> Non
 def test_a_block_with_the_quorum_is_published(drawn: World) -> None:
     candidate = drawn.candidate()
     assert drawn.views.publisher.get_block_meta(TASK) is None
-    mined = drawn.as_(drawn.aggregator).publisher.publish_block(candidate, drawn.votes(candidate))
+    assert drawn.views.publisher.get_candidate(TASK) is None
+    assert drawn.views.publisher.get_participants(TASK) == ()
+    mined = drawn.as_(drawn.aggregator).publisher.publish_block(
+        candidate, drawn.votes(candidate), drawn.cohort_on_chain
+    )
     assert mined.event.candidate_hash == struct_hash(candidate)
     assert (mined.event.model_sha256, mined.event.model_uri) == (candidate.model_sha256, candidate.model_uri)
     assert (mined.event.correct, mined.event.total, mined.event.round_number) == (85, 100, 1)
 
     meta = drawn.views.publisher.get_block_meta(TASK)
     assert meta is not None
-    assert (meta.candidate_hash, meta.model_sha256) == (struct_hash(candidate), candidate.model_sha256)
+    root = contributions_root(candidate.participants, candidate.score_commits)
+    assert (meta.candidate_hash, meta.contributions_root, meta.participant_count) == (struct_hash(candidate), root, 4)
+    assert mined.event.contributions_root == root
     assert (meta.aggregator, meta.published_at_s, meta.block_number) == (
         drawn.aggregator.address,
         drawn.now(),
@@ -45,18 +64,43 @@ def test_a_block_with_the_quorum_is_published(drawn: World) -> None:
     )
     assert (meta.round_number, meta.correct, meta.total, meta.votes) == (1, 85, 100, 3)
     assert drawn.views.publisher.get_participants(TASK) == candidate.participants
-    assert drawn.views.publisher.get_score_commits(TASK) == candidate.score_commits
+    assert drawn.views.publisher.get_candidate(TASK) == candidate
     assert drawn.views.escrow.get_task(TASK).status is Status.PUBLISHED
 
 
-def test_each_participants_commitment_is_found(published: World) -> None:
-    publisher = published.views.publisher
-    for miner, commit in zip(published.cohort, published.candidate().score_commits, strict=True):
-        found = publisher.score_commit_of(TASK, miner.address)
-        assert (found.is_participant, found.score_commit, found.participant_count) == (True, commit, 4)
-    for miner in (*published.miners[4:], published.publisher):
-        assert not publisher.score_commit_of(TASK, miner.address).is_participant
-    assert not publisher.score_commit_of("nobody-knows", published.cohort[0].address).is_participant
+def test_each_participant_finds_its_place(published: World) -> None:
+    publisher, candidate = published.views.publisher, published.candidate()
+    for i, miner in enumerate(published.cohort):
+        assert publisher.place_of(TASK, miner.address) == place(candidate.participants, candidate.score_commits, i)
+    for account in (*published.miners[4:], published.publisher):
+        assert publisher.place_of(TASK, account.address) is None
+    assert publisher.place_of("nobody-knows", published.cohort[0].address) is None
+
+
+@pytest.mark.parametrize("count", range(1, 21))
+def test_the_contract_makes_the_tree_that_places_are_proved_in(drawn: World, count: int) -> None:
+    participants = tuple(named(f"leaf {i}").address for i in range(count))
+    commits = tuple("0x" + keccak(text=f"commit {i}").hex() for i in range(count))
+    candidate = drawn.candidate(participants=participants, score_commits=commits)
+    root = drawn.views.publisher.contributions_root(candidate)
+    assert root == contributions_root(participants, commits)
+    for i in range(count):
+        found = place(participants, commits, i)
+        assert (found.position, found.score_commit) == (i, commits[i])
+        node = keccak(i.to_bytes(32, "big") + bytes(12) + bytes.fromhex(participants[i][2:] + commits[i][2:]))
+        for sibling in (bytes.fromhex(step[2:]) for step in found.proof):
+            node = keccak(min(node, sibling) + max(node, sibling))
+        assert "0x" + node.hex() == root
+    with pytest.raises(IndexError):
+        place(participants, commits, count)
+
+
+def test_a_tree_has_one_commitment_per_participant(drawn: World) -> None:
+    candidate = drawn.candidate(score_commits=drawn.candidate().score_commits[:3])
+    with pytest.raises(Reverted, match="LengthMismatch"):
+        drawn.views.publisher.contributions_root(candidate)
+    with pytest.raises(ValueError, match="shorter"):
+        contributions_root(candidate.participants, candidate.score_commits)
 
 
 def test_a_part_of_the_cohort_can_be_the_participants(drawn: World) -> None:
@@ -68,10 +112,11 @@ def test_a_part_of_the_cohort_can_be_the_participants(drawn: World) -> None:
 
 def test_only_the_drawn_aggregator_publishes(drawn: World) -> None:
     candidate = drawn.candidate()
-    votes = drawn.votes(candidate)
+    votes, cohort = drawn.votes(candidate), drawn.cohort_on_chain
     for account in (*drawn.others, drawn.publisher, drawn.stranger):
-        with pytest.raises(Reverted, match="NotAggregator"):
-            drawn.as_(account).publisher.publish_block(candidate, votes)
+        with pytest.raises(Reverted, match="NotAggregator") as error:
+            drawn.as_(account).publisher.publish_block(candidate, votes, cohort)
+        assert error.value.arguments == (TASK, account.address, drawn.aggregator.address)
 
 
 def test_a_candidate_names_the_drawn_aggregator(drawn: World) -> None:
@@ -80,7 +125,8 @@ def test_a_candidate_names_the_drawn_aggregator(drawn: World) -> None:
 
 
 def test_nothing_is_published_before_the_draw(locked: World) -> None:
-    locked.register(locked.cohort)
+    locked.close(locked.cohort)
+    nobody = "0x" + "00" * 20
     candidate = Candidate(
         task_id=TASK,
         round_number=1,
@@ -88,13 +134,35 @@ def test_nothing_is_published_before_the_draw(locked: World) -> None:
         model_uri="",
         correct=1,
         total=1,
-        aggregator="0x" + "00" * 20,
+        aggregator=nobody,
         participants=(),
         score_commits=(),
         opening_sha256="0x" + "cd" * 32,
     )
-    with pytest.raises(Reverted, match="NotAggregator"):
-        locked.as_(locked.cohort[0]).publisher.publish_block(candidate, [])
+    account = locked.cohort[0]
+    with pytest.raises(Reverted, match="NotAggregator") as error:
+        locked.as_(account).publisher.publish_block(candidate, [], locked.cohort_on_chain)
+    assert error.value.arguments == (TASK, account.address, nobody)
+
+
+def test_a_block_is_checked_against_the_true_cohort(drawn: World) -> None:
+    candidate, cohort = drawn.candidate(), drawn.cohort_on_chain
+    votes = drawn.votes(candidate)
+    shorter = replace(cohort, words=cohort.words[:3])
+    more = replace(cohort, words=(*cohort.words, f"0x{number(drawn.miners[4].address) << 96 | 50:064x}"))
+    for brought in (shorter, more, replace(cohort, words=())):
+        with pytest.raises(Reverted, match="WrongCohort") as error:
+            drawn.as_(drawn.aggregator).publisher.publish_block(candidate, votes, brought)
+        assert error.value.arguments == (TASK,)
+
+
+def test_the_one_that_replaces_publishes(drawn: World) -> None:
+    drawn.as_(drawn.aggregator).stakes.resign_aggregator(TASK)
+    drawn.as_(drawn.stranger).stakes.replace_aggregator(TASK)
+    drawn.publish_block()
+    meta = drawn.views.publisher.get_block_meta(TASK)
+    assert meta is not None
+    assert meta.aggregator == drawn.aggregator.address
 
 
 def test_a_block_is_published_until_the_deadline(drawn: World) -> None:
@@ -110,15 +178,15 @@ def test_a_block_is_published_until_the_deadline(drawn: World) -> None:
 def test_a_task_has_one_block(published: World) -> None:
     for candidate in (published.candidate(), published.candidate(round_number=2)):
         with pytest.raises(Reverted, match="WrongStatus"):
-            published.as_(published.aggregator).publisher.publish_block(candidate, published.votes(candidate))
+            published.publish_block(candidate)
 
 
 def test_no_block_for_a_refunded_task(drawn: World) -> None:
-    candidate = drawn.candidate()
     drawn.at(drawn.deadline + 1)
     drawn.as_(drawn.publisher).escrow.refund_publisher(TASK)
-    with pytest.raises(Reverted, match="WrongStatus"):
-        drawn.as_(drawn.aggregator).publisher.publish_block(candidate, drawn.votes(candidate))
+    with pytest.raises(Reverted, match="WrongStatus") as error:
+        drawn.publish_block()
+    assert error.value.arguments == (TASK, Status.REFUNDED)
 
 
 @pytest.mark.parametrize(("correct", "total", "is_valid"), [(0, 1, True), (1, 1, True), (0, 0, False), (2, 1, False)])
@@ -158,22 +226,20 @@ def test_participants_are_in_the_cohort(drawn: World) -> None:
 # Votes
 
 
-def test_the_quorum_is_of_the_others_less_the_fault_rate_rounded_up(empty: World) -> None:
-    empty.deposit(empty.miners, [10] * 8)
-    for i, (count, fault_rate_ppm, required) in enumerate(
-        [(3, 500_000, 1), (3, 499_999, 2), (4, 333_334, 2), (8, 0, 7), (8, 300_000, 5)]
-    ):
-        task = f"task-{i}"
-        empty.publish(task, reward=1, fault_rate_ppm=fault_rate_ppm, max_miners=8)
-        assert empty.views.publisher.required_votes(task) == 0
-        empty.register(empty.miners[:count], task)
-        empty.as_(empty.publisher).stakes.close_registration(task, [m.address for m in empty.miners[:count]])
-        assert empty.views.publisher.required_votes(task) == required
+@pytest.mark.parametrize(
+    ("count", "fault_rate_ppm", "required"),
+    [(3, 500_000, 1), (3, 499_999, 2), (4, 333_334, 2), (8, 0, 7), (8, 300_000, 5), (200, 500_000, 100)],
+)
+def test_the_quorum_is_of_the_others_less_the_fault_rate_rounded_up(
+    empty: World, count: int, fault_rate_ppm: int, required: int
+) -> None:
+    empty.publish(fault_rate_ppm=fault_rate_ppm, max_miners=200)
+    assert empty.views.publisher.required_votes(TASK, count) == required
 
 
 def test_a_vote_less_than_the_quorum_is_too_few(drawn: World) -> None:
     candidate = drawn.candidate()
-    assert drawn.views.publisher.required_votes(TASK) == 3
+    assert drawn.views.publisher.required_votes(TASK, 4) == 3
     error = refused(drawn, candidate, drawn.votes(candidate, drawn.others[:2]), "QuorumNotReached")
     assert error.arguments == (2, 3)
 
@@ -235,11 +301,38 @@ def test_votes_for_one_candidate_do_not_publish_another(drawn: World) -> None:
         refused(drawn, drawn.candidate(**changes), votes, "NotInCohort|NotAscending")
 
 
+@pytest.mark.parametrize("words", ["00" * 64, "ff" * 64, "11" * 32 + "7f" + "ff" * 31])
+def test_a_malformed_vote_is_named(drawn: World, words: str) -> None:
+    """Zero, beyond the curve's order, and a high s."""
+    candidate = drawn.candidate()
+    votes = [*map(compact_signature, drawn.votes(candidate)[:2]), ("0x" + words[:64], "0x" + words[64:])]
+    publisher, cohort = drawn.as_(drawn.aggregator).publisher, list(drawn.cohort_on_chain.words)
+    with pytest.raises(Reverted, match="InvalidVote") as error:
+        publisher._transact(object, "publishBlock", _candidate(candidate), votes, cohort)
+    assert error.value.arguments == (2,)
+
+
 @pytest.mark.parametrize("signature", ["0x", "0x" + "00" * 65, "0x" + "ff" * 65, "0x" + "11" * 64])
-def test_a_malformed_vote_is_named(drawn: World, signature: str) -> None:
+def test_what_is_no_signature_is_not_sent(drawn: World, signature: str) -> None:
     candidate = drawn.candidate()
     votes = [*drawn.votes(candidate)[:2], signature]
-    assert refused(drawn, candidate, votes, "InvalidVote").arguments == (2,)
+    with pytest.raises(ValueError, match="malformed"):
+        drawn.as_(drawn.aggregator).publisher.publish_block(candidate, votes, drawn.cohort_on_chain)
+
+
+def test_votes_are_sent_in_the_compact_form(drawn: World) -> None:
+    """Both parities of EIP-2098 come up among a few signatures, and each recovers its voter."""
+    seen = set()
+    for round_number in range(1, 9):
+        candidate = drawn.candidate(round_number=round_number)
+        votes = drawn.votes(candidate)
+        seen |= {int(compact_signature(vote)[1], 16) >> 255 for vote in votes}
+        snapshot = drawn.tester.take_snapshot()
+        drawn.publish_block(candidate)
+        drawn.tester.revert_to_snapshot(snapshot)
+        if seen == {0, 1}:
+            return
+    raise AssertionError("24 signatures of one parity")
 
 
 def test_a_vote_has_one_form(drawn: World) -> None:
@@ -249,66 +342,119 @@ def test_a_vote_has_one_form(drawn: World) -> None:
     votes = drawn.votes(candidate)
     raw = bytes.fromhex(votes[2][2:])
     flipped = raw[:32] + (order - int.from_bytes(raw[32:64], "big")).to_bytes(32, "big") + bytes([55 - raw[64]])
-    assert refused(drawn, candidate, [*votes[:2], "0x" + flipped.hex()], "InvalidVote").arguments == (2,)
+    # A high s leaves no room for the parity in the compact form: what is read is another signature.
+    refused(drawn, candidate, [*votes[:2], "0x" + flipped.hex()], "InvalidVote|NotInCohort|NotAscending")
 
 
 # Equivocation
 
 
-def both_signed(world: World, first: Candidate, second: Candidate) -> tuple[Candidate, str, Candidate, str]:
-    key = world.aggregator.key
+Proof = tuple[Candidate, str, Candidate, str]
+
+
+def both_signed(world: World, aggregator: LocalAccount, first: Candidate, second: Candidate) -> Proof:
+    key = aggregator.key
     return first, sign(first, world.domain, key), second, sign(second, world.domain, key)
 
 
+def two_candidates(world: World, task_id: str = TASK) -> Proof:
+    """Signed by whose turn it is."""
+    pair = [world.candidate(task_id, aggregator=world.aggregator_of(task_id).address, correct=c) for c in (1, 2)]
+    return both_signed(world, world.aggregator_of(task_id), *pair)
+
+
+def report(world: World, proof: Proof) -> Mined[EquivocationReported]:
+    cohort = world.views.stakes.get_cohort(proof[0].task_id)
+    return world.as_(world.stranger).publisher.report_equivocation(*proof, cohort)
+
+
+def taken(mined: Mined[EquivocationReported]) -> int:
+    (event,) = [event for event in mined.events if isinstance(event, StakeSlashed)]
+    assert event.offence is Offence.EQUIVOCATION
+    return event.amount_wei
+
+
 def test_two_signed_candidates_of_one_round_cost_the_stake(drawn: World) -> None:
-    proof = both_signed(drawn, drawn.candidate(), drawn.candidate(correct=99))
-    stake = STAKES[drawn.cohort.index(drawn.aggregator)]
-    mined = drawn.as_(drawn.stranger).publisher.report_equivocation(*proof)
-    assert mined.event.aggregator == drawn.aggregator.address
-    assert mined.event.reporter == drawn.stranger.address
+    proof, culprit, others = two_candidates(drawn), drawn.aggregator, drawn.others
+    position = drawn.cohort.index(culprit)
+    stake = STAKES[position]
+    mined = report(drawn, proof)
+    assert (mined.event.aggregator, mined.event.reporter) == (culprit.address, drawn.stranger.address)
     assert (mined.event.first, mined.event.second) == (struct_hash(proof[0]), struct_hash(proof[2]))
-    assert drawn.views.stakes.stake_of(drawn.aggregator.address) == 0
-    assert drawn.views.stakes.is_slashed(TASK)
+    assert taken(mined) == stake
+    assert drawn.views.stakes.stake_of(culprit.address) == 0
+    assert drawn.views.stakes.get_slash(TASK, position, Offence.EQUIVOCATION) == Slash(True, stake, 0)
 
     # Equal parts, the residue to the first of the others.
     share, residue = divmod(stake, 3)
-    credits = [event.amount_wei for event in mined.events if isinstance(event, CreditAdded)]
-    assert credits == [share + residue, share, share]
-    assert [drawn.views.stakes.credit_of(miner.address) for miner in drawn.others] == credits
-    for miner, credit in zip(drawn.others, credits, strict=True):
-        assert drawn.as_(miner).stakes.withdraw_credit().event.amount_wei == credit
+    for miner, credit in zip(others, [share + residue, share, share], strict=True):
+        stakes = drawn.as_(miner).stakes
+        stakes.credit_slashed(TASK, culprit.address, Offence.EQUIVOCATION, miner.address)
+        assert stakes.credit_of(miner.address) == credit
+        assert stakes.withdraw_credit().event.amount_wei == credit
         with pytest.raises(Reverted, match="NothingToWithdraw"):
-            drawn.as_(miner).stakes.withdraw_credit()
+            stakes.withdraw_credit()
     assert drawn.balance(drawn.deployment.stakes) == 155 - stake
 
 
 def test_an_equivocation_is_punished_once(drawn: World) -> None:
-    publisher = drawn.as_(drawn.stranger).publisher
-    publisher.report_equivocation(*both_signed(drawn, drawn.candidate(), drawn.candidate(correct=99)))
-    with pytest.raises(Reverted, match="AlreadySlashed"):
-        publisher.report_equivocation(*both_signed(drawn, drawn.candidate(), drawn.candidate(correct=98)))
+    report(drawn, two_candidates(drawn))
+    other = both_signed(drawn, drawn.aggregator, drawn.candidate(), drawn.candidate(correct=98))
+    with pytest.raises(Reverted, match="AlreadySlashed") as error:
+        report(drawn, other)
+    assert error.value.arguments == (TASK, drawn.aggregator.address)
 
 
 def test_an_equivocation_is_punished_after_publication(published: World) -> None:
-    proof = both_signed(published, published.candidate(), published.candidate(correct=99))
-    published.as_(published.stranger).publisher.report_equivocation(*proof)
-    assert published.views.stakes.is_slashed(TASK)
+    assert taken(report(published, two_candidates(published))) > 0
+
+
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_a_former_aggregator_is_punished_too(drawn: World, is_replaced: bool) -> None:
+    proof, former = two_candidates(drawn), drawn.aggregator
+    drawn.as_(former).stakes.resign_aggregator(TASK)
+    if is_replaced:
+        drawn.as_(drawn.stranger).stakes.replace_aggregator(TASK)
+    assert taken(report(drawn, proof)) == STAKES[drawn.cohort.index(former)]
+
+
+def test_silence_and_equivocation_are_two_offences(drawn: World) -> None:
+    """The second takes what the first left of the recorded stake."""
+    proof, former = two_candidates(drawn), drawn.aggregator
+    stake = STAKES[drawn.cohort.index(former)]
+    drawn.at(drawn.views.stakes.get_draw(TASK).turn_end_s + 1)
+    drawn.as_(drawn.stranger).stakes.replace_aggregator(TASK)
+    left = drawn.views.stakes.stake_of(former.address)
+    assert 0 < left < stake
+    assert taken(report(drawn, proof)) == left
+    assert drawn.views.stakes.stake_of(former.address) == 0
+
+
+def test_only_who_has_or_had_the_turn_is_punished(drawn: World) -> None:
+    """Candidates that another member, or a stranger, signed for itself are no offence."""
+    for account in (drawn.others[0], drawn.miners[4], drawn.stranger):
+        pair = [drawn.candidate(aggregator=account.address, correct=correct) for correct in (1, 2)]
+        with pytest.raises(Reverted, match="NotTheTurn") as error:
+            report(drawn, both_signed(drawn, account, *pair))
+        assert error.value.arguments == (TASK, account.address, drawn.aggregator.address)
+
+
+def test_a_report_brings_the_cohort_along(drawn: World) -> None:
+    cohort = replace(drawn.cohort_on_chain, words=drawn.cohort_on_chain.words[1:])
+    with pytest.raises(Reverted, match="WrongCohort"):
+        drawn.as_(drawn.stranger).publisher.report_equivocation(*two_candidates(drawn), cohort)
 
 
 def test_no_more_than_the_recorded_stake_is_taken(drawn: World) -> None:
     drawn.as_(drawn.aggregator).stakes.deposit_stake(amount_wei=7)
-    drawn.as_(drawn.stranger).publisher.report_equivocation(
-        *both_signed(drawn, drawn.candidate(), drawn.candidate(correct=99))
-    )
+    report(drawn, two_candidates(drawn))
     assert drawn.views.stakes.stake_of(drawn.aggregator.address) == 7
 
 
 def test_a_requested_withdrawal_does_not_save_the_stake(drawn: World) -> None:
     stakes = drawn.as_(drawn.aggregator).stakes
     stakes.request_withdrawal(stakes.stake_of(drawn.aggregator.address))
-    drawn.as_(drawn.stranger).publisher.report_equivocation(
-        *both_signed(drawn, drawn.candidate(), drawn.candidate(correct=99))
-    )
+    report(drawn, two_candidates(drawn))
     assert stakes.get_withdrawal(drawn.aggregator.address).amount_wei == 0
     assert stakes.available_stake(drawn.aggregator.address) == 0
 
@@ -316,39 +462,31 @@ def test_a_requested_withdrawal_does_not_save_the_stake(drawn: World) -> None:
 def test_what_is_left_is_taken_when_another_task_took_the_rest(drawn: World) -> None:
     """One stake backs several tasks."""
     drawn.publish("second", reward=1)
-    drawn.register(drawn.cohort, "second")
     drawn.close_and_draw(drawn.cohort, "second")
-    second = drawn.views.stakes.aggregator_of("second")
-    assert second is not None
-    before = sum(drawn.views.stakes.stake_of(m.address) + drawn.views.stakes.credit_of(m.address) for m in drawn.cohort)
-    for task, aggregator in ((TASK, drawn.aggregator.address), ("second", second)):
-        key = next(m for m in drawn.cohort if m.address == aggregator).key
-        pair = [drawn.candidate(task, correct=correct) for correct in (1, 2)]
-        proof = (pair[0], sign(pair[0], drawn.domain, key), pair[1], sign(pair[1], drawn.domain, key))
-        drawn.as_(drawn.stranger).publisher.report_equivocation(*proof)
-        assert drawn.views.stakes.stake_of(aggregator) == 0
-    after = sum(drawn.views.stakes.stake_of(m.address) + drawn.views.stakes.credit_of(m.address) for m in drawn.cohort)
-    assert before == after
+    before = [drawn.views.stakes.stake_of(miner.address) for miner in drawn.cohort]
+    lost = [taken(report(drawn, two_candidates(drawn, task))) for task in (TASK, "second")]
+    for task in (TASK, "second"):
+        assert drawn.views.stakes.stake_of(drawn.aggregator_of(task).address) == 0
+    left = [drawn.views.stakes.stake_of(miner.address) for miner in drawn.cohort]
+    assert sum(lost) == sum(before) - sum(left)
 
 
 def test_what_is_no_equivocation(drawn: World) -> None:
     first = drawn.candidate()
     second = drawn.candidate(correct=99)
-    honest = both_signed(drawn, first, second)
-    miner = drawn.others[0].key
+    aggregator, miner = drawn.aggregator, drawn.others[0]
+    honest = both_signed(drawn, aggregator, first, second)
     cases = {
-        "one candidate": both_signed(drawn, first, first),
-        "two rounds": both_signed(drawn, first, drawn.candidate(round_number=2)),
-        "two tasks": both_signed(drawn, first, drawn.candidate(task_id="another-task")),
-        "no aggregator drawn": both_signed(
-            drawn, drawn.candidate(task_id="another-task"), drawn.candidate(task_id="another-task", correct=99)
-        ),
-        "first signature": (first, sign(first, drawn.domain, miner), *honest[2:]),
-        "second signature": (*honest[:3], sign(second, drawn.domain, miner)),
+        "one candidate": both_signed(drawn, aggregator, first, first),
+        "two rounds": both_signed(drawn, aggregator, first, drawn.candidate(round_number=2)),
+        "two tasks": both_signed(drawn, aggregator, first, drawn.candidate(task_id="another-task")),
+        "two aggregators": both_signed(drawn, aggregator, first, drawn.candidate(aggregator=miner.address)),
+        "first signature": (first, sign(first, drawn.domain, miner.key), *honest[2:]),
+        "second signature": (*honest[:3], sign(second, drawn.domain, miner.key)),
     }
     for reason, proof in cases.items():
         with pytest.raises(Reverted, match="NoEquivocation") as error:
-            drawn.as_(drawn.stranger).publisher.report_equivocation(*proof)
+            report(drawn, proof)
         assert error.value.arguments == (reason,)
 
 
@@ -357,10 +495,12 @@ def test_signatures_for_another_deployment_are_no_equivocation(drawn: World) -> 
     pair = [drawn.candidate(correct=correct) for correct in (1, 2)]
     first, second = (sign(candidate, elsewhere, drawn.aggregator.key) for candidate in pair)
     with pytest.raises(Reverted, match="NoEquivocation"):
-        drawn.as_(drawn.stranger).publisher.report_equivocation(pair[0], first, pair[1], second)
+        report(drawn, (pair[0], first, pair[1], second))
 
 
 def test_only_the_block_publisher_slashes(drawn: World) -> None:
+    words = list(drawn.cohort_on_chain.words)
     for account in (drawn.publisher, drawn.stranger, drawn.others[0]):
-        with pytest.raises(Reverted, match="OnlyContract"):
-            drawn.as_(account).stakes._transact(object, "slashStake", TASK)
+        with pytest.raises(Reverted, match="OnlyContract") as error:
+            drawn.as_(account).stakes._transact(object, "slashEquivocation", TASK, drawn.aggregator.address, words)
+        assert error.value.arguments == (account.address, drawn.deployment.publisher)

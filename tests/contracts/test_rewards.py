@@ -4,8 +4,9 @@ from contextlib import suppress
 
 import pytest
 
-from contracts.bindings import Outcome, Reverted, RewardCredited, ScoresOpened, Status
+from contracts.bindings import Outcome, RewardCredited, ScoresOpened, Status
 from contracts.messages import accuracy_commit, score_commit
+from contracts.sending import Reverted
 from tests.contracts.world import (
     ACCURACY,
     AGGREGATOR_WINDOW,

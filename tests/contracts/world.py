@@ -1,11 +1,13 @@
 """An in-process chain with the four contracts and funded actors, and one task carried from stage to stage.
 
 Stages: "empty" (contracts only), "locked" (task published, miners with stake), "drawn" (cohort closed, aggregator
-drawn) and "published" (block on chain). Each is built once and returned to by snapshot.
+drawn), "published" (block on chain), "open" (requirement met, scores may be revealed) and "paid" (all scores revealed,
+reward distributed). Each is built once and returned to by snapshot.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from eth.estimators.gas import binary_gas_search
 from eth_account import Account
@@ -14,8 +16,34 @@ from eth_tester import EthereumTester, PyEVMBackend
 from eth_utils import keccak
 from web3 import EthereumTesterProvider, Web3
 
-from contracts.bindings import Contracts, Deployment, Terms, connect, deploy
-from contracts.messages import Attestation, Candidate, Domain, accuracy_commit, score_commit, sign, struct_hash
+from contracts.bindings import (
+    ZERO_ADDRESS,
+    Claim,
+    CohortOnChain,
+    Contracts,
+    Deployment,
+    Distributed,
+    Mined,
+    RegistrationClosed,
+    Terms,
+    Withdrawn,
+    connect,
+    deploy,
+)
+from contracts.contributions import Place
+from contracts.messages import (
+    Address,
+    Attestation,
+    Bytes,
+    Candidate,
+    Domain,
+    Registration,
+    TaskId,
+    accuracy_commit,
+    score_commit,
+    sign,
+    struct_hash,
+)
 
 TASK = "chest-x-ray"
 REWARD = 1_000_003
@@ -23,7 +51,8 @@ ACCURACY = 800_000
 SALT = keccak(text="the publisher's salt")
 SPEC = "0x" + keccak(text="specification").hex()
 STAKES = (40, 10, 30, 20)
-PUBLISHER_WINDOW, AGGREGATOR_WINDOW, SCORE_WINDOW = 100, 200, 300
+PUBLISH_WINDOW, PUBLISHER_WINDOW, AGGREGATOR_WINDOW, SCORE_WINDOW = 400, 100, 200, 300
+PENALTY_PPM = 250_000
 DELAY = 3600
 # More than all ether, so that the limits of the amounts can be reached.
 FUNDS = 2**124
@@ -91,8 +120,15 @@ class World:
         return self.miners[: len(STAKES)]
 
     @property
+    def cohort_on_chain(self) -> CohortOnChain:
+        return self.views.stakes.get_cohort(TASK)
+
+    @property
     def aggregator(self) -> LocalAccount:
-        address = self.views.stakes.aggregator_of(TASK)
+        return self.aggregator_of(TASK)
+
+    def aggregator_of(self, task_id: TaskId) -> LocalAccount:
+        address = self.views.stakes.aggregator_of(task_id)
         return next(miner for miner in self.miners if miner.address == address)
 
     @property
@@ -102,38 +138,66 @@ class World:
     def terms(self, **changes: int) -> Terms:
         usual = Terms(
             deadline_s=self.now() + 1000,
+            publish_window_s=PUBLISH_WINDOW,
+            publisher_reveal_window_s=PUBLISHER_WINDOW,
+            aggregator_reveal_window_s=AGGREGATOR_WINDOW,
+            score_reveal_window_s=SCORE_WINDOW,
             min_miners=3,
             max_miners=6,
             fault_rate_ppm=250_000,
             aggregator_share_ppm=100_000,
-            publisher_reveal_window_s=PUBLISHER_WINDOW,
-            aggregator_reveal_window_s=AGGREGATOR_WINDOW,
-            score_reveal_window_s=SCORE_WINDOW,
+            silence_penalty_ppm=PENALTY_PPM,
             max_score=10**9,
             min_stake_wei=10,
         )
         return replace(usual, **changes)
 
     def publish(
-        self, task_id: str = TASK, *, reward: int = REWARD, accuracy_ppm: int = ACCURACY, **terms: int
+        self,
+        task_id: TaskId = TASK,
+        *,
+        reward: int = REWARD,
+        accuracy_ppm: int = ACCURACY,
+        token: Address = ZERO_ADDRESS,
+        **terms: int,
     ) -> Terms:
         chosen = self.terms(**terms)
         commit = accuracy_commit(accuracy_ppm, SALT)
-        self.as_(self.publisher).escrow.publish_task(task_id, commit, SPEC, chosen, reward_wei=reward)
+        self.as_(self.publisher).escrow.publish_task(task_id, commit, SPEC, chosen, reward_wei=reward, token=token)
         return chosen
 
     def deposit(self, miners: Sequence[LocalAccount], stakes: Sequence[int]) -> None:
         for miner, stake in zip(miners, stakes, strict=True):
             self.as_(miner).stakes.deposit_stake(amount_wei=stake)
 
-    def register(self, miners: Sequence[LocalAccount], task_id: str = TASK) -> None:
-        for miner in miners:
-            self.as_(miner).stakes.register(task_id, "0x" + salt_of(miner).hex())
+    def application(
+        self, miner: LocalAccount, task_id: TaskId = TASK, /, domain: Domain | None = None, **changes: object
+    ) -> tuple[Registration, Bytes]:
+        """The signed Registration of a miner. Changes are made before it is signed."""
+        usual = Registration(
+            task_id=task_id,
+            round_number=0,
+            miner=miner.address,
+            encryption_key="0x02" + salt_of(miner).hex(),
+            dataset_proof_sha256="0x" + keccak(text=f"samples of {miner.address}").hex(),
+        )
+        registration = usual.model_copy(update=changes)
+        return registration, sign(registration, domain or self.domain, miner.key)
 
-    def close_and_draw(self, miners: Sequence[LocalAccount], task_id: str = TASK) -> None:
-        self.as_(self.publisher).stakes.close_registration(task_id, [miner.address for miner in miners])
+    def close(self, miners: Sequence[LocalAccount], task_id: TaskId = TASK) -> Mined[RegistrationClosed]:
+        applications = [self.application(miner, task_id) for miner in miners]
+        return self.as_(self.publisher).stakes.close_registration(task_id, applications)
+
+    def close_and_draw(self, miners: Sequence[LocalAccount], task_id: TaskId = TASK) -> None:
+        self.close(miners, task_id)
         self.tester.mine_block()
         self.as_(self.stranger).stakes.draw_aggregator(task_id)
+
+    def form(self, miners: Sequence[LocalAccount], **terms: Any) -> None:
+        """The default task up to the draw, with other terms and ten wei of stake each."""
+        self.publish(**terms)
+        self.deposit(miners, [10] * len(miners))
+        self.close_and_draw(miners)
 
     def scores(self, participants: Sequence[LocalAccount] | None = None) -> dict[str, int]:
         return {miner.address: 1000 + 111 * i for i, miner in enumerate(participants or self.cohort)}
@@ -171,16 +235,39 @@ class World:
     def votes(self, candidate: Candidate, voters: Sequence[LocalAccount] | None = None) -> list[str]:
         return [self.vote(voter, candidate) for voter in (self.others if voters is None else voters)]
 
-    def publish_block(self, candidate: Candidate | None = None) -> None:
+    def publish_block(self, candidate: Candidate | None = None, voters: Sequence[LocalAccount] | None = None) -> None:
         candidate = candidate or self.candidate()
-        self.as_(self.aggregator).publisher.publish_block(candidate, self.votes(candidate))
+        cohort = self.views.stakes.get_cohort(candidate.task_id)
+        publisher = self.as_(self.aggregator_of(candidate.task_id)).publisher
+        publisher.publish_block(candidate, self.votes(candidate, voters), cohort)
+
+    def place(self, miner: LocalAccount, task_id: TaskId = TASK) -> Place:
+        found = self.views.publisher.place_of(task_id, miner.address)
+        assert found is not None
+        return found
 
     def reveal_accuracy(self, accuracy_ppm: int = ACCURACY) -> None:
         self.as_(self.publisher).rewards.reveal_accuracy(TASK, accuracy_ppm, SALT)
 
     def reveal_score(self, miner: LocalAccount, score: int | None = None) -> None:
         score = self.scores()[miner.address] if score is None else score
-        self.as_(miner).rewards.reveal_score(TASK, score, salt_of(miner))
+        self.as_(miner).rewards.reveal_score(TASK, score, salt_of(miner), self.place(miner))
+
+    def reveal_scores(self) -> None:
+        for miner in self.cohort:
+            self.reveal_score(miner)
+
+    def distribute(self, task_id: TaskId = TASK) -> Distributed:
+        """By a stranger, when the requirement was met."""
+        events = self.as_(self.stranger).rewards.distribute(task_id).events
+        return next(event for event in events if isinstance(event, Distributed))
+
+    def withdraw(
+        self, account: LocalAccount, *claimed: TaskId, token: Address = ZERO_ADDRESS, recipient: Address | None = None
+    ) -> Mined[Withdrawn]:
+        """The account's balance, and its parts of these tasks."""
+        claims = [Claim(task_id, self.place(account, task_id)) for task_id in claimed]
+        return self.as_(account).rewards.withdraw_to(recipient, claims, token=token)
 
     # Stages
 
@@ -189,6 +276,8 @@ class World:
             "locked": self._build_locked,
             "drawn": self._build_drawn,
             "published": self.publish_block,
+            "open": self.reveal_accuracy,
+            "paid": self._build_paid,
         }
         if name not in self._snapshots:
             names = ["empty", *steps]
@@ -214,5 +303,8 @@ class World:
         self.deposit(self.miners[:6], (*STAKES, 50, 5))
 
     def _build_drawn(self) -> None:
-        self.register(self.cohort)
         self.close_and_draw(self.cohort)
+
+    def _build_paid(self) -> None:
+        self.reveal_scores()
+        self.distribute()

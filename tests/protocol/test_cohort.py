@@ -15,7 +15,6 @@ from PIL import Image
 
 from blocks.artifacts import MissingArtifact, TamperedArtifact
 from blocks.identity import create_home
-from contracts.bindings import Reverted
 from contracts.messages import (
     Abort,
     AbortReason,
@@ -28,6 +27,7 @@ from contracts.messages import (
     draw_seed,
     struct_hash,
 )
+from contracts.sending import Reverted
 from tasks.cohort import FULL, MAX_PROOF_BYTES, draw, fixed_weights
 from tasks.crypto import ecies
 from tasks.delivery import delivered_requirement, delivered_validation, delivery_context

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from contracts.bindings import Reverted
 from contracts.messages import (
     AbortReason,
     Attestation,
@@ -19,6 +18,7 @@ from contracts.messages import (
     sign,
     struct_hash,
 )
+from contracts.sending import Reverted
 from tasks import aggregate
 from tasks.chunks import Layout, put_manifest
 from tasks.global_model import build_network, model_after, next_model, opened_round, store_opening, weights_of

@@ -29,6 +29,7 @@ required_accuracy = 0.15
 reward_wei = 1_000_000_000_000_000_007
 aggregator_share = 0.1
 minimum_stake_wei = 1000
+silence_penalty = 0.2
 [participants]
 miners_min = 4
 miners_max = 5
@@ -41,6 +42,7 @@ contribution_timeout_s = 60
 attestation_timeout_s = 60
 [windows]
 deadline_s = 3600
+publish_s = 1800
 publisher_reveal_s = 600
 aggregator_reveal_s = 600
 score_reveal_s = 600
