@@ -1,7 +1,8 @@
 # make round   set up, then run one task from publication to payment
 # make test    set up, then lint, type-check and run all tests
 # make bench   set up, then measure learning under encryption; bench-model: a network of 409 034 parameters;
-#              bench-crypto: the cryptography beside its peers; bench-stream: 25 million coordinates through the disk
+#              bench-crypto: the cryptography beside its peers; bench-gas: what a task costs on chain;
+#              bench-stream: 25 million coordinates through the disk
 # make fuzz    set up, then compare ten million random coordinates with an independent implementation
 # make contracts-deep   10 000 random histories of the contracts, and their fuzz tests 20 000 times each
 # Each sets up what it needs in the project's own virtual environment, .venv; a second call finds it ready.
@@ -13,7 +14,7 @@ SHELL := /bin/bash
 FORGE := cd contracts && node_modules/@foundry-rs/forge-linux-amd64/bin/forge
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: round test bench bench-model bench-crypto bench-stream fuzz contracts contracts-deep clean
+.PHONY: round test bench bench-model bench-crypto bench-gas bench-stream fuzz contracts contracts-deep clean
 .DEFAULT_GOAL := round
 
 round: $(READY)
@@ -34,6 +35,9 @@ bench-model: $(READY)
 
 bench-crypto: $(READY)
 	$(VENV)/bin/healchain bench-crypto --out build/bench-crypto.json
+
+bench-gas: $(READY)
+	$(VENV)/bin/healchain bench-gas --out build/bench-gas.json
 
 bench-stream: $(READY)
 	$(VENV)/bin/healchain bench-stream --out build/bench-stream.json

@@ -12,15 +12,17 @@ from pathlib import Path
 from typing import TypeVar
 
 from eth_account.signers.local import LocalAccount
-from eth_typing import HexStr
 from eth_utils.address import to_checksum_address
 from prefect.blocks.core import Block
 from pydantic import Field
 from web3 import HTTPProvider, Web3
 
+from blocks.identity import Identity
 from blocks.local_chain import LocalChainProvider
 from contracts import bindings
+from contracts.journal import Journal
 from contracts.messages import ZERO_ADDRESS, Domain
+from contracts.sending import Sender, Sending
 
 POLL_S = 1.0
 Event = TypeVar("Event")
@@ -35,14 +37,16 @@ class NotYet(RuntimeError):
 
 
 class Chain(Block):
-    """A chain, the addresses of the contracts, and how many blocks make a transaction final."""
+    """A chain, the addresses of the contracts, and the rules for sending."""
 
     _block_type_name = "HealChain chain"
     _block_type_slug = "healchain-chain"
-    _description = "RPC address of the chain and the contracts' addresses."
+    _description = "RPC address of the chain, the contracts' addresses and the rules for sending."
 
-    rpc: str = Field(description="local:<path of its file> or the http(s) address of a node")
-    confirmations: int = Field(default=1, ge=1, description="blocks, its own included, that make a transaction final")
+    rpc: str = Field(
+        pattern="^(local:|https?://)", description="local:<path of its file> or the http(s) address of a node"
+    )
+    sending: Sending = Field(default_factory=Sending, description="confirmations, fees and waits of transactions")
     patience_s: float = Field(default=30, ge=0, description="longest wait for a moment of chain time inside one step")
     chain_id: int = 0
     escrow_address: str = ""
@@ -66,18 +70,53 @@ class Chain(Block):
             block_number=self.deployed_in_block,
         )
 
+    def deployed(self, deployment: bindings.Deployment) -> "Chain":
+        """This chain with the addresses of a deployment on it."""
+        return Chain(
+            rpc=self.rpc,
+            sending=self.sending,
+            patience_s=self.patience_s,
+            chain_id=deployment.chain_id,
+            escrow_address=deployment.escrow,
+            stakes_address=deployment.stakes,
+            publisher_address=deployment.publisher,
+            rewards_address=deployment.rewards,
+            deployed_in_block=deployment.block_number,
+        )
+
     @property
     def domain(self) -> Domain:
         """What every signed message is bound to: this chain and this BlockPublisher."""
         return Domain(chain_id=self.chain_id, verifying_contract=self.publisher_address)
 
-    def contracts(self, account: LocalAccount | None = None) -> bindings.Contracts:
-        """The four contracts; without an account only their views."""
-        return bindings.connect(self.web3, self.deployment, account)
+    def contracts(self, me: Identity | None = None, *, purpose: str = "") -> bindings.Contracts:
+        """The four contracts; without an identity only their views.
 
-    def token(self, address: str, account: LocalAccount | None = None) -> bindings.Token:
-        """An ERC-20 contract; without an account only its views."""
-        return bindings.Token(self.web3, address, account)
+        What an earlier run of this actor left on its way is brought to its end first, so that what the chain says next is
+        final. purpose: names one of several equal calls (contracts.sending).
+        """
+        if me is None:
+            return bindings.connect(self.web3, self.deployment)
+        sender = self.sender(me.account, me.journal_path)
+        sender.finish()
+        return bindings.connect(sender.web3, self.deployment, sender, purpose=purpose)
+
+    def sender(self, account: LocalAccount, journal: Path) -> Sender:
+        """An account that sends by this chain's rules and remembers in this file."""
+        rules = self.sending.model_copy(update={"chain_id": self.chain_id or self.sending.chain_id})
+        return Sender(self.web3, account, journal=Journal(journal), rules=rules, pause=self._pause)
+
+    def _pause(self) -> None:
+        """Wait for the next block. A local chain mines it."""
+        provider = _provider(self.rpc)
+        if isinstance(provider, LocalChainProvider):
+            provider.mine()
+        time.sleep(self.sending.poll_s)
+
+    def token(self, address: str, me: Identity | None = None) -> bindings.Token:
+        """An ERC-20 contract; without an identity only its views."""
+        sender = None if me is None else self.sender(me.account, me.journal_path)
+        return bindings.Token(self.web3, address, sender)
 
     def balance_of(self, account: str, token: str = ZERO_ADDRESS) -> int:
         """Wei, or the token's smallest units, that an account holds."""
@@ -118,12 +157,6 @@ class Chain(Block):
                 provider.mine()
             else:
                 time.sleep(POLL_S)
-
-    def confirm(self, transaction: str) -> None:
-        """Return when the transaction is as deep as `confirmations` asks, and still there."""
-        receipt = self.web3.eth.wait_for_transaction_receipt(HexStr(transaction))
-        self.wait_for_block(receipt["blockNumber"] + self.confirmations - 1)
-        self.web3.eth.get_transaction_receipt(HexStr(transaction))
 
     def close(self) -> None:
         """Let go of a local chain's file."""

@@ -3,6 +3,7 @@
     keystore/wallet.json, keystore/encryption.json   Ethereum keystore files (scrypt, AES-128-CTR, keccak MAC)
     passphrase                                       opens both; mode 0600; may be elsewhere (a mounted secret)
     data.npz or any path in data.link                the actor's own samples
+    transactions.sqlite                              what its account sends (contracts.journal)
     private/<task>/...                               what must survive a restart: residual, salts, prepared updates
 
 The keys do not leave this module: it signs, agrees on shared secrets and opens what was sealed to the actor.
@@ -57,6 +58,11 @@ class Identity(Block):
         return _open_keystore(self.home, "wallet")
 
     @property
+    def journal_path(self) -> Path:
+        """Where this account's transactions are written before they are sent."""
+        return Path(self.home) / "transactions.sqlite"
+
+    @property
     def encryption_key(self) -> Bytes:
         """Public encryption key: 33 bytes, compressed."""
         return "0x" + ecies.public_key(self._scalar).hex()
@@ -97,6 +103,10 @@ class Identity(Block):
     def read_private(self, name: str) -> bytes | None:
         path = Path(self.home) / "private" / name
         return path.read_bytes() if path.exists() else None
+
+    def known_tasks(self) -> list[str]:
+        """Ids of the tasks that this actor has signed anything for, in order."""
+        return sorted(found.parent.name for found in (Path(self.home) / "private").glob("*/signed"))
 
     def claim(self, name: str, data: bytes) -> bytes:
         """The first bytes ever kept under this name: these, or those of an earlier call, also one that runs at the same time.

@@ -21,16 +21,15 @@ from typing import Any, ClassVar, Generic, TypeVar, get_args, get_origin, get_ty
 import rlp
 from eth_abi.abi import decode
 from eth_abi.exceptions import DecodingError
-from eth_account.signers.local import LocalAccount
 from eth_utils.abi import function_abi_to_4byte_selector
 from eth_utils.address import to_checksum_address
 from eth_utils.crypto import keccak
 from web3 import Web3
 
 from contracts import sending
-from contracts.contributions import Place, place
+from contracts.contributions import Opening, Place, place
 from contracts.messages import ZERO_ADDRESS, Address, Bytes, Bytes32, Candidate, Registration, TaskId, compact_signature
-from contracts.sending import Reverted
+from contracts.sending import NonceTaken, Replaced, Reverted, Sender
 
 BUILD = Path(__file__).parent / "build"
 CONTRACTS = ("HealChainEscrow", "StakeRegistry", "BlockPublisher", "RewardDistribution")
@@ -78,19 +77,16 @@ HINTS = {
     "NoEquivocation": "The proof is two candidates of one task and round, both signed by the drawn aggregator.",
     "NotAggregator": "Only the aggregator whose turn it is may publish, and the candidate must name it.",
     "NotAscending": "Sort by address, and give every address once.",
-    "NotDistributed": (
-        "Have the reward distributed first (distribute); when the requirement was missed there is nothing to claim."
-    ),
+    "NotDistributed": "There is nothing to claim in this token: distribute first, and name the token of the task.",
     "NotDrawn": "There is no aggregator: it is not drawn yet (draw_aggregator), or nobody is left.",
     "NotEntitled": (
-        "Only who the rules name may do this: for the accuracy the publisher, then the aggregator; for "
-        "a slashed stake the other members, once."
+        "Only who the rules name may do this: for the accuracy the publisher, then the aggregator; for a slashed stake the "
+        "other members, once; a recorded stake is released once."
     ),
     "NothingToWithdraw": "There is nothing to pay out to this account now.",
     "NotInCohort": "This address is not in the cohort; a vote that recovers to it was signed for something else.",
     "NotParticipant": (
-        "Position, commitment and proof do not lead to the block's root for this account; only "
-        "participants have a part."
+        "Score, salt, position and proof do not lead to the block's root for this account; open exactly what was committed."
     ),
     "NotPublisher": "Only the task's publisher may do this; use its account.",
     "NotTheTurn": "Only the aggregator whose turn it is may do this, or be reported.",
@@ -116,7 +112,7 @@ HINTS = {
     "SeedAvailable": "The seed block's hash is still known; draw the aggregator now.",
     "SeedExpired": "Nobody drew within 256 blocks; call move_seed, then draw again.",
     "SeedNotMined": "Wait until the chain is past the seed block, then draw.",
-    "StakeLocked": "A task still holds this stake; withdraw after the time given.",
+    "StakeHeld": "The task still holds what it recorded; release it after the time given.",
     "StringTooLong": "The contracts were built wrongly; deploy the committed build.",
     "TooFewParticipants": "The block needs at least the task's minimum number of participants.",
     "TransferFailed": "The receiving account refused the payment; repair it or name another recipient.",
@@ -125,7 +121,6 @@ HINTS = {
     "WithdrawalTooEarly": "Wait until the withdrawal delay has passed.",
     "WrongCohort": "Bring along exactly the cohort that RegistrationClosed says (get_cohort reads it).",
     "WrongStatus": "The task is in another state (0 none, 1 locked, 2 published, 3 settled, 4 refunded); see get_task.",
-    "WrongToken": "This task is rewarded in another token; claim it together with tasks of the same one.",
     "WrongValue": "Send exactly the reward as the transaction's value, and no value when it is in tokens.",
     "ZeroAmount": "Send an amount above zero.",
     "ZeroReward": "Give a reward above zero.",
@@ -215,11 +210,18 @@ class Draw:
 
 @dataclass(frozen=True)
 class Withdrawal:
-    """A requested withdrawal of stake: payable from withdrawable_at_s on, once locked_until_s has passed."""
+    """A part that was taken out of the stake, payable from withdrawable_at_s on."""
 
     amount_wei: int
     withdrawable_at_s: int
-    locked_until_s: int
+
+
+@dataclass(frozen=True)
+class Hold:
+    """What tasks recorded of a stake, and until when the last of them holds it."""
+
+    recorded_wei: int
+    held_until_s: int
 
 
 @dataclass(frozen=True)
@@ -263,14 +265,6 @@ class Score:
     is_revealed: bool
     score: int
     is_claimed: bool
-
-
-@dataclass(frozen=True)
-class Claim:
-    """A participant's part of one task's reward: the fields of the Solidity struct Claim."""
-
-    task_id: TaskId
-    place: Place
 
 
 @dataclass(frozen=True)
@@ -385,6 +379,13 @@ class SeedMoved:
 
 
 @dataclass(frozen=True)
+class StakeReleased:
+    task_key: Bytes32
+    miner: Address
+    amount_wei: int
+
+
+@dataclass(frozen=True)
 class StakeSlashed:
     task_key: Bytes32
     aggregator: Address
@@ -473,6 +474,8 @@ class Distributed:
 class RewardClaimed:
     task_key: Bytes32
     miner: Address
+    recipient: Address
+    token: Address
     amount_wei: int
 
 
@@ -515,6 +518,7 @@ EVENTS: tuple[type, ...] = (
     AggregatorResigned,
     AggregatorReplaced,
     SeedMoved,
+    StakeReleased,
     StakeSlashed,
     CreditAdded,
     BlockPublished,
@@ -650,7 +654,7 @@ def _decode_event(log: Mapping[str, Any]) -> Any | None:
         return None
 
 
-def _explain(data: bytes) -> Reverted | None:
+def explain(data: bytes) -> Reverted | None:
     """The error of the four contracts, or of a token, that revert data says; or None."""
     entry = _entries("error").get("0x" + data[:4].hex())
     if entry is None:
@@ -671,8 +675,9 @@ def task_key(task_id: TaskId) -> Bytes32:
 
 
 class Bound:
-    """One contract at one address. Without an account only the views can be used.
+    """One contract at one address. Without a sender only the views can be used.
 
+    purpose: set it where the same call is meant several times; each is then made once for its purpose (contracts.sending).
     Events are looked for from first_block on: the block of the deployment.
     """
 
@@ -682,17 +687,15 @@ class Bound:
         self,
         web3: Web3,
         address: Address,
-        account: LocalAccount | None = None,
+        sender: Sender | None = None,
         *,
-        confirmations: int = 1,
-        timeout_s: float = 120,
+        purpose: str = "",
         first_block: int = 0,
     ) -> None:
         self.web3 = web3
         self.address: Address = str(to_checksum_address(address))
-        self.account = account
-        self.confirmations = confirmations
-        self.timeout_s = timeout_s
+        self.sender = sender
+        self.purpose = purpose
         self.first_block = first_block
         self._contract = web3.eth.contract(address=to_checksum_address(address), abi=load_build(self.name)["abi"])
 
@@ -700,17 +703,14 @@ class Bound:
         return bytes.fromhex(self._contract.encode_abi(function, args=list(arguments))[2:])
 
     def _transact(self, event: type[Event], function: str, *arguments: Any, value_wei: int = 0) -> Mined[Event]:
-        if self.account is None:
+        if self.sender is None:
             raise ValueError(f"{self.name}.{function} sends a transaction: bind the contract to an account")
-        receipt = sending.send(
-            self.web3,
-            self.account,
+        receipt = self.sender.send(
             self._encode(function, *arguments),
             to=self.address,
             value_wei=value_wei,
-            confirmations=self.confirmations,
-            timeout_s=self.timeout_s,
-            explain=_explain,
+            purpose=self.purpose,
+            explain=explain,
         )
         events = tuple(decoded for log in receipt["logs"] if (decoded := _decode_event(log)) is not None)
         return Mined(
@@ -725,15 +725,15 @@ class Bound:
         """The return values of a view."""
         transaction = {"to": self.address, "data": "0x" + self._encode(function, *arguments).hex()}
         entry = next(entry for entry in load_build(self.name)["abi"] if entry.get("name") == function)
-        answer = sending.call(self.web3, transaction, explain=_explain)
+        answer = sending.call(self.web3, transaction, explain=explain)
         if not answer:
             raise InvalidDeployment(f"no {self.name} at {self.address} on chain {self.web3.eth.chain_id}")
         return tuple(decode([_abi_type(output) for output in entry["outputs"]], answer))
 
     def _own_address(self) -> Address:
-        if self.account is None:
-            raise ValueError(f"{self.name}: name a recipient, or bind the contract to an account")
-        return str(self.account.address)
+        if self.sender is None:
+            raise ValueError(f"{self.name}: name a recipient, or bind the contract to a sender")
+        return str(self.sender.account.address)
 
     def _inputs(self, function: str) -> list[Any]:
         return next(entry["inputs"] for entry in load_build(self.name)["abi"] if entry.get("name") == function)
@@ -845,7 +845,16 @@ class StakeRegistry(Bound):
         arguments = (task_id, list(cohort.words), positions[0], int(offence), positions[1])
         return self._transact(CreditAdded, "creditSlashed", *arguments)
 
+    def release_stake(self, task_id: TaskId, miner: Address) -> Mined[StakeReleased]:
+        """After the task's latest end, while other tasks hold the rest of the stake; when none does, nothing needs releasing."""
+        cohort = self.get_cohort(task_id)
+        if miner not in cohort.miners:
+            raise ValueError(f"{miner} is not in the cohort of {task_id}: {', '.join(cohort.miners) or 'none yet'}")
+        position = cohort.miners.index(miner)
+        return self._transact(StakeReleased, "releaseStake", task_id, list(cohort.words), position)
+
     def stake_of(self, miner: Address) -> int:
+        """What tasks recorded included, requested withdrawals not."""
         return int(self._read("stakeOf", miner)[0])
 
     def available_stake(self, miner: Address) -> int:
@@ -853,6 +862,9 @@ class StakeRegistry(Bound):
 
     def credit_of(self, miner: Address) -> int:
         return int(self._read("creditOf", miner)[0])
+
+    def get_hold(self, miner: Address) -> Hold:
+        return _record(Hold, self._read("getHold", miner))
 
     def get_withdrawal(self, miner: Address) -> Withdrawal:
         return _record(Withdrawal, self._read("getWithdrawal", miner))
@@ -948,11 +960,11 @@ class BlockPublisher(Bound):
             return None
         sent = self.web3.eth.get_transaction(log["transactionHash"])
         _, arguments = self._contract.decode_function_input(sent["input"])
+        values = arguments["candidate"]
         names = [entry["name"] for entry in self._inputs("publishBlock")[0]["components"]]
         hints = get_type_hints(Candidate)
         pairs = zip(Candidate.model_fields, names, strict=True)
-        values = {field: _plain(arguments["candidate"][name], hints[field]) for field, name in pairs}
-        return Candidate.model_validate(values)
+        return Candidate(**{field: _plain(values[name], hints[field]) for field, name in pairs})
 
     def get_participants(self, task_id: TaskId) -> tuple[Address, ...]:
         """In address order; empty when there is no block."""
@@ -994,37 +1006,42 @@ class RewardDistribution(Bound):
         """Optional: records the silence of publisher and aggregator, which reveal_score and distribute do as well."""
         return self._transact(ScoresOpened, "openScores", task_id)
 
-    def reveal_score(self, task_id: TaskId, score: int, salt: bytes, own: Place) -> Mined[ScoreRevealed]:
-        """`own` is the sender's place in the block (BlockPublisher.place_of)."""
-        return self._transact(ScoreRevealed, "revealScore", task_id, score, salt, own.position, list(own.proof))
+    def reveal_score(self, task_id: TaskId, opening: Opening) -> Mined[ScoreRevealed]:
+        return self._transact(ScoreRevealed, "revealScore", task_id, _opening(opening))
 
     def distribute(self, task_id: TaskId) -> Mined[RewardReleased]:
         """`.events` has a RewardCredited for publisher or aggregator, and Distributed when the requirement was met."""
         return self._transact(RewardReleased, "distribute", task_id)
 
-    def withdraw_to(
-        self, recipient: Address | None = None, claims: Sequence[Claim] = (), *, token: Address = ZERO_ADDRESS
-    ) -> Mined[Withdrawn]:
-        """The sender's balance and its parts of these tasks, paid to itself unless a recipient is named."""
-        packed = [
-            (claim.task_id, (claim.place.position, claim.place.score_commit, claim.place.proof)) for claim in claims
-        ]
-        return self._transact(Withdrawn, "withdrawTo", token, recipient or self._own_address(), packed)
+    def claim_to(
+        self, task_id: TaskId, opening: Opening, recipient: Address | None = None, *, token: Address = ZERO_ADDRESS
+    ) -> Mined[RewardClaimed]:
+        """The sender's part of a task's reward, paid to itself unless a recipient is named."""
+        arguments = (task_id, token, recipient or self._own_address(), _opening(opening))
+        return self._transact(RewardClaimed, "claimTo", *arguments)
+
+    def withdraw_to(self, recipient: Address | None = None, *, token: Address = ZERO_ADDRESS) -> Mined[Withdrawn]:
+        """The sender's balance (refunds, aggregators' shares), paid to itself unless a recipient is named."""
+        return self._transact(Withdrawn, "withdrawTo", token, recipient or self._own_address())
 
     def balance_of(self, account: Address, token: Address = ZERO_ADDRESS) -> int:
         """What the account can withdraw beside its claims."""
         return int(self._read("balanceOf", token, account)[0])
 
-    def claimable(self, task_id: TaskId, position: int) -> int:
-        """What the participant at this position would be paid for its claim now."""
-        return int(self._read("claimable", task_key(task_id), position)[0])
+    def claimable(self, task_id: TaskId, position: int, score: int, token: Address = ZERO_ADDRESS) -> int:
+        """What the participant with this score at this position would be paid for its claim now."""
+        return int(self._read("claimable", task_key(task_id), token, position, score)[0])
 
     def get_settlement(self, task_id: TaskId) -> Settlement:
         """Raises Reverted("NoBlock") before a block is published."""
         return _record(Settlement, self._read("getSettlement", task_id)[0])
 
     def get_score(self, task_id: TaskId, position: int) -> Score:
-        return _record(Score, self._read("getScore", task_key(task_id), position))
+        """The score is in the event of its reveal; 0 when it is not revealed."""
+        is_revealed, is_claimed = self._read("isRevealed", task_key(task_id), position)
+        events = self._events(task_id, ScoreRevealed) if is_revealed else ()
+        score = next((event.score for event in events if event.position == position), 0)
+        return Score(is_revealed, score, is_claimed)
 
     def escrow(self) -> Address:
         return self._read_address("escrow")
@@ -1054,19 +1071,27 @@ def _candidate(candidate: Candidate) -> tuple[Any, ...]:
 
 def _application(registration: Registration, signature: Bytes) -> tuple[Any, ...]:
     """The Solidity struct Application: what its Registration can be recomputed from, and the signature."""
-    key_hash = keccak(bytes.fromhex(registration.encryption_key[2:]))
-    return (registration.miner, key_hash, registration.dataset_proof_sha256, *compact_signature(signature))
+    key_hash = keccak(hexstr=registration.encryption_key)
+    content = (registration.miner, key_hash, registration.dataset_proof_sha256, registration.stake_wei)
+    return (*content, *compact_signature(signature))
+
+
+def _opening(opening: Opening) -> tuple[Any, ...]:
+    """The Solidity struct Opening."""
+    return (opening.score, opening.salt, opening.place.position, opening.place.proof)
 
 
 # Deployment
 
 
-def deploy(web3: Web3, account: LocalAccount, *, withdrawal_delay_s: int = 3600) -> Deployment:
+def deploy(sender: Sender, *, withdrawal_delay_s: int = 3600) -> Deployment:
     """Deploy the four contracts from one account, which has no power over them afterwards, and check the result.
 
-    They name each other in their constructors: an address follows from the deployer's nonce and is known before.
+    They name each other in their constructors: an address follows from the deployer's nonce and is known before. The first
+    nonce is in the account's journal: called again, this goes on with the same deployment, or returns it.
     """
-    nonce = web3.eth.get_transaction_count(account.address, "pending")
+    web3, account, plan = sender.web3, sender.account, _deployment_plan(withdrawal_delay_s)
+    nonce = sender.claim_nonce(plan)
     escrow, stakes, publisher, rewards = (_create_address(account.address, nonce + i) for i in range(4))
     arguments = {
         "HealChainEscrow": (publisher, rewards),
@@ -1075,20 +1100,27 @@ def deploy(web3: Web3, account: LocalAccount, *, withdrawal_delay_s: int = 3600)
         "RewardDistribution": (escrow, publisher),
     }
     first_block = None
-    for name, expected in zip(CONTRACTS, (escrow, stakes, publisher, rewards), strict=True):
+    for number, name in enumerate(CONTRACTS):
         build = load_build(name)
         factory = web3.eth.contract(abi=build["abi"], bytecode=build["bytecode"])
-        receipt = sending.send(
-            web3, account, bytes.fromhex(factory.constructor(*arguments[name]).data_in_transaction[2:]), to=None
-        )
-        if receipt["contractAddress"] != expected:
+        data = bytes.fromhex(factory.constructor(*arguments[name]).data_in_transaction[2:])
+        try:
+            receipt = sender.send(data, to=None, purpose=plan, nonce=nonce + number, explain=explain)
+        except (NonceTaken, Replaced) as error:
+            sender.forget_nonce(plan)
             raise InvalidDeployment(
-                f"{name} is at {receipt['contractAddress']}, not {expected}: was the account used meanwhile?"
-            )
+                f"{error}. What is deployed so far is of no use; run this again for another"
+            ) from error
         first_block = receipt["blockNumber"] if first_block is None else first_block
     deployment = Deployment(web3.eth.chain_id, escrow, stakes, publisher, rewards, first_block or 0)
     check_deployment(web3, deployment)
     return deployment
+
+
+def _deployment_plan(withdrawal_delay_s: int) -> str:
+    """The name of deploying this build with these settings."""
+    builds = keccak("".join(load_build(name)["bytecode"] for name in CONTRACTS).encode())
+    return f"deploy build {builds.hex()[:16]}, withdrawal delay {withdrawal_delay_s} s"
 
 
 def check_deployment(web3: Web3, deployment: Deployment) -> None:
@@ -1134,13 +1166,11 @@ class Contracts:
     rewards: RewardDistribution
 
 
-def connect(
-    web3: Web3, deployment: Deployment, account: LocalAccount | None = None, *, confirmations: int = 1
-) -> Contracts:
-    """The four contracts of a deployment, bound to one account."""
+def connect(web3: Web3, deployment: Deployment, sender: Sender | None = None, *, purpose: str = "") -> Contracts:
+    """The four contracts of a deployment, bound to the account that sends."""
 
     def bind(contract: type[Contract], address: Address) -> Contract:
-        return contract(web3, address, account, confirmations=confirmations, first_block=deployment.block_number)
+        return contract(web3, address, sender, purpose=purpose, first_block=deployment.block_number)
 
     return Contracts(
         bind(HealChainEscrow, deployment.escrow),

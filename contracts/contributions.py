@@ -22,6 +22,15 @@ class Place:
     proof: tuple[Bytes32, ...]
 
 
+@dataclass(frozen=True)
+class Opening:
+    """A participant's score commitment opened, with its place in the block. salt: 32 bytes."""
+
+    score: int
+    salt: bytes
+    place: Place
+
+
 def place(participants: Sequence[Address], score_commits: Sequence[Bytes32], position: int) -> Place:
     """The place at this position. Raises IndexError outside of the participants."""
     nodes = _leaves(participants, score_commits)

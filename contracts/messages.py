@@ -33,6 +33,7 @@ Salt = Annotated[str, StringConstraints(pattern=r"^0x[0-9a-f]{32}$")]
 Address = Annotated[str, StringConstraints(pattern=r"^0x[0-9a-fA-F]{40}$"), AfterValidator(_checksummed)]
 TaskId = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{2,63}$")]
 Uint32 = Annotated[int, Field(ge=0, lt=2**32, strict=True)]
+Wei = Annotated[int, Field(ge=0, lt=2**88, strict=True)]
 Addresses = tuple[Address, ...]
 Bytes32s = tuple[Bytes32, ...]
 Uint32s = tuple[Uint32, ...]
@@ -46,6 +47,7 @@ SOLIDITY: dict[Any, str] = {
     Address: "address",
     TaskId: "string",
     Uint32: "uint32",
+    Wei: "uint96",
     str: "string",
     bool: "bool",
     Addresses: "address[]",
@@ -109,13 +111,17 @@ class Announcement(Message):
 
 
 class Registration(Message):
-    """A miner's application (M2). It binds the encryption key to the wallet and fixes the dataset proof."""
+    """A miner's application (M2). It binds the encryption key to the wallet and fixes the dataset proof and the stake.
+
+    With it the publisher takes the miner into the cohort, and the contract holds this much of its stake.
+    """
 
     SIGNED_BY: ClassVar[str | None] = "miner"
 
     miner: Address
     encryption_key: PublicKey
     dataset_proof_sha256: Bytes32
+    stake_wei: Wei
 
 
 class Challenge(Message):

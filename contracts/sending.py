@@ -1,24 +1,59 @@
-"""One transaction from the wish to the receipt: simulate, price, sign, send, wait.
+"""One transaction from the wish to the final receipt, sent once whatever happens in between.
 
-A transaction is simulated first, so that a refusal costs nothing; then signed here with the account's key and sent raw
-(EIP-1559). Amounts are wei. Errors: Reverted, InsufficientFunds.
+    Sending    the rules: which chain, how many confirmations, how much gas may cost, how long to wait
+    Sender     one account on one chain with its journal: `send` a transaction, `finish` what a killed process left
+
+A transaction is simulated first, so that a refusal costs nothing; signed here; written to the journal; only then sent raw
+(EIP-1559). Until it is mined and confirmed, the same wish again (same contract, data, value and purpose) finds it in the
+journal and waits for it instead of sending another:
+
+    killed before or after sending      the same bytes are sent again: a nonce is mined once
+    killed after mining                 the receipt is found
+    the node forgot it                  the same bytes are sent again, and those with lower nonces that it lacks
+    not mined for `stuck_s`             the same nonce with higher fees; whichever version is mined counts
+    its block is reorganised away       awaited again, sent again
+    it reverts in a block               Reverted; it changed nothing, so the same wish is a new transaction
+    another has its nonce               Replaced; the account is used elsewhere, so the caller must look first
+
+A wish with a purpose is fulfilled once for good: later calls return the same receipt. One without is over when its receipt
+is returned; whoever repeats it after that means it, so look at the chain first (after `finish`).
+Amounts are wei. Errors: Reverted, InsufficientFunds, WrongChain, FeesTooHigh, NonceTaken, Replaced, Unconfirmed,
+NodeUnreachable.
 """
 
 import ast
+import json
 import re
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from functools import partial
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from eth_abi.abi import decode
 from eth_abi.exceptions import DecodingError
 from eth_account.signers.local import LocalAccount
+from eth_typing import HexStr
 from eth_utils.address import to_checksum_address
 from eth_utils.crypto import keccak
+from pydantic import BaseModel, ConfigDict, Field
+from requests import RequestException
 from web3 import EthereumTesterProvider, Web3
-from web3.exceptions import ContractLogicError
+from web3.exceptions import BlockNotFound, ContractLogicError, TransactionNotFound
 
+from contracts.journal import Fees, Intent, Journal, State, Version, new_version
 from contracts.messages import Address
+
+Receipt = Mapping[str, Any]
+Result = TypeVar("Result")
+
+LONGEST_PAUSE_S = 5.0
+# A nonce that is taken without a receipt of ours is believed after this many looks: a node may know the account's new
+# nonce before it can find the receipt.
+LOOKS = 3
+# Nodes replace a pending transaction from 10 % more on; some ask for 12.5 %.
+RAISE_NUMERATOR, RAISE_DENOMINATOR = 9, 8
 
 # What to do about the errors of Solidity itself and the two of this module.
 HINTS = {
@@ -58,6 +93,44 @@ class InsufficientFunds(Exception):
         )
 
 
+class WrongChain(ValueError):
+    """The node is of another chain than the rules name; nothing was signed."""
+
+
+class FeesTooHigh(RuntimeError):
+    """The chain asks more for gas than the rules allow; nothing was signed."""
+
+
+class NonceTaken(RuntimeError):
+    """The account has used, or is about to use, the nonce that this transaction must have; nothing was signed."""
+
+
+class Replaced(RuntimeError):
+    """Another transaction of the account has this one's nonce, so this one can never be mined."""
+
+
+class Unconfirmed(TimeoutError):
+    """Not mined, or not deep enough, within the time. It stays in the journal; the same call waits for it again."""
+
+
+class NodeUnreachable(ConnectionError):
+    """The node did not answer within the time."""
+
+
+class Sending(BaseModel):
+    """The rules for sending on one chain."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    chain_id: int | None = Field(default=None, gt=0, description="the only chain to sign for; None: the node's")
+    confirmations: int = Field(default=1, ge=1, description="blocks, its own included, that make a transaction final")
+    max_fee_wei: int | None = Field(default=None, gt=0, description="most for one unit of gas, tip included; None: any")
+    tip_wei: int | None = Field(default=None, ge=0, description="tip for one unit of gas; None: what the node suggests")
+    stuck_s: float = Field(default=60, gt=0, description="not mined for so long, it is sent again with higher fees")
+    poll_s: float = Field(default=0.5, gt=0, description="pause between two looks")
+    timeout_s: float = Field(default=300, gt=0, description="longest wait of one call")
+
+
 # The error that a contract's own revert data says, or None when it is none of that contract's.
 Explain = Callable[[bytes], Reverted | None]
 
@@ -66,81 +139,320 @@ def explain_nothing(_: bytes) -> None:
     """Of an account or a contract that is not ours: only Solidity's own errors are known."""
 
 
-def send(
-    web3: Web3,
-    account: LocalAccount,
-    data: bytes,
-    *,
-    to: Address | None,
-    value_wei: int = 0,
-    confirmations: int = 1,
-    timeout_s: float = 120,
-    explain: Explain = explain_nothing,
-) -> Mapping[str, Any]:
-    """Simulate, sign, send, wait; the receipt. `to` None creates a contract. Raises Reverted or InsufficientFunds."""
-    latest = web3.eth.get_block("latest")
-    base_fee, gas_limit = latest.get("baseFeePerGas", 0), latest["gasLimit"]
-    tip = web3.eth.max_priority_fee
-    # Twice the base fee covers six full blocks in a row.
-    max_fee = 2 * base_fee + tip
-    transaction: dict[str, Any] = {
-        "from": account.address,
-        "value": value_wei,
-        "data": "0x" + data.hex(),
-        "chainId": web3.eth.chain_id,
-        "type": 2,
-        "maxFeePerGas": max_fee,
-        "maxPriorityFeePerGas": tip,
-    }
-    if to is not None:
-        transaction["to"] = to
-    # The cheapest transaction costs 21000 gas. Nodes answer an unpayable simulation each in their own way.
-    _check_funds(web3, account.address, value_wei + 21_000 * max_fee)
-    gas = _estimate(web3, transaction, gas_limit * max_fee, explain)
-    gas = min(gas + gas // 5, gas_limit)
-    _check_funds(web3, account.address, value_wei + gas * max_fee)
+class Sender:
+    """One account on one chain, its journal and its rules.
 
-    nonce = web3.eth.get_transaction_count(account.address, "pending")
-    signed = account.sign_transaction({**transaction, "gas": gas, "nonce": nonce})
-    sent = web3.eth.send_raw_transaction(signed.raw_transaction)
-    receipt = web3.eth.wait_for_transaction_receipt(sent, timeout=timeout_s, poll_latency=0.1)
-    if receipt["status"] != 1:
-        raise Reverted("TransactionReverted", ("0x" + bytes(sent).hex(),))
-    deadline = time.monotonic() + timeout_s
-    while web3.eth.block_number < receipt["blockNumber"] + confirmations - 1:
-        if time.monotonic() > deadline:
-            raise TimeoutError(
-                f"transaction 0x{bytes(sent).hex()}: fewer than {confirmations} confirmations in {timeout_s} s"
+    pause: what to do between two looks; by default to wait for rules.poll_s.
+    """
+
+    def __init__(
+        self,
+        web3: Web3,
+        account: LocalAccount,
+        *,
+        journal: Journal | None = None,
+        rules: Sending | None = None,
+        pause: Callable[[], None] | None = None,
+    ) -> None:
+        self.web3 = web3
+        self.account = account
+        self.journal = journal or Journal()
+        self.rules = rules or Sending()
+        self._pause = pause or (lambda: time.sleep(self.rules.poll_s))
+
+    def send(
+        self,
+        data: bytes,
+        *,
+        to: Address | None,
+        value_wei: int = 0,
+        purpose: str = "",
+        nonce: int | None = None,
+        explain: Explain = explain_nothing,
+    ) -> Receipt:
+        """The receipt of the one transaction that does this. `to` None creates a contract.
+
+        nonce: the only one that it may have; by default the lowest that is free.
+        """
+        deadline = self._deadline()
+        wish = {"from": self.account.address, "value": value_wei, "data": "0x" + data.hex(), "to": to}
+        intent = self._patiently(deadline, partial(self._enter, wish, purpose, nonce, explain))
+        return self._settle(intent, deadline)
+
+    def finish(self) -> None:
+        """Bring to its end what this account left open here: what the chain says afterwards, it says of all of it."""
+        if not self.journal.has_unfinished():
+            return
+        deadline = self._deadline()
+        for intent in self.journal.unfinished(self._patiently(deadline, self._owner)):
+            with suppress(Reverted, Replaced):  # over, too: whoever wanted it looks at the chain
+                self._settle(intent, deadline)
+
+    def claim_nonce(self, name: str) -> int:
+        """The free nonce that the first call with this name found: a plan over several transactions starts there."""
+
+        def claim() -> str:
+            owner = self._owner()
+            with self.journal.hold():
+                return self.journal.claim(owner, name, str(self._free_nonce(owner)))
+
+        return int(self._patiently(self._deadline(), claim))
+
+    def forget_nonce(self, name: str) -> None:
+        """Give a plan up; the next claim of its name starts another."""
+        self.journal.forget(self._patiently(self._deadline(), self._owner), name)
+
+    # Until it is in the journal
+
+    def _owner(self) -> str:
+        """Whose transactions these are: the account, on the chain that begins with this block."""
+        chain_id = self.web3.eth.chain_id
+        if self.rules.chain_id not in (None, chain_id):
+            raise WrongChain(
+                f"chain_id = {self.rules.chain_id} is wanted, but the node is of chain {chain_id}: correct rpc or chain_id"
             )
-        time.sleep(0.1)
-    return receipt
+        genesis = bytes(self.web3.eth.get_block(0)["hash"])
+        return f"{chain_id}:0x{genesis.hex()}:{self.account.address}"
 
+    def _enter(self, wish: dict[str, Any], purpose: str, nonce: int | None, explain: Explain) -> Intent:
+        """The journal's entry for this wish: the one that it has, or one written now."""
+        owner = self._owner()
+        key = keccak(text=json.dumps([wish, purpose], sort_keys=True)).hex()
+        with self.journal.hold():
+            if found := self.journal.find(owner, key, with_done=bool(purpose)):
+                return found
+            fees = self._affordable_fees()
+            fields = self._prepare({name: value for name, value in wish.items() if value is not None}, fees, explain)
+            free = self._free_nonce(owner, nonce)
+            return self.journal.write(owner, key, purpose, free, fields, self._sign(fields, free, fees))
 
-def _check_funds(web3: Web3, address: Address, needed_wei: int) -> None:
-    balance_wei = web3.eth.get_balance(to_checksum_address(address))
-    if balance_wei < needed_wei:
-        raise InsufficientFunds(address, balance_wei, needed_wei)
+    def _prepare(self, wish: dict[str, Any], fees: Fees, explain: Explain) -> dict[str, Any]:
+        """The fields of the transaction without nonce and fees. Raises Reverted or InsufficientFunds."""
+        block_gas = self.web3.eth.get_block("latest")["gasLimit"]
+        # The cheapest transaction costs 21000 gas. Nodes answer an unpayable simulation each in their own way.
+        self._check_funds(wish["value"] + 21_000 * fees.max_fee_wei)
+        gas = self._estimate(wish, block_gas * fees.max_fee_wei, explain)
+        gas = min(gas + gas // 5, block_gas)
+        self._check_funds(wish["value"] + gas * fees.max_fee_wei)
+        return {**wish, "gas": gas, "chainId": self.web3.eth.chain_id, "type": 2}
 
+    def _free_nonce(self, owner: str, wanted: int | None = None) -> int:
+        """The lowest nonce that neither the node nor the journal has a transaction for; it also closes a gap."""
+        address = to_checksum_address(self.account.address)
+        mined = self.web3.eth.get_transaction_count(address)
+        taken = {intent.nonce for intent in self.journal.living(owner, mined)}
+        free = int(self.web3.eth.get_transaction_count(address, "pending"))
+        while free in taken:
+            free += 1
+        if wanted not in (None, free):
+            raise NonceTaken(
+                f"{self.account.address} is at nonce {free}, not {wanted}: it sent something else meanwhile"
+            )
+        return free
 
-def _estimate(web3: Web3, transaction: dict[str, Any], most_wei: int, explain: Explain) -> int:
-    """Gas of a transaction that would succeed now. most_wei: what the gas of a whole block costs."""
-    # Without fees, a node does not ask whether the balance covers a whole block.
-    plain = {key: value for key, value in transaction.items() if key in ("from", "to", "value", "data")}
-    # The transaction will see the next block's number and time, not the last one's. (The tester does so unasked.)
-    block = () if isinstance(web3.provider, EthereumTesterProvider) else ("pending",)
-    try:
-        return web3.eth.estimate_gas(plain, *block)  # type: ignore[arg-type]
-    except Exception as error:
-        # The in-process tester does ask.
-        if re.search("cannot afford|insufficient funds", str(error)):
-            _check_funds(web3, transaction["from"], transaction["value"] + most_wei)
-        if not _is_revert(error):
+    def _sign(self, fields: dict[str, Any], nonce: int, fees: Fees) -> Version:
+        prices = {"maxFeePerGas": fees.max_fee_wei, "maxPriorityFeePerGas": fees.tip_wei}
+        signed = self.account.sign_transaction({**fields, "nonce": nonce, **prices})
+        return new_version(bytes(signed.hash), bytes(signed.raw_transaction), fees)
+
+    # From the journal to the final receipt
+
+    def _settle(self, intent: Intent, deadline: float) -> Receipt:
+        while (receipt := self._patiently(deadline, partial(self._final_receipt, intent.id))) is None:
+            if time.monotonic() > deadline:
+                raise Unconfirmed(self._patiently(deadline, partial(self._explain_delay, intent.id)))
+            self._pause()
+        succeeded = receipt["status"] == 1
+        self.journal.close(intent.id, State.DONE if succeeded else State.FAILED)
+        if not succeeded:
+            raise Reverted("TransactionReverted", ("0x" + bytes(receipt["transactionHash"]).hex(),))
+        return receipt
+
+    def _final_receipt(self, number: int) -> Receipt | None:
+        """The receipt, when it is deep enough. A transaction without a receipt is pushed on."""
+        head = self.web3.eth.block_number
+        receipt = self._receipt(self.journal.read(number))
+        if receipt is None:
+            self._push(self.journal.read(number))
+            head = self.web3.eth.block_number
+            receipt = self._receipt(self.journal.read(number))  # an in-process chain mines at once
+        if receipt is None or head < receipt["blockNumber"] + self.rules.confirmations - 1:
+            return None
+        return receipt
+
+    def _receipt(self, intent: Intent) -> Receipt | None:
+        """Of whichever version is in a block of the chain as it is now."""
+        for version in reversed(intent.versions):
+            with suppress(TransactionNotFound, BlockNotFound):
+                receipt = self.web3.eth.get_transaction_receipt(HexStr(version.hash))
+                if self.web3.eth.get_block(receipt["blockNumber"])["hash"] == receipt["blockHash"]:
+                    return receipt
+        return None
+
+    def _push(self, intent: Intent) -> None:
+        """Have the node know the transaction and those before it; raise the fees of the first when it is stuck."""
+        mined = self._mined_nonces()
+        if intent.state is State.REPLACED or (mined > intent.nonce and self._is_replaced(intent)):
+            self.journal.close(intent.id, State.REPLACED)
+            raise Replaced(
+                f"nonce {intent.nonce} of {self.account.address} went to a transaction that is not in {self.journal}: is the "
+                "account used elsewhere? Look at the chain, then decide again"
+            )
+        queue = [one for one in self.journal.living(intent.owner, mined) if one.nonce <= intent.nonce]
+        refusals = [self._offer(one.newest) for one in queue]
+        if queue and (self._is_stuck(queue[0]) or re.search("underpriced|base fee|fee too low", refusals[0])):
+            self._raise_fees(queue[0].id, queue[0].newest)
+
+    def _mined_nonces(self, block: int | str = "latest") -> int:
+        return self.web3.eth.get_transaction_count(to_checksum_address(self.account.address), block)  # type: ignore[arg-type]
+
+    def _is_replaced(self, intent: Intent) -> bool:
+        """Whether the nonce is finally used, and not by a version of ours."""
+        for _ in range(LOOKS):
+            final = max(0, self.web3.eth.block_number - self.rules.confirmations + 1)
+            if self._mined_nonces(final) <= intent.nonce or self._receipt(self.journal.read(intent.id)) is not None:
+                return False
+            self._pause()
+        return True
+
+    def _offer(self, version: Version) -> str:
+        """Send a version that the node does not know; why the node refused it, or an empty string."""
+        with suppress(TransactionNotFound):
+            self.web3.eth.get_transaction(HexStr(version.hash))
+            return ""
+        try:
+            self.web3.eth.send_raw_transaction(version.raw)
+        except (RequestException, ConnectionError):
             raise
-        if data := _revert_data(error):
-            raise _reverted(data, explain) from error
-        # The tester's estimate drops the selector of an error that begins with a string; its call does not.
-        call(web3, plain, explain)
-        raise Reverted("UnknownError", (str(error),)) from error
+        except Exception as error:
+            # Each node refuses in its own words ("already known", "nonce too low"); what counts is the receipt.
+            return str(error)
+        return ""
+
+    # Fees
+
+    def _market_fees(self) -> Fees:
+        """Twice the base fee covers six full blocks in a row."""
+        base_fee = self.web3.eth.get_block("latest").get("baseFeePerGas", 0)
+        tip = self.web3.eth.max_priority_fee if self.rules.tip_wei is None else self.rules.tip_wei
+        return Fees(2 * base_fee + tip, tip)
+
+    def _affordable_fees(self) -> Fees:
+        fees, most = self._market_fees(), self.rules.max_fee_wei
+        if most is None:
+            return fees
+        base_fee = (fees.max_fee_wei - fees.tip_wei) // 2
+        if most < base_fee:
+            raise FeesTooHigh(
+                f"gas costs {base_fee} wei, max_fee_wei is {most}: wait until it is cheaper, or allow more"
+            )
+        return Fees(min(fees.max_fee_wei, most), min(fees.tip_wei, most))
+
+    def _is_stuck(self, intent: Intent) -> bool:
+        return time.time() - intent.newest.signed_s >= self.rules.stuck_s
+
+    def _raise_fees(self, number: int, last: Version) -> None:
+        """Sign, journal and send the next version, if the rules and the balance allow one."""
+        fees = self._raised(last.fees)
+        with self.journal.hold():
+            intent = self.journal.read(number)
+            if fees is None or intent.newest.hash != last.hash or self._cost(intent, fees) > self._balance():
+                return
+            version = self._sign(intent.fields, intent.nonce, fees)
+            self.journal.add_version(number, version)
+        self._offer(version)
+
+    def _raised(self, last: Fees) -> Fees | None:
+        """At least an eighth more of both, and what the chain asks now; None when that exceeds max_fee_wei."""
+        market, most = self._market_fees(), self.rules.max_fee_wei
+        least = Fees(_an_eighth_more(last.max_fee_wei), _an_eighth_more(last.tip_wei))
+        max_fee = max(least.max_fee_wei, market.max_fee_wei)
+        max_fee = max_fee if most is None else min(max_fee, most)
+        tip = min(max(least.tip_wei, market.tip_wei), max_fee)
+        return Fees(max_fee, tip) if max_fee >= least.max_fee_wei and tip >= least.tip_wei else None
+
+    # What can go wrong
+
+    def _balance(self) -> int:
+        return self.web3.eth.get_balance(to_checksum_address(self.account.address))
+
+    def _cost(self, intent: Intent, fees: Fees) -> int:
+        return int(intent.fields["value"] + intent.fields["gas"] * fees.max_fee_wei)
+
+    def _check_funds(self, needed_wei: int) -> None:
+        if (balance_wei := self._balance()) < needed_wei:
+            raise InsufficientFunds(self.account.address, balance_wei, needed_wei)
+
+    def _estimate(self, wish: dict[str, Any], most_wei: int, explain: Explain) -> int:
+        """Gas of a transaction that would succeed now. most_wei: what the gas of a whole block costs.
+
+        Without fees in it, a node does not ask whether the balance covers a whole block.
+        """
+        # The transaction will see the next block's number and time, not the last one's. (The tester does so unasked.)
+        block = () if isinstance(self.web3.provider, EthereumTesterProvider) else ("pending",)
+        try:
+            return self.web3.eth.estimate_gas(wish, *block)  # type: ignore[arg-type]
+        except Exception as error:
+            # The in-process tester does ask.
+            if re.search("cannot afford|insufficient funds", str(error)):
+                self._check_funds(wish["value"] + most_wei)
+            if not _is_revert(error):
+                raise
+            if data := _revert_data(error):
+                raise _reverted(data, explain) from error
+            # The tester's estimate drops the selector of an error that begins with a string; its call does not.
+            call(self.web3, wish, explain)
+            raise Reverted("UnknownError", (str(error),)) from error
+
+    def _explain_delay(self, number: int) -> str:
+        """What is known about a transaction that is not final in time."""
+        intent, rules = self.journal.read(number), self.rules
+        parts = [
+            f"transaction {intent.newest.hash} (nonce {intent.nonce} of {self.account.address}) has fewer than "
+            f"{rules.confirmations} confirmations after {rules.timeout_s:g} s"
+        ]
+        mined = self._mined_nonces()
+        queue = self.journal.living(intent.owner, mined)
+        if mined < (queue[0].nonce if queue else 0):
+            parts.append(f"the chain waits for nonce {mined} first, which is not in {self.journal}")
+        elif queue and (refusal := self._offer(queue[0].newest)):
+            parts.append(f"the node says: {refusal}")
+        if rules.max_fee_wei is not None and queue and self._raised(queue[0].newest.fees) is None:
+            parts.append(f"its fees are as high as max_fee_wei = {rules.max_fee_wei} allows")
+        return "; ".join(parts) + ". It stays in the journal: the same call waits for it again"
+
+    def _deadline(self) -> float:
+        return time.monotonic() + self.rules.timeout_s
+
+    def _patiently(self, deadline: float, step: Callable[[], Result]) -> Result:
+        """Do a step that may be repeated, again while the node does not answer. Raises NodeUnreachable."""
+        for pause_s in self._pauses():
+            try:
+                return step()
+            except (RequestException, ConnectionError) as error:
+                if time.monotonic() + pause_s > deadline:
+                    # The exception's own text may hold the whole address, and with it a key of the node's provider.
+                    raise NodeUnreachable(self._name_unreachable(error)) from None
+            time.sleep(pause_s)
+        raise AssertionError("pauses never end")
+
+    def _pauses(self) -> Iterator[float]:
+        pause_s = self.rules.poll_s
+        while True:
+            yield pause_s
+            pause_s = max(pause_s, min(2 * pause_s, LONGEST_PAUSE_S))
+
+    def _name_unreachable(self, error: Exception) -> str:
+        uri = urlsplit(str(getattr(self.web3.provider, "endpoint_uri", "")))
+        status = getattr(getattr(error, "response", None), "status_code", "")
+        return (
+            f"the node at {uri.scheme}://{uri.hostname}:{uri.port} did not answer for {self.rules.timeout_s:g} s "
+            f"({type(error).__name__}{status and f' {status}'}): is it running, and is rpc right?"
+        )
+
+
+def _an_eighth_more(fee_wei: int) -> int:
+    return -(-fee_wei * RAISE_NUMERATOR // RAISE_DENOMINATOR)
 
 
 def call(web3: Web3, transaction: dict[str, Any], explain: Explain) -> bytes:

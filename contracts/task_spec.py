@@ -19,8 +19,8 @@ from contracts.messages import ZERO_ADDRESS, Address, Bytes32, Frozen, TaskId
 
 PPM = 1_000_000
 MAX_WEIGHT_SUM = 2**16
-# Of the contracts: a score, one more, and a flag share 64 bits.
-MAX_SCORE = 2**62 - 1
+# The contracts keep a score in 64 bits.
+MAX_SCORE = 2**64 - 1
 # Recovery takes about sqrt(bound) steps a coordinate beyond the table: above this the aggregator would wait for hours.
 MAX_RECOVERY_BOUND = 2**32
 

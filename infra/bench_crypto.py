@@ -12,13 +12,12 @@ slow; what each one does is written at its functions. Every sum that is timed is
 
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -32,6 +31,7 @@ from rich.console import Console
 
 from infra import bench_kernels as kernels
 from infra.bench import machine
+from infra.rows import Row, markdown, marked, refreshed, show
 from tasks.crypto import backend, bsgs, ecies, ndd_fe, pedersen
 
 Integers = npt.NDArray[np.int64]
@@ -42,104 +42,7 @@ PEERS = Path(__file__).with_name("peers")
 BOUND = 2047  # a coordinate of 12 bits, as in the ready tasks
 BLOCK = 65_536  # coordinates of all miners held at a time: 50 miners take 0.5 GB, encoded and decoded
 LABEL = ndd_fe.Label(bytes(32), "bench", 1)
-START, END = (
-    "<!-- figures: healchain bench-crypto --markdown writes between these two lines -->",
-    "<!-- end of figures -->",
-)
-
-
-# --- rows -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Row:
-    """One figure, and a peer's for the same work. A name that has several peers has several rows."""
-
-    name: str
-    value: float
-    unit: str
-    goal: str | None = None
-    peer: str | None = None
-    peer_value: float | None = None
-
-    @property
-    def ratio(self) -> float | None:
-        """How many times better than the peer."""
-        if self.peer_value is None:
-            return None
-        return self.value / self.peer_value if self.unit in ("M/s", "x") else self.peer_value / self.value
-
-    def shortfall(self) -> float | None:
-        """By what share of the goal it is missed, or None: nothing is asked, or it is reached."""
-        if self.goal is None:
-            return None
-        subject, sign, limit = parse_goal(self.goal)
-        measured = self.ratio if subject == "ratio" else self.value
-        if measured is None:
-            raise ValueError(f"{self.name}: the goal {self.goal!r} needs a peer's figure")
-        missing = (limit - measured) / limit if sign == ">=" else (measured - limit) / limit
-        return missing if missing > 0 else None
-
-    def record(self) -> dict[str, Any]:
-        """The row as it is written to JSON: four significant digits, null where there is no peer or no goal."""
-        return {
-            "name": self.name,
-            "value": significant(self.value),
-            "unit": self.unit,
-            "goal": self.goal,
-            "peer": self.peer,
-            "peer_value": significant(self.peer_value),
-            "ratio": significant(self.ratio),
-        }
-
-
-def parse_goal(goal: str) -> tuple[str, str, float]:
-    """What a goal speaks of ("value" or "ratio"), its sign and its limit. Raises ValueError for another form."""
-    found = re.fullmatch(r"(ratio )?(>=|<=) ([0-9.]+)", goal)
-    if found is None:
-        raise ValueError(f"goal {goal!r}: expected for example '>= 3.3', '<= 50' or 'ratio >= 1'")
-    return ("ratio" if found[1] else "value"), found[2], float(found[3])
-
-
-def significant(value: float | None) -> float | None:
-    return None if value is None else float(f"{value:.4g}")
-
-
-def figure(value: float | None) -> str:
-    """Three significant digits; thousands apart, without an exponent."""
-    if value is None:
-        return ""
-    return f"{value:,.0f}".replace(",", " ") if abs(value) >= 1000 else f"{value:.3g}"
-
-
-def verdict(row: Row) -> str:
-    if row.goal is None:
-        return ""
-    missing = row.shortfall()
-    return "reached" if missing is None else f"missed by {100 * missing:.0f} %"
-
-
-def cells(row: Row) -> tuple[str, ...]:
-    """A row as text: name, value, goal, verdict, peer, the peer's value, ratio."""
-    times = "" if row.ratio is None else f"{figure(row.ratio)}x"
-    beside = "" if row.peer_value is None else f"{figure(row.peer_value)} {row.unit}"
-    return row.name, f"{figure(row.value)} {row.unit}", row.goal or "", verdict(row), row.peer or "", beside, times
-
-
-COLUMNS = ("what", "ours", "goal", "", "beside it", "theirs", "times better")
-
-
-def markdown(rows: Iterable[Row]) -> str:
-    lines = [COLUMNS, ("---",) * len(COLUMNS), *(cells(row) for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def refreshed(document: str, block: str) -> str:
-    """The document with `block` between the two marks. Raises ValueError when it does not have both, once each."""
-    if document.count(START) != 1 or document.count(END) != 1 or document.index(END) < document.index(START):
-        raise ValueError(f"the document needs the two lines {START!r} and {END!r}, once each, in this order")
-    before, after = document.split(START)[0], document.split(END)[1]
-    return f"{before}{START}\n\n{block}\n\n{END}{after}"
+START = marked("bench-crypto")
 
 
 # --- peers ----------------------------------------------------------------------------------------------------------
@@ -732,7 +635,7 @@ def run(out: Path, console: Console, *, quick: bool = False, document: Path | No
     console.print(surroundings(), soft_wrap=True)
     if document is not None:
         block = f"{surroundings()}{', small sizes (--quick)' if quick else ''}\n\n{markdown(rows)}"
-        document.write_text(refreshed(document.read_text(), block))
+        document.write_text(refreshed(document.read_text(), START, block))
     return rows
 
 
@@ -765,15 +668,3 @@ def surroundings() -> str:
         f"{found['processor']}, {found['cores']} cores; Python {found['python']}, numba {numba.__version__}, "
         f"{backend.CHOICE.name} curve core; {datetime.now(UTC):%Y-%m-%d}"
     )
-
-
-def show(rows: Iterable[Row], console: Console) -> None:
-    """One line a row, in columns; what misses its goal in yellow."""
-    widths = (58, 16, 12, 14, 42, 16, 0)
-    for line, style in [(COLUMNS, "bold"), *((cells(row), row_style(row)) for row in rows)]:
-        text = " ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-        console.print(text.rstrip(), style=style, soft_wrap=True, markup=False)
-
-
-def row_style(row: Row) -> str | None:
-    return "yellow" if row.shortfall() is not None else None

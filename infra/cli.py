@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -20,12 +22,17 @@ from rich.markup import escape
 from contracts.task_spec import InvalidTask, TaskFile, load_task_file
 
 if TYPE_CHECKING:
+    from contracts.bindings import Deployment
+    from infra.chain_deployment import Checked
     from infra.devstack import Stack
 
 READY = files("deployments") / "ready"
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Private, paid, verifiable federated learning.")
+chain_app = typer.Typer(no_args_is_help=True, help="The contracts on an Ethereum chain: deploy them, check them.")
+app.add_typer(chain_app, name="chain")
 console = Console(highlight=False)
 
+PREFECT_FOLDER = typer.Option(help="where Prefect's database is kept, unless PREFECT_API_URL names a server")
 TaskArgument = Annotated[str, typer.Argument(metavar="TASK.toml", help="a task file, or the name of a ready one")]
 
 
@@ -221,6 +228,17 @@ def bench_crypto(
     benchmark.run(out, console, quick=quick, document=markdown)
 
 
+@app.command("bench-gas")
+def bench_gas(
+    out: Annotated[Path, typer.Option(help="where the rows are written, as JSON")] = Path("build/bench-gas.json"),
+    markdown: Annotated[Path | None, typer.Option(help="a document whose block of figures is written again")] = None,
+) -> None:
+    """Measure what a task costs in gas with 5 to 100 miners, and what rare paths cost, on an in-process EVM."""
+    from infra import bench_gas as benchmark
+
+    benchmark.run(out, console, document=markdown)
+
+
 @app.command("bench-stream")
 def bench_stream(
     out: Annotated[Path, typer.Option(help="where the figures are written, as JSON")] = Path("build/bench-stream.json"),
@@ -252,6 +270,86 @@ def fuzz(
         _fail(str(error))
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1))
+
+
+@chain_app.command("deploy")
+def deploy_chain(
+    rpc: Annotated[str, typer.Option(help="http(s) address of a node, or local:FILE for the chain in this process")],
+    home: Annotated[Path, typer.Option(help="the deployer's home: its keystore; made if there is no such folder")],
+    chain_id: Annotated[int | None, typer.Option(min=1, help="refuse a node of another chain")] = None,
+    confirmations: Annotated[int, typer.Option(min=1, help="blocks that make a transaction final")] = 1,
+    max_fee_wei: Annotated[int | None, typer.Option(min=1, help="most for one unit of gas; default: any")] = None,
+    tip_wei: Annotated[int | None, typer.Option(min=0, help="tip for one unit of gas; default: the node's")] = None,
+    stuck_s: Annotated[float, typer.Option(min=0.1, help="seconds until a transaction is sent with higher fees")] = 60,
+    timeout_s: Annotated[float, typer.Option(min=0.1, help="longest wait for one transaction")] = 300,
+    withdrawal_delay_s: Annotated[
+        int, typer.Option(min=0, help="seconds from asking for a stake to its payment")
+    ] = 3600,
+    out: Annotated[Path, PREFECT_FOLDER] = Path("build/chain"),
+) -> None:
+    """Deploy the contracts, check them, note them in Prefect's block `chain`. Called again it resumes, or finds them."""
+    _use_prefect_of(out)
+    from contracts.sending import Sending
+    from infra import chain_deployment
+
+    with _failures():
+        me = chain_deployment.open_home(home.resolve())
+        console.print(f"deployer {me.address}, home {home}")
+        rules = Sending(
+            chain_id=chain_id,
+            confirmations=confirmations,
+            max_fee_wei=max_fee_wei,
+            tip_wei=tip_wei,
+            stuck_s=stuck_s,
+            timeout_s=timeout_s,
+        )
+        chain = chain_deployment.deploy(rpc, me, rules, withdrawal_delay_s)
+        _show_contracts(chain.deployment, chain_deployment.verify(chain))
+    chain_deployment.note(chain)
+    end_temporary_server_with_this_process()
+    console.print("noted in Prefect's block `chain`")
+
+
+@chain_app.command("verify")
+def verify_chain(
+    rpc: Annotated[str | None, typer.Option(help="ask this node instead of the block's own")] = None,
+    out: Annotated[Path, PREFECT_FOLDER] = Path("build/chain"),
+) -> None:
+    """Check the contracts of Prefect's block `chain`: exactly this build, on that chain, and wired to each other."""
+    _use_prefect_of(out)
+    from infra import chain_deployment
+
+    with _failures():
+        chain = chain_deployment.noted(rpc)
+        end_temporary_server_with_this_process()
+        _show_contracts(chain.deployment, chain_deployment.verify(chain))
+
+
+def _use_prefect_of(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    use_temporary_prefect(folder.resolve())
+
+
+def _show_contracts(deployment: "Deployment", checked: "list[Checked]") -> None:
+    console.print(f"chain {deployment.chain_id}, from block {deployment.block_number}")
+    for one in checked:
+        console.print(f"{one.name:18} {one.address}  code {one.code_hash}", soft_wrap=True)
+    console.print("[green]ok[/green]  this build, and each contract knows the others")
+
+
+@contextmanager
+def _failures() -> Iterator[None]:
+    """What can go wrong between this host and a chain, as one line and exit code 2."""
+    from requests import RequestException
+
+    from contracts.sending import FeesTooHigh, InsufficientFunds, Replaced, Reverted
+    from infra.chain_deployment import ChainInUse
+
+    try:
+        yield
+    except (ValueError, ChainInUse, FeesTooHigh, InsufficientFunds, Replaced, Reverted, OSError) as error:
+        # The text of a connection's error may hold the whole address, and with it a key of the node's provider.
+        _fail("the node does not answer: is it running?" if isinstance(error, RequestException) else str(error))
 
 
 def use_temporary_prefect(folder: Path) -> None:

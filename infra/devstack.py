@@ -24,7 +24,7 @@ from blocks.chain import Chain
 from blocks.identity import Identity, create_home
 from blocks.local_chain import GENESIS_KEYS
 from blocks.registry import Registry
-from contracts import bindings, sending
+from contracts import bindings
 from contracts.task_spec import DatasetRequirement
 from deployments.register import register_blocks
 from tasks.learning.datasets import Dataset, decode_idx, dirichlet_partition, encode_npz, load_ready, split
@@ -66,7 +66,7 @@ def set_up(folder: Path, requirement: DatasetRequirement, miners: int, seed: int
     _give_data(homes, requirement, seed, data)
 
     chain = _deploy(folder)
-    _fund(chain, [identity.address for identity in identities.values()])
+    fund(chain, [identity.address for identity in identities.values()], folder / "faucet.sqlite")
     store = ArtifactStore(root=str(folder / "store"))
     registry = Registry(url=f"sqlite:///{folder / 'registry.sqlite'}")
     for name, identity in identities.items():
@@ -139,33 +139,25 @@ READY_DATASETS: dict[str, Callable[[int], tuple[Dataset, Dataset]]] = {
 
 def _deploy(folder: Path) -> Chain:
     """The chain of this folder with the contracts on it; deployed once, checked every time."""
-    rpc, note = f"local:{folder / 'chain.sqlite'}", folder / "deployment.json"
+    chain, note = Chain(rpc=f"local:{folder / 'chain.sqlite'}"), folder / "deployment.json"
     if note.exists():
         deployment = bindings.Deployment(**json.loads(note.read_text()))
-        bindings.check_deployment(Chain(rpc=rpc).web3, deployment)
+        bindings.check_deployment(chain.web3, deployment)
     else:
-        deployment = bindings.deploy(Chain(rpc=rpc).web3, Account.from_key(GENESIS_KEYS[0]))
+        deployment = bindings.deploy(chain.sender(Account.from_key(GENESIS_KEYS[0]), folder / "deployer.sqlite"))
         draft = folder / ".deployment.json"
         draft.write_text(json.dumps(asdict(deployment)))
         draft.replace(note)
-    return Chain(
-        rpc=rpc,
-        chain_id=deployment.chain_id,
-        escrow_address=deployment.escrow,
-        stakes_address=deployment.stakes,
-        publisher_address=deployment.publisher,
-        rewards_address=deployment.rewards,
-        deployed_in_block=deployment.block_number,
-    )
+    return chain.deployed(deployment)
 
 
-def _fund(chain: Chain, addresses: list[str]) -> None:
+def fund(chain: Chain, addresses: list[str], journal: Path) -> None:
     """Give every new wallet its allowance of the local chain's own coins."""
-    web3, faucet = chain.web3, Account.from_key(GENESIS_KEYS[1])
+    web3, faucet = chain.web3, chain.sender(Account.from_key(GENESIS_KEYS[1]), journal)
     for address in addresses:
         account = Web3.to_checksum_address(address)
         if web3.eth.get_balance(account) == 0 and web3.eth.get_transaction_count(account) == 0:
-            sending.send(web3, faucet, b"", to=address, value_wei=ALLOWANCE_WEI)
+            faucet.send(b"", to=address, value_wei=ALLOWANCE_WEI, purpose="allowance")
 
 
 def archive(folder: Path, name: str) -> Path:

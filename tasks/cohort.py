@@ -144,12 +144,30 @@ def apply_for_task(task_id: str, actor: str) -> dict[str, str]:
         miner=st.address,
         encryption_key=st.me.encryption_key,
         dataset_proof_sha256=reference.sha256,
+        stake_wei=spec.money.minimum_stake_wei,
     )
-    stakes = st.chain.contracts(st.me.account).stakes
-    missing = spec.money.minimum_stake_wei - stakes.available_stake(st.address)
-    if missing > 0:
-        stakes.deposit_stake(amount_wei=missing)
+    # What is posted has its stake; the contract may hold it by now.
+    if st.mine(Registration, task_id) is None:
+        provide_stake(st, task_id, registration.stake_wei)
     return st.post(registration)
+
+
+def provide_stake(st: Station, task_id: str, needed_wei: int) -> None:
+    """Have as much stake available: what finished tasks still hold first, then a deposit of what is missing."""
+    stakes = st.chain.contracts(st.me).stakes
+    for earlier in st.me.known_tasks():
+        if stakes.available_stake(st.address) >= needed_wei or not stakes.get_hold(st.address).recorded_wei:
+            break
+        if earlier == task_id or st.address not in stakes.get_cohort(earlier).miners:
+            continue
+        try:
+            stakes.release_stake(earlier, st.address)
+        except Reverted as refusal:  # the simulation says so: nothing is spent
+            if refusal.error not in ("StakeHeld", "NotEntitled"):
+                raise
+    missing_wei = needed_wei - stakes.available_stake(st.address)
+    if missing_wei > 0:
+        stakes.deposit_stake(amount_wei=missing_wei)
 
 
 @task(persist_result=False, cache_policy=NO_CACHE)
@@ -209,7 +227,7 @@ def admit_and_draw(task_id: str, actor: str) -> dict[str, str]:
         return said
     terms = published_task(st, task_id)
     rules = terms.spec.participants
-    stakes = st.chain.contracts(st.me.account).stakes
+    stakes = st.chain.contracts(st.me).stakes
 
     closed = stakes.get_cohort(task_id).miners
     verified = without_shared_keys(
@@ -221,7 +239,7 @@ def admit_and_draw(task_id: str, actor: str) -> dict[str, str]:
     else:
         verified = [check_stake(stakes, terms.spec, applicant) for applicant in verified]
         fitting = [applicant for applicant in verified if not applicant.refused]
-        fitting.sort(key=lambda applicant: -stakes.available_stake(applicant.miner))
+        fitting.sort(key=lambda applicant: -applicant.registration.stake_wei if applicant.registration else 0)
         admitted, surplus = fitting[: rules.miners_max], fitting[rules.miners_max :]
     refused = {applicant.miner: applicant.refused for applicant in verified if applicant.refused}
     refused |= {applicant.miner: FULL for applicant in surplus}
@@ -265,12 +283,17 @@ def admit_and_draw(task_id: str, actor: str) -> dict[str, str]:
 
 
 def check_stake(stakes: bindings.StakeRegistry, spec: TaskSpec, applicant: Applicant) -> Applicant:
-    """The applicant, refused unless it has the stake that the task asks for, and has not asked it back."""
-    available = stakes.available_stake(applicant.miner)
-    if applicant.refused or available >= spec.money.minimum_stake_wei:
+    """The applicant, refused unless it offers the stake that the task asks for, and has it."""
+    if applicant.refused or applicant.registration is None:
         return applicant
-    reason = f"available stake is {available} wei, the task asks for {spec.money.minimum_stake_wei}"
-    return replace(applicant, refused=reason)
+    offered, available = applicant.registration.stake_wei, stakes.available_stake(applicant.miner)
+    if offered < spec.money.minimum_stake_wei:
+        return replace(
+            applicant, refused=f"it offers a stake of {offered} wei, the task asks for {spec.money.minimum_stake_wei}"
+        )
+    if available < offered:
+        return replace(applicant, refused=f"available stake is {available} wei, it signed for {offered}")
+    return applicant
 
 
 @task(persist_result=False, cache_policy=NO_CACHE)
@@ -332,6 +355,8 @@ def check_answer(st: Station, task_id: str, applicant: Applicant) -> Applicant:
     try:
         challenge = st.need(Challenge, st.address, task_id, about=applicant.miner)
         answer = st.need(ChallengeAnswer, applicant.miner, task_id)
+        if challenge.registration != struct_hash(applicant.registration):
+            raise DatasetMismatch("the registration is not the one that was challenged")
         if answer.challenge != struct_hash(challenge):
             raise DatasetMismatch("the answer is for another challenge")
         check_key_owner(st, applicant.registration, answer)

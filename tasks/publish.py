@@ -102,7 +102,7 @@ def lock_reward(task_id: str, spec: TaskSpec, actor: str) -> dict[str, str]:
         )
     terms = PublishedTask(task_id=task_id, publisher=st.address, validation_sha256=sha256_hex(validation), spec=spec)
     commit = commitment(st, task_id)
-    escrow = st.chain.contracts(st.me.account).escrow
+    escrow = st.chain.contracts(st.me).escrow
     found = escrow.get_task(task_id)
     fresh = found.status is Status.NONE
     if fresh:
@@ -123,7 +123,6 @@ def lock_reward(task_id: str, spec: TaskSpec, actor: str) -> dict[str, str]:
         found = escrow.get_task(task_id)
 
     transaction = next(done.transaction for done in st.chain.transactions(task_id) if done.kind == "publishTask")
-    st.chain.confirm(transaction)
     if problem := read_back(st, found, terms, commit, fresh=fresh):
         raise DepositFailed(f"{AbortReason.DEPOSIT_FAILED}: {problem}")
 
@@ -146,7 +145,7 @@ def approve_reward(st: Station, spec: TaskSpec) -> None:
     money, escrow = spec.money, st.chain.contracts().escrow.address
     if money.reward_token == ZERO_ADDRESS:
         return
-    token = st.chain.token(money.reward_token, st.me.account)
+    token = st.chain.token(money.reward_token, st.me)
     if token.allowance(st.address, escrow) < money.reward_wei:
         token.approve(escrow, money.reward_wei)
 

@@ -7,7 +7,8 @@ second time.
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from contracts.bindings import Claim, Outcome, RewardCredited, Settlement, StakeSlashed, Status
+from contracts.bindings import Outcome, RewardCredited, Settlement, StakeSlashed, Status
+from contracts.contributions import Opening, Place
 from contracts.messages import ZERO32, AbortReason, Attestation, Candidate, Cohort, struct_hash
 from contracts.sending import InsufficientFunds, Reverted
 from tasks.cohort import trusted_cohort
@@ -22,7 +23,7 @@ from tasks.show import show_table
 def publish_voted_block(task_id: str, round_number: int, actor: str) -> dict[str, str]:
     """M6, the aggregator: the block with the accepting votes, once; or the reason why there is none."""
     st = station(actor)
-    contracts = st.chain.contracts(st.me.account)
+    contracts = st.chain.contracts(st.me)
     if contracts.publisher.get_block_meta(task_id) is not None:
         return st.receipt(task_id, round_number, "publish-block", _sent(st, task_id, "publishBlock"))
     cohort = trusted_cohort(st, task_id)
@@ -41,7 +42,6 @@ def publish_voted_block(task_id: str, round_number: int, actor: str) -> dict[str
         late = isinstance(error, Reverted) and error.error == "DeadlinePast"
         reason = AbortReason.DEADLINE_PASSED if late else AbortReason.PUBLISH_FAILED
         return give_up(st, task_id, round_number, "publish-block", reason, str(error))
-    st.chain.confirm(done.transaction)
     return st.receipt(task_id, round_number, "publish-block", done.transaction)
 
 
@@ -91,7 +91,7 @@ def open_accuracy_instead(task_id: str, actor: str) -> dict[str, str]:
 
 
 def _reveal_accuracy(st: Station, task_id: str, accuracy_ppm: int, salt: str) -> dict[str, str]:
-    rewards = st.chain.contracts(st.me.account).rewards
+    rewards = st.chain.contracts(st.me).rewards
     if rewards.get_settlement(task_id).outcome is Outcome.PENDING:
         rewards.reveal_accuracy(task_id, accuracy_ppm, bytes.fromhex(salt))
     return st.receipt(task_id, 0, "reveal-accuracy", _sent(st, task_id, "revealAccuracy"))
@@ -101,7 +101,7 @@ def _reveal_accuracy(st: Station, task_id: str, accuracy_ppm: int, salt: str) ->
 def open_score(task_id: str, actor: str) -> dict[str, str]:
     """M7, a miner: open the score commitment that the block lists; once. Nothing to open when the publisher is refunded."""
     st = station(actor)
-    contracts = st.chain.contracts(st.me.account)
+    contracts = st.chain.contracts(st.me)
     settlement = contracts.rewards.get_settlement(task_id)
     if settlement.outcome is Outcome.PENDING:
         st.chain.wait_until(settlement.aggregator_reveal_end_s + 1, "the end of the windows for the accuracy")
@@ -112,12 +112,17 @@ def open_score(task_id: str, actor: str) -> dict[str, str]:
         or contracts.rewards.get_score(task_id, own.position).is_revealed
     ):
         return st.receipt(task_id, 0, "reveal-score", _sent(st, task_id, "revealScore", by=st.address))
-    meta = contracts.publisher.get_block_meta(task_id)
+    done = contracts.rewards.reveal_score(task_id, own_opening(st, task_id, own))
+    return st.receipt(task_id, 0, "reveal-score", done.transaction)
+
+
+def own_opening(st: Station, task_id: str, own: Place) -> Opening:
+    """My score and salt behind the commitment that the block lists for me. Raises BadRecord when my home has none."""
+    meta = st.chain.contracts().publisher.get_block_meta(task_id)
     for number in range(meta.round_number if meta else 0, 0, -1):
         prepared = read_prepared(st, task_id, number)
         if prepared is not None and score_at(prepared, task_id, st.address) == own.score_commit:
-            done = contracts.rewards.reveal_score(task_id, prepared.score, prepared.score_salt, own)
-            return st.receipt(task_id, 0, "reveal-score", done.transaction)
+            return Opening(prepared.score, prepared.score_salt, own)
     raise BadRecord(f"no score in {st.me.home} opens the commitment {own.score_commit} that the block lists for me")
 
 
@@ -125,41 +130,41 @@ def open_score(task_id: str, actor: str) -> dict[str, str]:
 def distribute_and_withdraw(task_id: str, actor: str) -> dict[str, str]:
     """M7, anybody: have the contract distribute as soon as it may, then take what it owes me."""
     st = station(actor)
-    contracts = st.chain.contracts(st.me.account)
+    contracts = st.chain.contracts(st.me)
     settlement = contracts.rewards.get_settlement(task_id)
     if not settlement.is_distributed:
         if settlement.outcome is not Outcome.UNMET and settlement.revealed_count < settlement.participant_count:
             st.chain.wait_until(last_reveal_s(st, task_id, settlement) + 1, "the end of the windows for the reveals")
         contracts.rewards.distribute(task_id)
-        show_table(f"rewards-{task_id}", entitlements(st, task_id), "What the contract owes, in wei")
+        show_table(f"rewards-{task_id}", entitlements(st, task_id), "Credited by the contract; the rest is for claims")
     token = contracts.escrow.get_task(task_id).token
-    claims = open_claims(st, task_id)
-    if not claims and not contracts.rewards.balance_of(st.address, token):
-        return st.receipt(task_id, 0, "withdraw", ZERO32)
-    paid = contracts.rewards.withdraw_to(st.address, claims, token=token)
-    return st.receipt(task_id, 0, "withdraw", paid.transaction, paid.event.amount_wei)
+    transaction, amount = claim_own_part(st, task_id, token)
+    if contracts.rewards.balance_of(st.address, token):
+        paid = contracts.rewards.withdraw_to(token=token)
+        transaction, amount = paid.transaction, amount + paid.event.amount_wei
+    return st.receipt(task_id, 0, "withdraw", transaction, amount)
 
 
-def open_claims(st: Station, task_id: str) -> list[Claim]:
-    """My part of the task's reward, when there is one that I have not taken."""
-    contracts = st.chain.contracts()
+def claim_own_part(st: Station, task_id: str, token: str) -> tuple[str, int]:
+    """Take my part of a distributed reward, once; the transaction and the amount, zero when there is nothing to take."""
+    contracts = st.chain.contracts(st.me)
     own = contracts.publisher.place_of(task_id, st.address)
-    if own is None or not contracts.rewards.claimable(task_id, own.position):
-        return []
-    return [Claim(task_id, own)]
+    if own is None or contracts.rewards.get_settlement(task_id).outcome is Outcome.UNMET:
+        return ZERO32, 0
+    score = contracts.rewards.get_score(task_id, own.position)
+    if score.is_claimed or not contracts.rewards.claimable(task_id, own.position, score.score, token):
+        return ZERO32, 0
+    paid = contracts.rewards.claim_to(task_id, own_opening(st, task_id, own), token=token)
+    return paid.transaction, paid.event.amount_wei
 
 
 def entitlements(st: Station, task_id: str) -> list[dict[str, str]]:
-    """Who is owed how much of a distributed reward, before anybody has taken its part."""
-    contracts = st.chain.contracts()
+    """Whom a distribution credited, and what is left for the participants' claims."""
     rows = [
-        {"account": event.account, "for": "refund or aggregation", "wei": str(event.amount_wei)}
-        for event in st.chain.events(task_id, RewardCredited)
+        {"account": event.account, "wei": str(event.amount_wei)} for event in st.chain.events(task_id, RewardCredited)
     ]
-    for position, miner in enumerate(contracts.publisher.get_participants(task_id)):
-        if due := contracts.rewards.claimable(task_id, position):
-            rows.append({"account": miner, "for": "contribution", "wei": str(due)})
-    return rows
+    remaining = st.chain.contracts().rewards.get_settlement(task_id).remaining
+    return [*rows, {"account": "participants, by their claims", "wei": str(remaining)}]
 
 
 def last_reveal_s(st: Station, task_id: str, settlement: Settlement) -> int:
@@ -174,7 +179,7 @@ def last_reveal_s(st: Station, task_id: str, settlement: Settlement) -> int:
 def take_refund(task_id: str, actor: str) -> dict[str, str]:
     """M7, the publisher: the reward back, when the deadline has passed without a block. Raises NotYet before."""
     st = station(actor)
-    escrow = st.chain.contracts(st.me.account).escrow
+    escrow = st.chain.contracts(st.me).escrow
     found = escrow.get_task(task_id)
     if found.status is Status.LOCKED:
         st.chain.wait_until(found.terms.deadline_s + 1, "the refund")
@@ -186,7 +191,7 @@ def take_refund(task_id: str, actor: str) -> dict[str, str]:
 def resign_turn(task_id: str, actor: str) -> dict[str, str]:
     """M7 without a block, the aggregator: give up its turn in time, which costs nothing. Silence costs a part of its stake."""
     st = station(actor)
-    stakes = st.chain.contracts(st.me.account).stakes
+    stakes = st.chain.contracts(st.me).stakes
     if stakes.aggregator_of(task_id) == st.address and st.chain.now_s() <= stakes.get_draw(task_id).turn_end_s:
         stakes.resign_aggregator(task_id)
     return st.receipt(task_id, 0, "resign", _sent(st, task_id, "resignAggregator", by=st.address))
@@ -196,7 +201,7 @@ def resign_turn(task_id: str, actor: str) -> dict[str, str]:
 def take_compensation(task_id: str, actor: str) -> dict[str, str]:
     """M7 without a block, a miner: have the silent aggregator lose what the task announced, and take my part of it."""
     st = station(actor)
-    stakes = st.chain.contracts(st.me.account).stakes
+    stakes = st.chain.contracts(st.me).stakes
     silent = stakes.aggregator_of(task_id)
     is_published = st.chain.contracts().publisher.get_block_meta(task_id) is not None
     if silent not in (None, st.address) and not is_published:

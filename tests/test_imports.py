@@ -18,7 +18,8 @@ ROOMS = ("flows", "tasks", "blocks", "contracts", "deployments", "infra")
 MAY_IMPORT = {
     "contracts.messages": (),
     "contracts.task_spec": ("contracts.messages",),
-    "contracts.sending": ("contracts.messages",),
+    "contracts.journal": ("contracts.messages",),
+    "contracts.sending": ("contracts.messages", "contracts.journal"),
     "contracts.bindings": ("contracts.messages", "contracts.sending"),
     "contracts": (),
     "tasks.crypto": (),

@@ -8,7 +8,6 @@ import {pay} from "./Payment.sol";
 import {
     DeadlinePast,
     MAX_MINERS,
-    MAX_SCORE,
     NotPublisher,
     OnlyContract,
     PPM,
@@ -172,7 +171,7 @@ contract HealChainEscrow is ReentrancyGuardTransient {
         if (_isOutside(terms.publisherRevealWindow_s)) revert InvalidTerms("publisherRevealWindow_s");
         if (_isOutside(terms.aggregatorRevealWindow_s)) revert InvalidTerms("aggregatorRevealWindow_s");
         if (_isOutside(terms.scoreRevealWindow_s)) revert InvalidTerms("scoreRevealWindow_s");
-        if (terms.maxScore == 0 || terms.maxScore > MAX_SCORE) revert InvalidTerms("maxScore");
+        if (terms.maxScore == 0) revert InvalidTerms("maxScore");
     }
 
     function _isOutside(uint24 window_s) private pure returns (bool) {

@@ -35,18 +35,14 @@ struct Settlement {
     uint256 remainingParts;
 }
 
-/// @notice A participant's place in a block, proved against the block's contributionsRoot.
-struct Place {
+/// @notice Opens a participant's score commitment in a block, and proves its place under the block's contributionsRoot.
+struct Opening {
+    uint256 score;
+    /// The random part of the commitment keccak256(abi.encodePacked(score, salt, taskID, participant)).
+    bytes32 salt;
     /// Index among the participants.
     uint256 position;
-    bytes32 scoreCommit;
     bytes32[] proof;
-}
-
-/// @notice A participant's part of one task's reward.
-struct Claim {
-    string taskID;
-    Place place;
 }
 
 /// @title Reveals, and what everyone is owed (M7).
@@ -62,22 +58,23 @@ contract RewardDistribution is ReentrancyGuardTransient {
         uint16 revealedCount;
         uint16 participantCount;
         uint64 maxScore;
-        /// 200 scores of 62 bits fit in 70.
+        /// 200 scores of 64 bits fit in 72.
         uint72 scoreSum;
     }
 
-    /// @dev What the participants have not withdrawn yet. One slot, and the token's.
-    struct Pool {
-        uint88 remaining;
-        /// Parts of those who have not withdrawn yet: a score, or one each; see {_partsOf}.
-        uint72 parts;
-        address token;
+    /// @dev What a participant's parts are: its score; or one, if it revealed; or one.
+    enum Rule {
+        ByScore,
+        AmongRevealed,
+        AmongAll
     }
 
-    uint256 private constant SCORES_PER_WORD = 4;
-    uint256 private constant SCORE_BITS = 64;
-    /// Above a score plus one, which is zero while it is not revealed.
-    uint64 private constant IS_PAID = 1 << 63;
+    /// @dev What the participants have not claimed yet, and the parts that it is for. One slot.
+    struct Pool {
+        uint88 remaining;
+        uint72 parts;
+        Rule rule;
+    }
 
     /// @notice The escrow of this deployment.
     HealChainEscrow public immutable escrow;
@@ -89,9 +86,11 @@ contract RewardDistribution is ReentrancyGuardTransient {
 
     mapping(bytes32 taskKey => State) private _states;
     mapping(bytes32 taskKey => bytes32) private _contributionsRoots;
-    mapping(bytes32 taskKey => Pool) private _pools;
-    /// @dev Four scores a word, by position.
-    mapping(bytes32 taskKey => mapping(uint256 word => uint256)) private _scores;
+    /// @dev By token as well, so that a claim in another token finds nothing.
+    mapping(bytes32 taskKey => mapping(address token => Pool)) private _pools;
+    /// @dev A bit per position: who revealed its score, and who claimed its part.
+    mapping(bytes32 taskKey => uint256) private _revealed;
+    mapping(bytes32 taskKey => uint256) private _claimed;
 
     event AccuracyRevealed(
         bytes32 indexed taskKey, address indexed revealer, uint256 accuracyPpm, Outcome outcome, uint40 scoreRevealEnd
@@ -107,7 +106,9 @@ contract RewardDistribution is ReentrancyGuardTransient {
         uint256 pool,
         uint256 parts
     );
-    event RewardClaimed(bytes32 indexed taskKey, address indexed miner, uint256 amount);
+    event RewardClaimed(
+        bytes32 indexed taskKey, address indexed miner, address indexed recipient, address token, uint256 amount
+    );
     event Withdrawn(address indexed account, address indexed recipient, address token, uint256 amount);
 
     error NoBlock(string taskID);
@@ -124,9 +125,8 @@ contract RewardDistribution is ReentrancyGuardTransient {
     error ScoreTooLarge(uint256 score, uint64 maxScore);
     error ScoresStillOpen(uint40 scoreRevealEnd, uint256 timestamp);
     error AlreadyDistributed(string taskID);
-    error NotDistributed(string taskID);
+    error NotDistributed(string taskID, address token);
     error AlreadyClaimed(string taskID, address miner);
-    error WrongToken(string taskID, address token);
     error NothingToWithdraw(address account);
 
     /// @param escrow_ HealChainEscrow of this deployment.
@@ -189,33 +189,23 @@ contract RewardDistribution is ReentrancyGuardTransient {
 
     /// @notice Opens the sender's own score commitment, once, within the window.
     /// @dev Emits {ScoreRevealed}, after {ScoresOpened} when it is the first after silence. Reverts with {NoBlock},
-    /// {OutcomePending}, {RequirementUnmet}, {NotParticipant}, {ScoreAlreadyRevealed}, {RevealTooLate}, {ScoreTooLarge} or
-    /// {InvalidReveal}.
-    /// @param score The score, at most the task's maxScore.
-    /// @param salt The random part of the commitment keccak256(abi.encodePacked(score, salt, taskID, msg.sender)).
-    /// @param position The sender's index among the participants.
-    /// @param proof From the leaf {position, sender, commitment} to the block's contributionsRoot.
-    function revealScore(
-        string calldata taskID,
-        uint256 score,
-        bytes32 salt,
-        uint256 position,
-        bytes32[] calldata proof
-    ) external {
+    /// {OutcomePending}, {RequirementUnmet}, {RevealTooLate}, {ScoreTooLarge}, {NotParticipant} (also for another score or salt
+    /// than committed, whose commitment is not in the block) or {ScoreAlreadyRevealed}.
+    function revealScore(string calldata taskID, Opening calldata opening) external {
         bytes32 key = taskKeyOf(taskID);
         State memory state = _requireMet(taskID, key);
+        uint256 revealed = _revealed[key];
 
         if (block.timestamp > state.scoreRevealEnd) revert RevealTooLate(state.scoreRevealEnd, block.timestamp);
-        if (score > state.maxScore) revert ScoreTooLarge(score, state.maxScore);
-        bytes32 commit = keccak256(abi.encodePacked(score, salt, taskID, msg.sender));
-        _checkPlace(taskID, key, position, commit, proof);
-        if (_scoreWord(key, position) != 0) revert ScoreAlreadyRevealed(taskID, msg.sender);
+        if (opening.score > state.maxScore) revert ScoreTooLarge(opening.score, state.maxScore);
+        _checkOpening(taskID, key, opening);
+        if (_bit(revealed, opening.position)) revert ScoreAlreadyRevealed(taskID, msg.sender);
 
-        _setScoreWord(key, position, uint64(score) + 1);
+        _revealed[key] = revealed | (1 << opening.position);
         state.revealedCount += 1;
-        state.scoreSum += uint72(score);
+        state.scoreSum += uint72(opening.score);
         _states[key] = state;
-        emit ScoreRevealed(key, msg.sender, position, score);
+        emit ScoreRevealed(key, msg.sender, opening.position, opening.score);
     }
 
     // Payment
@@ -245,23 +235,50 @@ contract RewardDistribution is ReentrancyGuardTransient {
         escrow.releaseReward(taskID);
     }
 
-    /// @notice Pays the sender all that it is owed in one token, or in ether: its balance, and its parts of the tasks it names.
-    /// @dev A part is what is left of the pool, times the sender's parts, by the parts of all who have not claimed yet, rounded
-    /// down: whoever claims last takes the rest, so that nothing stays behind. Emits {RewardClaimed} per claim and {Withdrawn}.
-    /// Reverts with {NotDistributed}, {WrongToken}, {NotParticipant}, {AlreadyClaimed}, {NothingToWithdraw}, InvalidRecipient,
+    /// @notice Pays the sender its part of a task's reward, once.
+    /// @dev The part is what is left of the pool, times the sender's parts, by the parts of all who have not claimed yet, rounded
+    /// down: whoever claims last takes the rest, so that nothing stays behind. (A part that rounds to zero can be claimed too:
+    /// were it refused, participants with such parts would hold back each other's rest.) Emits {RewardClaimed}. Reverts with
+    /// {NotDistributed} (also for another token than the task's), {NotParticipant}, {AlreadyClaimed}, InvalidRecipient,
     /// TransferFailed or the token's refusal.
-    /// @param token The ERC-20 contract, or zero for ether.
+    /// @param token The ERC-20 contract of the reward, or zero for ether.
     /// @param recipient Who gets it: the sender itself, or another account if it cannot receive.
-    /// @param claims The sender's places in blocks of tasks that are rewarded in this token; may be empty.
-    function withdrawTo(address token, address recipient, Claim[] calldata claims) external nonReentrant {
-        uint256 amount = balanceOf[token][msg.sender];
-        if (amount > 0) balanceOf[token][msg.sender] = 0;
-        for (uint256 i = 0; i < claims.length; i++) amount += _claim(claims[i], token);
-        // A claim of nothing counts: were it refused, members whose parts round to zero would hold back each other's rest.
-        if (amount == 0 && claims.length == 0) revert NothingToWithdraw(msg.sender);
-        emit Withdrawn(msg.sender, recipient, token, amount);
+    /// @param opening The sender's commitment in the block, revealed or not.
+    function claimTo(string calldata taskID, address token, address recipient, Opening calldata opening)
+        external
+        nonReentrant
+    {
+        bytes32 key = taskKeyOf(taskID);
+        Pool memory pool = _pools[key][token];
+        uint256 claimed = _claimed[key];
+
+        if (pool.parts == 0) revert NotDistributed(taskID, token);
+        _checkOpening(taskID, key, opening);
+        if (_bit(claimed, opening.position)) revert AlreadyClaimed(taskID, msg.sender);
+
+        uint256 parts = _partsOf(key, pool.rule, opening.position, opening.score);
+        uint256 amount = pool.remaining * parts / pool.parts;
+        _claimed[key] = claimed | (1 << opening.position);
+        pool.remaining -= uint88(amount);
+        pool.parts -= uint72(parts);
+        _pools[key][token] = pool;
+        emit RewardClaimed(key, msg.sender, recipient, token, amount);
 
         if (amount > 0) pay(token, recipient, amount);
+    }
+
+    /// @notice Pays the sender's balance in one token, or in ether: refunds and aggregators' shares of all its tasks.
+    /// @dev Emits {Withdrawn}. Reverts with {NothingToWithdraw}, InvalidRecipient, TransferFailed or the token's refusal.
+    /// @param token The ERC-20 contract, or zero for ether.
+    /// @param recipient Who gets it: the sender itself, or another account if it cannot receive.
+    function withdrawTo(address token, address recipient) external nonReentrant {
+        uint256 amount = balanceOf[token][msg.sender];
+        if (amount == 0) revert NothingToWithdraw(msg.sender);
+
+        balanceOf[token][msg.sender] = 0;
+        emit Withdrawn(msg.sender, recipient, token, amount);
+
+        pay(token, recipient, amount);
     }
 
     // Views
@@ -270,7 +287,8 @@ contract RewardDistribution is ReentrancyGuardTransient {
     function getSettlement(string calldata taskID) external view returns (Settlement memory settlement) {
         bytes32 key = taskKeyOf(taskID);
         State storage state = _states[key];
-        Terms memory terms = escrow.getTask(key).terms;
+        Task memory task = escrow.getTask(key);
+        Terms memory terms = task.terms;
         BlockMeta memory meta = _blockOf(taskID, key);
         settlement.publisherRevealEnd = meta.publishedAt + terms.publisherRevealWindow_s;
         settlement.aggregatorRevealEnd = settlement.publisherRevealEnd + terms.aggregatorRevealWindow_s;
@@ -281,8 +299,9 @@ contract RewardDistribution is ReentrancyGuardTransient {
         settlement.revealedCount = state.revealedCount;
         settlement.participantCount = meta.participantCount;
         settlement.scoreSum = state.scoreSum;
-        settlement.remaining = _pools[key].remaining;
-        settlement.remainingParts = _pools[key].parts;
+        Pool storage pool = _pools[key][task.token];
+        settlement.remaining = pool.remaining;
+        settlement.remainingParts = pool.parts;
         if (state.outcome == Outcome.Pending && block.timestamp > settlement.aggregatorRevealEnd) {
             settlement.outcome = Outcome.Met;
             settlement.isShareForfeited = true;
@@ -290,27 +309,19 @@ contract RewardDistribution is ReentrancyGuardTransient {
         }
     }
 
-    /// @notice Whether the participant at a position revealed its score, the score, and whether it claimed its part.
+    /// @notice Whether the participant at a position revealed its score, and whether it claimed its part.
     /// @param taskKey keccak256(bytes(taskID)).
-    function getScore(bytes32 taskKey, uint256 position)
-        external
-        view
-        returns (bool isRevealed, uint256 score, bool isClaimed)
-    {
-        uint64 word = _scoreWord(taskKey, position);
-        isClaimed = word & IS_PAID != 0;
-        word &= ~IS_PAID;
-        return (word != 0, word == 0 ? 0 : word - 1, isClaimed);
+    function isRevealed(bytes32 taskKey, uint256 position) external view returns (bool revealed, bool claimed) {
+        return (_bit(_revealed[taskKey], position), _bit(_claimed[taskKey], position));
     }
 
-    /// @notice What the participant at a position would be paid for its claim now; zero before distribution and after the claim.
+    /// @notice What a participant with this score at this position would be paid for its claim now; zero before distribution and
+    /// after the claim.
     /// @param taskKey keccak256(bytes(taskID)).
-    function claimable(bytes32 taskKey, uint256 position) external view returns (uint256) {
-        State memory state = _states[taskKey];
-        uint64 word = _scoreWord(taskKey, position);
-        Pool storage pool = _pools[taskKey];
-        if (position >= state.participantCount || pool.parts == 0 || word & IS_PAID != 0) return 0;
-        return pool.remaining * _partsOf(word, state) / pool.parts;
+    function claimable(bytes32 taskKey, address token, uint256 position, uint256 score) external view returns (uint256) {
+        Pool storage pool = _pools[taskKey][token];
+        if (pool.parts == 0 || position >= _states[taskKey].participantCount || _bit(_claimed[taskKey], position)) return 0;
+        return pool.remaining * _partsOf(taskKey, pool.rule, position, score) / pool.parts;
     }
 
     function _blockOf(string calldata taskID, bytes32 key) private view returns (BlockMeta memory meta) {
@@ -356,10 +367,12 @@ contract RewardDistribution is ReentrancyGuardTransient {
     function _fillPool(bytes32 key, Task memory task, State memory state) private {
         address aggregator = blockPublisher.getBlockMeta(key).aggregator;
         uint256 share = state.isShareForfeited ? 0 : task.reward * uint256(task.terms.aggregatorSharePpm) / PPM;
-        uint256 parts = state.scoreSum;
-        if (parts == 0) parts = state.revealedCount > 0 ? state.revealedCount : state.participantCount;
+        Rule rule = state.scoreSum > 0 ? Rule.ByScore : state.revealedCount > 0 ? Rule.AmongRevealed : Rule.AmongAll;
+        uint256 parts = rule == Rule.ByScore
+            ? state.scoreSum
+            : rule == Rule.AmongRevealed ? state.revealedCount : state.participantCount;
 
-        _pools[key] = Pool(uint88(task.reward - share), uint72(parts), task.token);
+        _pools[key][task.token] = Pool(uint88(task.reward - share), uint72(parts), rule);
         emit Distributed(key, aggregator, task.reward, share, task.reward - share, parts);
         if (share > 0) _credit(key, aggregator, task.token, share);
     }
@@ -369,54 +382,22 @@ contract RewardDistribution is ReentrancyGuardTransient {
         emit RewardCredited(key, account, token, amount);
     }
 
-    /// @dev Takes the sender's part out of the pool. remaining (88 bits) times parts (72 bits) fits.
-    function _claim(Claim calldata claim, address token) private returns (uint256 amount) {
-        bytes32 key = taskKeyOf(claim.taskID);
-        State memory state = _states[key];
-        Pool memory pool = _pools[key];
-        Place calldata place = claim.place;
-
-        if (!state.isDistributed || state.outcome != Outcome.Met) revert NotDistributed(claim.taskID);
-        if (pool.token != token) revert WrongToken(claim.taskID, pool.token);
-        _checkPlace(claim.taskID, key, place.position, place.scoreCommit, place.proof);
-        uint64 word = _scoreWord(key, place.position);
-        if (word & IS_PAID != 0) revert AlreadyClaimed(claim.taskID, msg.sender);
-
-        uint256 parts = _partsOf(word, state);
-        amount = parts == 0 ? 0 : pool.remaining * parts / pool.parts;
-        _setScoreWord(key, place.position, word | IS_PAID);
-        _pools[key].remaining = uint88(pool.remaining - amount);
-        _pools[key].parts = uint72(pool.parts - parts);
-        emit RewardClaimed(key, msg.sender, amount);
+    /// @dev Unrevealed scores count nothing, unless nobody revealed one. remaining (88 bits) times parts (72 bits) fits.
+    function _partsOf(bytes32 key, Rule rule, uint256 position, uint256 score) private view returns (uint256) {
+        if (rule == Rule.AmongAll) return 1;
+        if (!_bit(_revealed[key], position)) return 0;
+        return rule == Rule.ByScore ? score : 1;
     }
 
-    /// @dev A score counts as it is; when all revealed ones are zero, each of them counts one; without any, everybody does.
-    function _partsOf(uint64 word, State memory state) private pure returns (uint256) {
-        if (state.scoreSum > 0) return word == 0 ? 0 : word - 1;
-        return word != 0 || state.revealedCount == 0 ? 1 : 0;
-    }
-
-    function _checkPlace(
-        string calldata taskID,
-        bytes32 key,
-        uint256 position,
-        bytes32 scoreCommit,
-        bytes32[] calldata proof
-    ) private view {
-        bytes32 leaf = contributionLeaf(position, msg.sender, scoreCommit);
-        if (MerkleProof.processProofCalldata(proof, leaf) != _contributionsRoots[key]) {
+    function _checkOpening(string calldata taskID, bytes32 key, Opening calldata opening) private view {
+        bytes32 commit = keccak256(abi.encodePacked(opening.score, opening.salt, taskID, msg.sender));
+        bytes32 leaf = contributionLeaf(opening.position, msg.sender, commit);
+        if (MerkleProof.processProofCalldata(opening.proof, leaf) != _contributionsRoots[key]) {
             revert NotParticipant(taskID, msg.sender);
         }
     }
 
-    /// @dev Zero, or a score plus one; and IS_PAID.
-    function _scoreWord(bytes32 key, uint256 position) private view returns (uint64) {
-        return uint64(_scores[key][position / SCORES_PER_WORD] >> (position % SCORES_PER_WORD * SCORE_BITS));
-    }
-
-    function _setScoreWord(bytes32 key, uint256 position, uint64 word) private {
-        uint256 shift = position % SCORES_PER_WORD * SCORE_BITS;
-        uint256 others = _scores[key][position / SCORES_PER_WORD] & ~(uint256(type(uint64).max) << shift);
-        _scores[key][position / SCORES_PER_WORD] = others | (uint256(word) << shift);
+    function _bit(uint256 bits, uint256 position) private pure returns (bool) {
+        return (bits >> position) & 1 != 0;
     }
 }

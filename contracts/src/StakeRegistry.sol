@@ -5,7 +5,7 @@ import {ECDSA} from "@openzeppelin/contracts/utils/cryptography/ECDSA.sol";
 import {MessageHashUtils} from "@openzeppelin/contracts/utils/cryptography/MessageHashUtils.sol";
 import {Math} from "@openzeppelin/contracts/utils/math/Math.sol";
 import {SafeCast} from "@openzeppelin/contracts/utils/math/SafeCast.sol";
-import {ReentrancyGuard} from "@openzeppelin/contracts/utils/ReentrancyGuard.sol";
+import {ReentrancyGuardTransient} from "@openzeppelin/contracts/utils/ReentrancyGuardTransient.sol";
 import {BlockPublisher} from "./BlockPublisher.sol";
 import {accountOf, cohortHashOf, memberWord, stakeIn} from "./Cohort.sol";
 import {HealChainEscrow} from "./HealChainEscrow.sol";
@@ -26,31 +26,37 @@ import {
 /// @notice A signed Registration, as far as the contract needs it: its struct hash can be recomputed from these fields.
 struct Application {
     address miner;
-    /// keccak256 of the encryption key's 33 bytes.
+    /// keccak256 of the encryption key (33 bytes).
     bytes32 encryptionKeyHash;
     bytes32 datasetProofSha256;
+    /// Wei that the miner puts behind the task.
+    uint88 stake;
     /// The miner's EIP-712 signature of the Registration, in the compact form of EIP-2098.
     bytes32 r;
     bytes32 vs;
 }
 
 /// @title Stakes, cohorts, the stake-weighted draw of the aggregator and of those who replace it (M2, 2.1).
-/// @notice What a cohort records of a stake backs that task alone, and is held while the task can still need it: else a member
-/// could let a task of its own, with accomplices, take the stake before evidence about another does. A stake is taken only for
-/// what the chain itself shows: two signed candidates, or a turn that passed without a block. What is taken goes to the other
-/// members of the cohort, in equal parts. Nobody owns this contract.
-contract StakeRegistry is ReentrancyGuard {
+/// @notice A miner signs how much stake it puts behind a task. That part backs this task alone until the task's latest end: else a
+/// member could let a task of its own, with accomplices, take it before evidence about another does. It is taken only for what
+/// the chain itself shows: two signed candidates, or a turn that passed without a block. What is taken goes to the other members
+/// of the cohort, in equal parts. Nobody owns this contract.
+contract StakeRegistry is ReentrancyGuardTransient {
     using SafeCast for uint256;
 
     /// @dev One slot. 88 bits of wei are 309 million ether.
     struct Account {
         uint88 stake;
-        /// Part of the stake whose withdrawal is requested.
-        uint88 requested;
-        /// Unix seconds from which the requested part may be withdrawn, if no task holds it.
+        /// Part of the stake that tasks recorded since heldSince; counts until heldUntil, the latest end of all these tasks.
+        uint88 recorded;
+        uint40 heldSince;
+        uint40 heldUntil;
+    }
+
+    /// @dev A part that left the stake and waits for the delay to pass. No task can record or take it.
+    struct Withdrawal {
+        uint88 amount;
         uint40 withdrawableAt;
-        /// Unix seconds until which a task holds the whole stake.
-        uint40 lockedUntil;
     }
 
     struct Draw {
@@ -67,6 +73,8 @@ contract StakeRegistry is ReentrancyGuard {
         bytes32 seed;
         /// A bit per position in the cohort: who was replaced.
         uint256 replaced;
+        /// A bit per position in the cohort: whose recorded stake was given back by releaseStake.
+        uint256 released;
     }
 
     /// @notice What was taken from one member of a cohort for one offence, and who of the others has had its part.
@@ -85,7 +93,7 @@ contract StakeRegistry is ReentrancyGuard {
 
     /// @notice Type hash of the EIP-712 struct Registration.
     bytes32 public constant REGISTRATION_TYPEHASH = keccak256(
-        "Registration(string task_id,uint32 round_number,address miner,bytes encryption_key,bytes32 dataset_proof_sha256)"
+        "Registration(string task_id,uint32 round_number,address miner,bytes encryption_key,bytes32 dataset_proof_sha256,uint96 stake_wei)"
     );
 
     /// @notice The escrow of this deployment.
@@ -99,8 +107,7 @@ contract StakeRegistry is ReentrancyGuard {
     mapping(address miner => uint256) public creditOf;
 
     mapping(address miner => Account) private _accounts;
-    /// @dev Wei of the stake that tasks recorded and did not take; means nothing after lockedUntil. Never more than the stake.
-    mapping(address miner => uint256) private _recorded;
+    mapping(address miner => Withdrawal) private _withdrawals;
     mapping(bytes32 taskKey => Draw) private _draws;
     mapping(bytes32 taskKey => mapping(uint256 position => mapping(Offence => Slash))) private _slashes;
 
@@ -117,6 +124,7 @@ contract StakeRegistry is ReentrancyGuard {
         bytes32 indexed taskKey, address indexed former, address indexed aggregator, uint40 turnEnd
     );
     event SeedMoved(bytes32 indexed taskKey, uint40 expiredBlock, uint40 seedBlock);
+    event StakeReleased(bytes32 indexed taskKey, address indexed miner, uint256 amount);
     event StakeSlashed(
         bytes32 indexed taskKey, address indexed aggregator, Offence offence, uint256 position, uint256 amount
     );
@@ -126,7 +134,7 @@ contract StakeRegistry is ReentrancyGuard {
     error InsufficientStake(address miner, uint256 stake, uint256 needed);
     error NothingToWithdraw(address account);
     error WithdrawalTooEarly(uint40 withdrawableAt, uint256 timestamp);
-    error StakeLocked(uint40 lockedUntil, uint256 timestamp);
+    error StakeHeld(uint40 heldUntil, uint256 timestamp);
     error PublisherCannotMine(string taskID, address publisher);
     error InvalidApplication(uint256 index, address miner);
     error RegistrationIsClosed(string taskID);
@@ -168,38 +176,64 @@ contract StakeRegistry is ReentrancyGuard {
         emit StakeDeposited(msg.sender, msg.value, stake);
     }
 
-    /// @notice Asks to withdraw part of the sender's stake after the delay. Replaces an earlier request; zero cancels it.
-    /// The requested part no longer counts as available.
+    /// @notice Takes part of the sender's available stake out of it; it is paid out after the delay. Replaces an earlier request,
+    /// whose amount goes back into the stake first; zero cancels it.
     /// @dev Emits {WithdrawalRequested}. Reverts with {InsufficientStake}.
-    /// @param amount Wei, at most the stake.
+    /// @param amount Wei, at most what is available then.
     function requestWithdrawal(uint256 amount) external {
         Account storage account = _accounts[msg.sender];
-        if (amount > account.stake) revert InsufficientStake(msg.sender, account.stake, amount);
+        Withdrawal storage withdrawal = _withdrawals[msg.sender];
+        uint256 available = uint256(_available(account)) + withdrawal.amount;
+        if (amount > available) revert InsufficientStake(msg.sender, available, amount);
 
         uint40 withdrawableAt = (block.timestamp + withdrawalDelay_s).toUint40();
-        account.requested = amount.toUint88();
-        account.withdrawableAt = withdrawableAt;
+        account.stake = uint88(uint256(account.stake) + withdrawal.amount - amount);
+        withdrawal.amount = uint88(amount);
+        withdrawal.withdrawableAt = withdrawableAt;
         emit WithdrawalRequested(msg.sender, amount, withdrawableAt);
     }
 
-    /// @notice Pays the requested part of the sender's stake, after the delay and when no task holds the stake.
-    /// @dev Emits {StakeWithdrawn}. Reverts with {NothingToWithdraw}, {WithdrawalTooEarly}, {StakeLocked}, InvalidRecipient or
-    /// TransferFailed.
+    /// @notice Pays what the sender requested to withdraw, after the delay.
+    /// @dev Emits {StakeWithdrawn}. Reverts with {NothingToWithdraw}, {WithdrawalTooEarly}, InvalidRecipient or TransferFailed.
     /// @param recipient Who gets it: the sender itself, or another account if it cannot receive.
     function withdrawStake(address recipient) external nonReentrant {
-        Account storage account = _accounts[msg.sender];
-        uint88 amount = account.requested;
+        Withdrawal storage withdrawal = _withdrawals[msg.sender];
+        uint88 amount = withdrawal.amount;
         if (amount == 0) revert NothingToWithdraw(msg.sender);
-        if (block.timestamp < account.withdrawableAt) {
-            revert WithdrawalTooEarly(account.withdrawableAt, block.timestamp);
+        if (block.timestamp < withdrawal.withdrawableAt) {
+            revert WithdrawalTooEarly(withdrawal.withdrawableAt, block.timestamp);
         }
-        if (_isHeld(account)) revert StakeLocked(account.lockedUntil, block.timestamp);
 
-        account.requested = 0;
-        account.stake -= amount;
+        withdrawal.amount = 0;
         emit StakeWithdrawn(msg.sender, recipient, amount);
 
         pay(address(0), recipient, amount);
+    }
+
+    /// @notice Makes the stake that a task recorded of a member available again, once its latest end has passed. Anyone may call it,
+    /// for anyone. Only needed while other tasks hold some of the member's stake: when none does, all of it is available.
+    /// @dev Emits {StakeReleased}. Reverts with {StakeHeld}, {WrongCohort} or {NotEntitled}: there is no such member, or nothing of
+    /// it is recorded for this task any more.
+    /// @param cohort As in {RegistrationClosed}.
+    /// @param position Position in the cohort.
+    function releaseStake(string calldata taskID, bytes32[] calldata cohort, uint256 position) external {
+        bytes32 key = taskKeyOf(taskID);
+        Draw storage draw = _draws[key];
+        uint40 end = _latestEnd(escrow.getTask(key).terms);
+
+        _checkCohort(taskID, draw, cohort);
+        if (block.timestamp <= end) revert StakeHeld(end, block.timestamp);
+        if (position >= cohort.length || (draw.released >> position) & 1 != 0) revert NotEntitled(taskID, position);
+        address miner = accountOf(cohort[position]);
+        Account storage account = _accounts[miner];
+        // What was recorded before heldSince is available since then, and is not part of what is recorded now.
+        if (!_isHeld(account) || end < account.heldSince) revert NotEntitled(taskID, position);
+
+        uint256 amount = stakeIn(cohort[position]) - _slashes[key][position][Offence.Silence].amount
+            - _slashes[key][position][Offence.Equivocation].amount;
+        draw.released |= 1 << position;
+        account.recorded -= uint88(amount);
+        emit StakeReleased(key, miner, amount);
     }
 
     /// @notice Pays what the sender was credited from slashed stakes. No delay, no lock.
@@ -218,8 +252,8 @@ contract StakeRegistry is ReentrancyGuard {
     // Cohort and draw
 
     /// @notice Fixes the cohort of a task, once. Only its publisher may. Every member applied by a signed Registration for this
-    /// task. The available stakes are recorded for the draw and held until the task's latest possible end; the draw is seeded by
-    /// the next block.
+    /// task. The stakes that they signed for are recorded for the draw and held until the task's latest possible end; the draw is
+    /// seeded by the next block.
     /// @dev Emits {RegistrationClosed}, whose cohort is what later calls have to bring along. Reverts with {WrongStatus},
     /// {DeadlinePast}, {RegistrationIsClosed}, {NotPublisher}, {CohortSize}, {NotAscending}, {PublisherCannotMine},
     /// {InvalidApplication}, {InsufficientStake} or {CohortWithoutStake}.
@@ -388,28 +422,28 @@ contract StakeRegistry is ReentrancyGuard {
 
     // Views
 
-    /// @notice The whole stake of a miner in wei, requested withdrawals included.
+    /// @notice The stake of a miner in wei, what tasks recorded included and requested withdrawals not.
     function stakeOf(address miner) external view returns (uint256) {
         return _accounts[miner].stake;
     }
 
-    /// @notice The stake of a miner that counts for cohorts and draws: without requested withdrawals, and without what other tasks
-    /// recorded while one of them holds the stake.
+    /// @notice The stake of a miner that no task holds: what it can put behind another, or withdraw.
     function availableStake(address miner) external view returns (uint256) {
-        return _available(miner);
+        return _available(_accounts[miner]);
     }
 
-    /// @notice The requested withdrawal of a miner, and the two times that it has to wait for.
+    /// @notice Until when tasks hold part of a miner's stake, in unix seconds, and how much they recorded.
+    function getHold(address miner) external view returns (uint256 recorded, uint40 heldUntil) {
+        Account storage account = _accounts[miner];
+        return (_isHeld(account) ? account.recorded : 0, account.heldUntil);
+    }
+
+    /// @notice The requested withdrawal of a miner.
     /// @return amount Wei requested.
     /// @return withdrawableAt Unix seconds when the delay ends.
-    /// @return lockedUntil Unix seconds until which a task holds the stake.
-    function getWithdrawal(address miner)
-        external
-        view
-        returns (uint256 amount, uint40 withdrawableAt, uint40 lockedUntil)
-    {
-        Account storage account = _accounts[miner];
-        return (account.requested, account.withdrawableAt, account.lockedUntil);
+    function getWithdrawal(address miner) external view returns (uint256 amount, uint40 withdrawableAt) {
+        Withdrawal storage withdrawal = _withdrawals[miner];
+        return (withdrawal.amount, withdrawal.withdrawableAt);
     }
 
     /// @notice What anyone needs to recompute the draw, and whose turn it is.
@@ -468,7 +502,9 @@ contract StakeRegistry is ReentrancyGuard {
             if (a.miner <= (i == 0 ? address(0) : applications[i - 1].miner)) revert NotAscending(i, a.miner);
             if (a.miner == publisher) revert PublisherCannotMine(taskID, a.miner);
             registrations[i] = keccak256(
-                abi.encode(REGISTRATION_TYPEHASH, key, uint32(0), a.miner, a.encryptionKeyHash, a.datasetProofSha256)
+                abi.encode(
+                    REGISTRATION_TYPEHASH, key, uint32(0), a.miner, a.encryptionKeyHash, a.datasetProofSha256, a.stake
+                )
             );
             bytes32 digest = MessageHashUtils.toTypedDataHash(domain, registrations[i]);
             (address signer,,) = ECDSA.tryRecover(digest, a.r, a.vs);
@@ -476,7 +512,7 @@ contract StakeRegistry is ReentrancyGuard {
         }
     }
 
-    /// @dev Records the available stakes, and holds them until no evidence about this task can matter any more.
+    /// @dev Records the stakes that were signed for, and holds them until no evidence about this task can matter any more.
     function _holdStakes(string calldata taskID, Application[] calldata applications, Terms memory terms)
         private
         returns (bytes32[] memory cohort)
@@ -485,26 +521,35 @@ contract StakeRegistry is ReentrancyGuard {
         uint256 total = 0;
         cohort = new bytes32[](applications.length);
         for (uint256 i = 0; i < applications.length; i++) {
-            address miner = applications[i].miner;
-            Account storage account = _accounts[miner];
-            uint88 stake = _available(miner);
-            if (stake < terms.minStake) revert InsufficientStake(miner, stake, terms.minStake);
-            _recorded[miner] = stake + (_isHeld(account) ? _recorded[miner] : 0);
-            if (latestEnd > account.lockedUntil) account.lockedUntil = latestEnd;
-            cohort[i] = memberWord(miner, stake);
+            uint88 stake = applications[i].stake;
+            _hold(applications[i].miner, stake, terms.minStake, latestEnd);
+            cohort[i] = memberWord(applications[i].miner, stake);
             total += stake;
         }
         if (total == 0) revert CohortWithoutStake(taskID);
     }
 
-    function _isHeld(Account storage account) private view returns (bool) {
-        return block.timestamp <= account.lockedUntil;
+    function _hold(address miner, uint88 stake, uint88 minStake, uint40 latestEnd) private {
+        Account memory account = _accounts[miner];
+        if (stake < minStake) revert InsufficientStake(miner, stake, minStake);
+        if (block.timestamp > account.heldUntil) {
+            account.recorded = 0;
+            account.heldSince = uint40(block.timestamp);
+        }
+        uint256 available = account.stake - account.recorded;
+        if (stake > available) revert InsufficientStake(miner, available, stake);
+        account.recorded += stake;
+        if (latestEnd > account.heldUntil) account.heldUntil = latestEnd;
+        _accounts[miner] = account;
     }
 
-    function _available(address miner) private view returns (uint88) {
-        Account storage account = _accounts[miner];
-        uint256 other = account.requested + (_isHeld(account) ? _recorded[miner] : 0);
-        return account.stake > other ? uint88(account.stake - other) : 0;
+    function _isHeld(Account storage account) private view returns (bool) {
+        return block.timestamp <= account.heldUntil;
+    }
+
+    /// @dev What is recorded is never more than the stake.
+    function _available(Account storage account) private view returns (uint88) {
+        return _isHeld(account) ? account.stake - account.recorded : account.stake;
     }
 
     /// @dev The last second in which anything about a task can matter.
@@ -557,8 +602,7 @@ contract StakeRegistry is ReentrancyGuard {
         while (position < cohort.length && accountOf(cohort[position]) != account) position++;
     }
 
-    /// @dev Both offences together take at most what the task recorded, which is there until its latest end. A requested
-    /// withdrawal never exceeds the stake.
+    /// @dev Both offences together take at most what the task recorded, which is there until its latest end.
     function _slash(
         string calldata taskID,
         bytes32 key,
@@ -574,10 +618,8 @@ contract StakeRegistry is ReentrancyGuard {
         Account storage account = _accounts[culprit];
         Offence other = offence == Offence.Silence ? Offence.Equivocation : Offence.Silence;
         uint88 amount = uint88(Math.min(stakeIn(member) - _slashes[key][position][other].amount, most));
-        uint88 left = account.stake - amount;
-        _recorded[culprit] -= amount;
-        account.stake = left;
-        if (account.requested > left) account.requested = left;
+        account.stake -= amount;
+        account.recorded -= amount;
         slash.isDone = true;
         slash.amount = amount;
         emit StakeSlashed(key, culprit, offence, position, amount);

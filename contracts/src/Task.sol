@@ -9,9 +9,6 @@ uint256 constant PPM = 1_000_000;
 /// @dev The largest cohort. Bounds every loop of the contracts, and lets one word hold a bit per member.
 uint256 constant MAX_MINERS = 200;
 
-/// @dev The largest score bound of a task: a score, one more, and a flag share 64 bits.
-uint64 constant MAX_SCORE = 2 ** 62 - 1;
-
 /// @notice Where a task's reward is.
 /// None: unknown task. Locked: in the escrow, no block yet. Published: in the escrow, a block is on chain.
 /// Settled: handed to RewardDistribution. Refunded: back with the publisher.

@@ -11,9 +11,10 @@ from web3 import EthereumTesterProvider, Web3
 
 from blocks.chain import Chain, NotYet
 from blocks.local_chain import GENESIS_KEYS, ChainInUse, LocalChainProvider
-from contracts import bindings, sending
+from contracts import bindings
 from contracts.bindings import Terms
 from contracts.messages import accuracy_commit
+from contracts.sending import Reverted, Sender
 
 FAUCET = Account.from_key(GENESIS_KEYS[0])
 ALICE, BOB = Account.from_key(keccak(text="alice")), Account.from_key(keccak(text="bob"))
@@ -41,7 +42,7 @@ def provider(path):
 
 
 def pay(web3: Web3, to: str, wei: int) -> None:
-    sending.send(web3, FAUCET, b"", to=to, value_wei=wei)
+    Sender(web3, FAUCET).send(b"", to=to, value_wei=wei)
 
 
 def blocks(web3: Web3) -> list[tuple[int, str, int, list[str]]]:
@@ -80,13 +81,13 @@ def test_a_reopened_chain_has_the_same_blocks_and_balances(path):
 
 def test_contracts_and_their_state_survive_reopening(path):
     provider = LocalChainProvider(path)
-    deployment = bindings.deploy(Web3(provider), FAUCET)
-    bindings.connect(Web3(provider), deployment, FAUCET).stakes.deposit_stake(amount_wei=77)
+    deployment = bindings.deploy(Sender(Web3(provider), FAUCET))
+    bindings.connect(Web3(provider), deployment, Sender(Web3(provider), FAUCET)).stakes.deposit_stake(amount_wei=77)
     provider.close()
 
     provider = LocalChainProvider(path)
     bindings.check_deployment(Web3(provider), deployment)
-    contracts = bindings.connect(Web3(provider), deployment, FAUCET)
+    contracts = bindings.connect(Web3(provider), deployment, Sender(Web3(provider), FAUCET))
     assert contracts.stakes.stake_of(FAUCET.address) == 77
     contracts.stakes.deposit_stake(amount_wei=3)
     assert contracts.stakes.stake_of(FAUCET.address) == 80
@@ -129,7 +130,7 @@ from eth_account import Account
 from eth_utils import keccak
 from web3 import Web3
 from blocks.local_chain import GENESIS_KEYS, LocalChainProvider
-from contracts import bindings, sending
+from contracts.sending import Sender
 
 path, faucet, alice = Path(sys.argv[1]), Account.from_key(GENESIS_KEYS[0]), Account.from_key(keccak(text="alice"))
 for attempt in range(6):
@@ -139,7 +140,7 @@ for attempt in range(6):
         web3 = Web3(LocalChainProvider(path))
         os.write(note, b"!")
         while True:
-            sending.send(web3, faucet, b"", to=alice.address, value_wei=1)
+            Sender(web3, faucet).send(b"", to=alice.address, value_wei=1)
             os.write(note, b".")
     os.read(noted, 1)
     time.sleep(0.25 + 0.037 * attempt)
@@ -249,10 +250,10 @@ def busy(tmp_path_factory):
     """A chain with the contracts and a few events."""
     provider = LocalChainProvider(tmp_path_factory.mktemp("chain") / "chain.sqlite")
     web3 = Web3(provider)
-    deployment = bindings.deploy(web3, FAUCET)
+    deployment = bindings.deploy(Sender(web3, FAUCET))
     for number, account in enumerate((ALICE, BOB)):
         pay(web3, account.address, 10**19)
-        stakes = bindings.connect(web3, deployment, account).stakes
+        stakes = bindings.connect(web3, deployment, Sender(web3, account)).stakes
         stakes.deposit_stake(amount_wei=100 + number)
         stakes.request_withdrawal(1)
     provider.mine()
@@ -305,8 +306,8 @@ def test_the_earliest_block_is_the_first_one(busy):
 
 def test_logs_of_blocks_mined_later_are_found_too(provider):
     web3 = Web3(provider)
-    deployment = bindings.deploy(web3, FAUCET)
-    stakes = bindings.connect(web3, deployment, FAUCET).stakes
+    deployment = bindings.deploy(Sender(web3, FAUCET))
+    stakes = bindings.connect(web3, deployment, Sender(web3, FAUCET)).stakes
     for number in range(1, 4):
         stakes.deposit_stake(amount_wei=1)
         logs = web3.eth.get_logs({"fromBlock": 0, "toBlock": web3.eth.block_number})
@@ -318,7 +319,7 @@ def test_logs_of_blocks_mined_later_are_found_too(provider):
 
 
 def test_estimates_are_enough_for_every_call_and_not_far_above(provider):
-    """Each transaction is sent with exactly what the estimate says, where `sending.send` adds a fifth."""
+    """Each transaction is sent with exactly what the estimate says, where `Sender.send` adds a fifth."""
     web3 = Web3(provider)
     used = {}
 
@@ -377,8 +378,8 @@ def test_estimates_are_enough_for_every_call_and_not_far_above(provider):
 
 def test_an_estimate_of_a_call_that_would_fail_is_a_refusal(busy):
     provider, deployment = busy
-    stakes = bindings.connect(Web3(provider), deployment, ALICE).stakes
-    with pytest.raises(sending.Reverted, match=r"NothingToWithdraw|WithdrawalTooEarly"):
+    stakes = bindings.connect(Web3(provider), deployment, Sender(Web3(provider), ALICE)).stakes
+    with pytest.raises(Reverted, match=r"NothingToWithdraw|WithdrawalTooEarly"):
         stakes.withdraw_stake()
 
 
@@ -388,7 +389,7 @@ def test_the_estimate_is_as_good_as_py_evms_own_search(busy):
     data = bindings.connect(web3, deployment).stakes._encode("depositStake")
     call = {"from": ALICE.address, "to": deployment.stakes, "value": 5, "data": "0x" + data.hex()}
     ours = web3.eth.estimate_gas(call)
-    receipt = sending.send(web3, ALICE, data, to=deployment.stakes, value_wei=5)
+    receipt = Sender(web3, ALICE).send(data, to=deployment.stakes, value_wei=5)
     assert receipt["gasUsed"] <= ours <= receipt["gasUsed"] * 17 // 16 + 1
 
 

@@ -1,66 +1,72 @@
-"""The largest cohort: with 200 miners every transaction still fits in a block."""
+"""The largest cohort: with 200 miners every transaction still fits in a block; and the benchmark that says what it costs."""
 
-from eth_account.signers.local import LocalAccount
+from pathlib import Path
 
-from contracts.bindings import task_events
-from contracts.messages import score_commit
-from tests.contracts.world import REWARD, TASK, World, salt_of
+import pytest
+
+from infra import bench_gas
+from infra.bench_gas import BY_EACH_MINER, ONCE_A_TASK, START, Costs, costs, rare_paths, rows_of, slopes, whole_task
+from infra.rows import refreshed
 
 # EIP-7825: the most gas that one transaction may use on Ethereum from the Osaka fork on.
 LARGEST_TRANSACTION_GAS = 2**24
+FEW, MANY = 5, 20
 
 
-def post(world: World, sender: LocalAccount, nonce: int, data: bytes, value: int = 0) -> None:
-    """A transaction to the stake registry, neither simulated nor waited for."""
-    transaction = {
-        "to": world.deployment.stakes,
-        "value": value,
-        "data": "0x" + data.hex(),
-        "chainId": world.deployment.chain_id,
-        "nonce": nonce,
-        "gas": 200_000,
-        "maxFeePerGas": 10**12,
-        "maxPriorityFeePerGas": 1,
-    }
-    world.tester.send_raw_transaction("0x" + bytes(sender.sign_transaction(transaction).raw_transaction).hex())
+@pytest.fixture(scope="module")
+def measured() -> tuple[Costs, Costs]:
+    return costs(whole_task(FEW)), costs(whole_task(MANY))
 
 
-def gas_of_a_task(world: World, count: int) -> dict[str, int]:
-    """Carry a task with `count` miners to its end; the most gas of each kind of transaction."""
-    world.stage("empty")
-    stakes, miners = world.views.stakes, world.miners[:count]
-    world.publish(max_miners=200, fault_rate_ppm=0)
-    for i, miner in enumerate(miners):
-        post(world, miner, 0, stakes._encode("depositStake"), value=10 + i)
-        post(world, miner, 1, stakes._encode("register", TASK, salt_of(miner)))
-    world.close_and_draw(miners)
-    aggregator = world.aggregator
-    candidate = world.candidate(
-        participants=tuple(miner.address for miner in miners),
-        score_commits=tuple(score_commit(7, salt_of(miner), TASK, miner.address) for miner in miners),
-    )
-    votes = world.votes(candidate, [miner for miner in miners if miner != aggregator])
-    assert world.views.publisher.required_votes(TASK) == count - 1
-    world.as_(aggregator).publisher.publish_block(candidate, votes)
-    world.reveal_accuracy()
-    snapshot = world.tester.take_snapshot()
-    most = {}
-    for miner in (miners[0], miners[count // 2], miners[-1]):
-        most["revealScore"] = world.as_(miner).rewards.reveal_score(TASK, 7, salt_of(miner)).gas_used
-    # Nobody reveals: everybody is paid, so that the distribution is as long as it can be.
-    world.tester.revert_to_snapshot(snapshot)
-    world.at(world.now() + 1000)
-    world.as_(world.stranger).rewards.distribute(TASK)
-    assert sum(world.views.rewards.balance_of(miner.address) for miner in miners) == REWARD
-    for record in task_events(world.web3, world.deployment, TASK):
-        most[record.kind] = max(record.gas_used, most.get(record.kind, 0))
-    return most
+def test_200_miners_fit(measured: tuple[Costs, Costs]) -> None:
+    """Every loop is linear in the cohort, so that two sizes tell the third."""
+    few, many = measured
+    for kind, gas in many.gas.items():
+        per_miner = max(0, gas - few.gas[kind]) / (MANY - FEW)
+        assert gas + (200 - MANY) * per_miner * 1.1 < LARGEST_TRANSACTION_GAS, kind
 
 
-def test_200_miners_fit() -> None:
-    """Every loop is linear in the cohort, so that two sizes tell the third (measured with 200: contracts/README.md)."""
-    world = World(30)
-    few, many = gas_of_a_task(world, 10), gas_of_a_task(world, 30)
-    for kind, gas in many.items():
-        per_miner = (gas - few[kind]) / 20
-        assert gas + 170 * per_miner * 1.1 < LARGEST_TRANSACTION_GAS, kind
+def test_what_is_paid_once_does_not_grow(measured: tuple[Costs, Costs]) -> None:
+    """Distribution and reveals do not look at the whole cohort; a proof grows by a step when the cohort doubles."""
+    few, many = measured
+    for kind in ("publishTask", "revealAccuracy", "distribute"):
+        assert abs(many.gas[kind] - few.gas[kind]) < 100, kind
+    for kind in BY_EACH_MINER:
+        assert many.gas[kind] < 1.05 * few.gas[kind], kind
+
+
+def test_a_task_is_all_its_transactions(measured: tuple[Costs, Costs]) -> None:
+    few, _ = measured
+    assert set(few.gas) == {"depositStake", *ONCE_A_TASK, *BY_EACH_MINER}
+    each = sum(few.gas[kind] for kind in BY_EACH_MINER)
+    assert few.total == sum(few.gas[kind] for kind in ONCE_A_TASK) + FEW * each
+
+
+def test_a_cost_that_grows_with_the_cohort_misses_its_goal() -> None:
+    kinds = (*ONCE_A_TASK, *BY_EACH_MINER)
+
+    def of(size: int, each: int) -> Costs:
+        return Costs(size, dict.fromkeys(kinds, 0) | {"publishTask": 1000, "closeRegistration": size * each})
+
+    flat, steep = ([of(5, 10), of(20, 10), of(100, each)] for each in (10, 12))
+    assert [slopes(sizes)[-1].shortfall() is None for sizes in (flat, steep)] == [True, False]
+    assert [row.value for row in slopes(flat)[:2]] == [10, 10]
+
+
+def test_the_document_gets_its_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_gas, "SIZES", (3, 4, 5))
+    monkeypatch.setattr(bench_gas, "RARE_SIZES", (4, 5))
+    benches = [whole_task(size) for size in bench_gas.SIZES]
+    rows = rows_of(benches, dict.fromkeys(bench_gas.RARE_SIZES, rare_paths(4)))
+    document = (Path(__file__).parents[2] / "contracts" / "README.md").read_text()
+    written = refreshed(document, START, bench_gas.report(rows, benches[0].fork))
+    for kind in (
+        *ONCE_A_TASK,
+        *BY_EACH_MINER,
+        "moveSeed",
+        "replaceAggregator, after silence",
+        "publishTask, in tokens",
+    ):
+        assert f"{kind}" in written
+    assert {row.unit for row in rows} == {"gas", "% apart"}
+    assert all(isinstance(row.record()["value"], int) for row in rows if row.unit == "gas")

@@ -2,9 +2,9 @@
 
 import pytest
 
-from contracts.bindings import ZERO_ADDRESS, Status, TaskOnChain, Transfer, _explain, task_key
+from contracts.bindings import ZERO_ADDRESS, Status, TaskOnChain, Transfer, explain, task_key
 from contracts.messages import accuracy_commit
-from contracts.sending import Reverted, send
+from contracts.sending import Reverted, Sender
 from tests.contracts.tokens import ANSWER_FALSE, CALL_BACK, EMIT_NONSENSE, KEEP_A_FEE, behave, funded
 from tests.contracts.world import ACCURACY, REWARD, SALT, SPEC, TASK, World
 
@@ -190,12 +190,12 @@ def test_only_the_other_contracts_move_a_task(locked: World, function: str) -> N
 @pytest.mark.parametrize("contract", ["escrow", "stakes", "publisher", "rewards"])
 def test_no_contract_takes_plain_ether(empty: World, contract: str) -> None:
     with pytest.raises(Reverted):
-        send(empty.web3, empty.stranger, b"", to=getattr(empty.deployment, contract), value_wei=1)
+        Sender(empty.web3, empty.stranger).send(b"", to=getattr(empty.deployment, contract), value_wei=1)
 
 
 def test_the_rewards_contract_says_whose_ether_it_takes(empty: World) -> None:
     with pytest.raises(Reverted, match="OnlyContract") as refused:
-        send(empty.web3, empty.stranger, b"", to=empty.deployment.rewards, value_wei=1, explain=_explain)
+        Sender(empty.web3, empty.stranger).send(b"", to=empty.deployment.rewards, value_wei=1, explain=explain)
     assert refused.value.arguments == (empty.stranger.address, empty.deployment.escrow)
 
 

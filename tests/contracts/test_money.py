@@ -1,38 +1,30 @@
 """The money over random histories: each contract holds exactly what it owes, and in the end everything leaves.
 
-The model beside the chain is a ledger written from the events: rewards in the escrow, what RewardDistribution owes,
-stakes and credits. Steps that the contracts refuse change nothing.
+Beside the chain runs a model of every wei, written from the rules: who has which stake and credit, what was taken from
+whom and is not yet divided, which reward is where, and what is left of a pool after each claim. Whether an act is
+accepted the contracts say; what it moves the model says first. Steps that the contracts refuse change nothing.
 """
 
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import cache
+from typing import Any
 
 from eth_account.signers.local import LocalAccount
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from contracts.bindings import (
-    CreditAdded,
-    CreditWithdrawn,
-    Distributed,
-    Mined,
-    PublisherRefunded,
-    RewardCredited,
-    StakeDeposited,
-    StakeSlashed,
-    StakeWithdrawn,
-    Status,
-    TaskPublished,
-    Withdrawn,
-)
-from contracts.messages import Candidate, accuracy_commit, score_commit, sign
+from contracts.bindings import Contracts, Offence, Outcome, Status
+from contracts.messages import ZERO_ADDRESS, Address, Candidate, accuracy_commit, score_commit, sign
 from contracts.sending import Reverted
-from tests.contracts.world import ACCURACY, DELAY, SALT, World, salt_of
+from tests.contracts.tokens import funded
+from tests.contracts.world import ACCURACY, DELAY, PENALTY_PPM, SALT, World, salt_of
 
 TASKS = ("first", "second")
+PPM = 1_000_000
 MINERS = st.integers(0, 3)
 REWARDS = st.integers(1, 10**9)
 AT_ONCE = st.sampled_from([True, True, False])
@@ -47,181 +39,273 @@ def shared_world() -> World:
     return World(4)
 
 
+@dataclass
+class Pot:
+    """One task's money: in the escrow until it is distributed or refunded, then what the participants have not claimed."""
+
+    reward: int
+    share_ppm: int
+    token: Address
+    cohort: list[LocalAccount]
+    stakes: dict[Address, int]
+    escrowed: int = 0
+    aggregator: Address = ""
+    is_unmet: bool = False
+    is_forfeited: bool = False
+    scores: dict[Address, int] = field(default_factory=dict)
+    remaining: int = 0
+    parts: dict[Address, int] = field(default_factory=dict)
+    # What was taken from whom for what, who has not had its part yet, and how much is not divided yet.
+    taken: dict[tuple[Address, Offence], int] = field(default_factory=dict)
+    waiting: dict[tuple[Address, Offence], list[Address]] = field(default_factory=dict)
+    undivided: int = 0
+
+    def fill(self) -> int:
+        """Distribute; the aggregator's share."""
+        share = 0 if self.is_forfeited else self.reward * self.share_ppm // PPM
+        self.remaining, self.escrowed = self.reward - share, 0
+        members = [miner.address for miner in self.cohort]
+        if sum(self.scores.values()):
+            self.parts = {miner: self.scores.get(miner, 0) for miner in members}
+        else:
+            self.parts = {miner: int(miner in self.scores or not self.scores) for miner in members}
+        return share
+
+    def claim(self, miner: Address) -> int:
+        part, total = self.parts[miner], sum(self.parts.values())
+        paid = self.remaining * part // total if part else 0
+        self.remaining -= paid
+        del self.parts[miner]
+        return paid
+
+
 class Money(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.world = shared_world().stage("empty")
+        self.token = funded(self.world, amount=10**12)
         self.miners = self.world.miners
-        self.escrowed: Counter[str] = Counter()
-        self.owed: Counter[str] = Counter()
-        self.stakes: Counter[str] = Counter()
-        self.credits: Counter[str] = Counter()
-        self.paid_in = self.paid_out = 0
-        self.cohorts: dict[str, list[LocalAccount]] = {}
+        self.accounts = (self.world.publisher, *self.miners)
+        self.stakes: Counter[Address] = Counter()
+        self.requested: Counter[Address] = Counter()
+        self.credits: Counter[Address] = Counter()
+        self.balances: Counter[tuple[Address, Address]] = Counter()
+        self.pots: dict[str, Pot] = {}
         self.published: set[str] = set()
 
-    def record(self, mined: Mined) -> None:
-        """Enter the events of a transaction into the ledger."""
-        for event in mined.events:
-            match event:
-                case TaskPublished():
-                    self.escrowed[event.task_key] += event.reward_wei
-                    self.paid_in += event.reward_wei
-                case PublisherRefunded():
-                    assert event.amount_wei == self.escrowed.pop(event.task_key)
-                    self.paid_out += event.amount_wei
-                case RewardCredited():
-                    self.owed[event.account] += event.amount_wei
-                    self.escrowed[event.task_key] -= event.amount_wei
-                case Distributed():
-                    assert self.escrowed[event.task_key] == 0
-                case Withdrawn():
-                    assert event.amount_wei == self.owed.pop(event.account)
-                    self.paid_out += event.amount_wei
-                case StakeDeposited():
-                    self.stakes[event.miner] += event.amount_wei
-                    self.paid_in += event.amount_wei
-                case StakeWithdrawn():
-                    self.stakes[event.miner] -= event.amount_wei
-                    self.paid_out += event.amount_wei
-                case StakeSlashed():
-                    self.stakes[event.aggregator] -= event.amount_wei
-                case CreditAdded():
-                    self.credits[event.miner] += event.amount_wei
-                case CreditWithdrawn():
-                    assert event.amount_wei == self.credits.pop(event.miner)
-                    self.paid_out += event.amount_wei
-
-    def as_(self, account: LocalAccount):
+    def as_(self, account: LocalAccount) -> Contracts:
         return self.world.as_(account)
 
-    def aggregator_of(self, task: str) -> LocalAccount:
-        address = self.world.views.stakes.aggregator_of(task)
-        return next(miner for miner in self.miners if miner.address == address)
-
-    def candidate(self, task: str, aggregator: LocalAccount, correct: int) -> Candidate:
-        cohort = tuple(miner.address for miner in self.cohorts[task])
-        salts = {miner.address: salt_of(miner) for miner in self.miners}
+    def candidate(self, task: str, aggregator: Address, correct: int) -> Candidate:
         scores = {miner.address: score for miner, score in zip(self.miners, SCORES, strict=True)}
-        return Candidate(
-            task_id=task,
-            round_number=1,
-            model_sha256="0x" + "ab" * 32,
-            model_uri="s3://model",
+        cohort = self.pots[task].cohort
+        commits = (score_commit(scores[miner.address], salt_of(miner), task, miner.address) for miner in cohort)
+        return self.world.candidate(
+            task,
+            aggregator=aggregator,
             correct=correct,
-            total=100,
-            aggregator=aggregator.address,
-            participants=cohort,
-            score_commits=tuple(score_commit(scores[miner], salts[miner], task, miner) for miner in cohort),
-            opening_sha256="0x" + "cd" * 32,
+            participants=tuple(miner.address for miner in cohort),
+            score_commits=tuple(commits),
         )
+
+    def turn(self, task: str) -> LocalAccount | None:
+        address = self.world.views.stakes.aggregator_of(task)
+        return next((miner for miner in self.miners if miner.address == address), None)
 
     # Stakes
 
     @rule(miner=MINERS, amount=st.integers(1, 10**6))
     def deposit(self, miner: int, amount: int) -> None:
-        self.record(self.as_(self.miners[miner]).stakes.deposit_stake(amount_wei=amount))
+        account = self.miners[miner]
+        self.stakes[account.address] += amount
+        event = self.as_(account).stakes.deposit_stake(amount_wei=amount).event
+        assert event.stake_wei == self.stakes[account.address]
 
     @rule(miner=MINERS, share=st.integers(0, 4))
     def request_withdrawal(self, miner: int, share: int) -> None:
         account = self.miners[miner]
-        self.as_(account).stakes.request_withdrawal(self.stakes[account.address] * share // 4)
+        self.requested[account.address] = self.stakes[account.address] * share // 4
+        self.as_(account).stakes.request_withdrawal(self.requested[account.address])
 
     @rule(miner=MINERS)
     def withdraw_stake_or_credit(self, miner: int) -> None:
-        stakes = self.as_(self.miners[miner]).stakes
+        account = self.miners[miner]
         with suppress(Reverted):
-            self.record(stakes.withdraw_credit())
+            paid = self.as_(account).stakes.withdraw_credit().event.amount_wei
+            assert paid == self.credits.pop(account.address)
         with suppress(Reverted):
-            self.record(stakes.withdraw_stake())
+            paid = self.as_(account).stakes.withdraw_stake().event.amount_wei
+            assert paid == self.requested.pop(account.address)
+            self.stakes[account.address] -= paid
+
+    def take(self, task: str, culprit: Address, offence: Offence, most: int) -> None:
+        """Out of a stake, for the other members to share."""
+        pot, amount = self.pots[task], min(most, self.stakes[culprit])
+        self.stakes[culprit] -= amount
+        self.requested[culprit] = min(self.requested[culprit], self.stakes[culprit])
+        pot.taken[culprit, offence] = amount
+        pot.waiting[culprit, offence] = [miner.address for miner in pot.cohort if miner.address != culprit]
+        pot.undivided += amount
 
     # A task: its steps in their order, each possibly left out
 
     @initialize(data=st.data())
     def begin(self, data: st.DataObject) -> None:
         """In a purely random history most tasks miss their deadline: so most of these have their block at once."""
-        self.publish_and_form(TASKS[0], data.draw(REWARDS), data.draw(SHARES))
+        self.publish_and_form(TASKS[0], data.draw(REWARDS), data.draw(SHARES), ZERO_ADDRESS)
         if data.draw(AT_ONCE, label="block at once"):
             self.publish_block(data, data.draw(CORRECT), data.draw(st.booleans()))
 
-    @precondition(lambda self: len(self.cohorts) < len(TASKS))
-    @rule(data=st.data())
-    def another(self, data: st.DataObject) -> None:
-        self.publish_and_form(TASKS[1], data.draw(REWARDS), data.draw(SHARES))
+    @precondition(lambda self: len(self.pots) < len(TASKS))
+    @rule(data=st.data(), is_in_tokens=st.booleans())
+    def another(self, data: st.DataObject, is_in_tokens: bool) -> None:
+        token = self.token.address if is_in_tokens else ZERO_ADDRESS
+        self.publish_and_form(TASKS[1], data.draw(REWARDS), data.draw(SHARES), token)
         if data.draw(AT_ONCE, label="block at once"):
             self.publish_block(data, data.draw(CORRECT), data.draw(st.booleans()))
 
-    def publish_and_form(self, task: str, reward: int, share_ppm: int) -> None:
+    def publish_and_form(self, task: str, reward: int, share_ppm: int, token: Address) -> None:
         """Everybody with stake joins, after a deposit that makes them enough."""
-        terms = self.world.terms(aggregator_share_ppm=share_ppm, min_stake_wei=1, max_miners=4)
-        escrow = self.as_(self.world.publisher).escrow
-        self.record(escrow.publish_task(task, COMMIT, "0x" + "ef" * 32, terms, reward_wei=reward))
-        for miner in self.miners[:3]:
-            self.record(self.as_(miner).stakes.deposit_stake(amount_wei=1000))
-        self.cohorts[task] = [m for m in self.miners if self.world.views.stakes.available_stake(m.address) > 0]
-        self.world.register(self.cohorts[task], task)
-        self.world.close_and_draw(self.cohorts[task], task)
+        terms: dict[str, Any] = {"aggregator_share_ppm": share_ppm, "min_stake_wei": 1, "max_miners": 4}
+        self.world.publish(task, reward=reward, token=token, **terms)
+        for miner in range(3):
+            self.deposit(miner, 1000)
+        available = {m.address: self.stakes[m.address] - self.requested[m.address] for m in self.miners}
+        cohort = [miner for miner in self.miners if available[miner.address]]
+        self.pots[task] = Pot(reward, share_ppm, token, cohort, available, escrowed=reward)
+        self.world.close_and_draw(cohort, task)
+        recorded = self.world.views.stakes.get_cohort(task).stakes_wei
+        assert list(recorded) == [available[miner.address] for miner in cohort]
 
     def some_task(self, data: st.DataObject, tasks: Iterable[str]) -> str:
         return data.draw(st.sampled_from(sorted(tasks)), label="task")
 
-    @precondition(lambda self: self.cohorts.keys() - self.published)
+    @precondition(lambda self: self.pots.keys() - self.published)
     @rule(data=st.data(), correct=CORRECT, is_revealed=st.booleans())
     def publish_block(self, data: st.DataObject, correct: int, is_revealed: bool) -> None:
-        task = self.some_task(data, self.cohorts.keys() - self.published)
-        aggregator = self.aggregator_of(task)
-        candidate = self.candidate(task, aggregator, correct)
-        voters = [miner for miner in self.cohorts[task] if miner != aggregator]
+        task = self.some_task(data, self.pots.keys() - self.published)
+        aggregator = self.turn(task)
+        if aggregator is None:
+            return
+        voters = [miner for miner in self.pots[task].cohort if miner != aggregator]
         with suppress(Reverted):
-            self.as_(aggregator).publisher.publish_block(candidate, self.world.votes(candidate, voters))
+            self.world.publish_block(self.candidate(task, aggregator.address, correct), voters)
             self.published.add(task)
+            self.pots[task].aggregator = aggregator.address
         if is_revealed and task in self.published:
-            self.record(self.as_(self.world.publisher).rewards.reveal_accuracy(task, ACCURACY, SALT))
+            self.reveal(task, self.world.publisher)
+
+    @rule(data=st.data())
+    def resign(self, data: st.DataObject) -> None:
+        task = self.some_task(data, self.pots)
+        if aggregator := self.turn(task):
+            with suppress(Reverted):
+                self.as_(aggregator).stakes.resign_aggregator(task)
+
+    @rule(data=st.data())
+    def replace(self, data: st.DataObject) -> None:
+        task = self.some_task(data, self.pots)
+        silent, pot = self.turn(task), self.pots[task]
+        with suppress(Reverted):
+            self.as_(self.world.stranger).stakes.replace_aggregator(task)
+            if silent is not None:
+                part = pot.stakes[silent.address] * PENALTY_PPM // PPM
+                self.take(task, silent.address, Offence.SILENCE, part)
 
     @rule(data=st.data())
     def equivocate(self, data: st.DataObject) -> None:
-        task = self.some_task(data, self.cohorts)
-        aggregator = self.aggregator_of(task)
-        pair = [self.candidate(task, aggregator, correct) for correct in (1, 2)]
+        task = self.some_task(data, self.pots)
+        aggregator, pot = self.turn(task), self.pots[task]
+        if aggregator is None:
+            return
+        pair = [self.candidate(task, aggregator.address, correct) for correct in (1, 2)]
         first, second = (sign(candidate, self.world.domain, aggregator.key) for candidate in pair)
+        cohort = self.world.views.stakes.get_cohort(task)
         with suppress(Reverted):
-            self.record(self.as_(self.world.stranger).publisher.report_equivocation(pair[0], first, pair[1], second))
+            self.as_(self.world.stranger).publisher.report_equivocation(pair[0], first, pair[1], second, cohort)
+            self.take(task, aggregator.address, Offence.EQUIVOCATION, pot.stakes[aggregator.address])
+
+    @rule(data=st.data())
+    def credit(self, data: st.DataObject) -> None:
+        """One part of what was taken, if anything was: equal parts, the residue to the first in address order."""
+        task = self.some_task(data, self.pots)
+        for (culprit, offence), waiting in self.pots[task].waiting.items():
+            if waiting:
+                miner = waiting[data.draw(st.integers(0, len(waiting) - 1))]
+                self.divide(task, culprit, offence, miner)
+                return
+
+    def divide(self, task: str, culprit: Address, offence: Offence, miner: Address) -> None:
+        pot = self.pots[task]
+        amount, others = pot.taken[culprit, offence], [m.address for m in pot.cohort if m.address != culprit]
+        pot.waiting[culprit, offence].remove(miner)
+        if amount == 0:
+            return
+        part = amount // len(others) + (amount % len(others) if miner == others[0] else 0)
+        event = self.as_(self.world.stranger).stakes.credit_slashed(task, culprit, offence, miner).event
+        assert (event.miner, event.amount_wei) == (miner, part)
+        self.credits[miner] += part
+        pot.undivided -= part
+
+    def reveal(self, task: str, revealer: LocalAccount) -> None:
+        with suppress(Reverted):
+            event = self.as_(revealer).rewards.reveal_accuracy(task, ACCURACY, SALT).event
+            self.pots[task].is_unmet = event.outcome is Outcome.UNMET
 
     @precondition(lambda self: self.published)
     @rule(data=st.data(), is_publisher=st.booleans())
     def reveal_accuracy(self, data: st.DataObject, is_publisher: bool) -> None:
         task = self.some_task(data, self.published)
-        revealer = self.world.publisher if is_publisher else self.aggregator_of(task)
-        with suppress(Reverted):
-            self.record(self.as_(revealer).rewards.reveal_accuracy(task, ACCURACY, SALT))
+        aggregator = next(m for m in self.miners if m.address == self.pots[task].aggregator)
+        self.reveal(task, self.world.publisher if is_publisher else aggregator)
 
     @precondition(lambda self: self.published)
     @rule(data=st.data(), miners=st.sets(MINERS, min_size=1))
     def reveal_scores(self, data: st.DataObject, miners: set[int]) -> None:
         task = self.some_task(data, self.published)
-        for miner in sorted(miners):
+        for i in sorted(miners):
+            miner = self.miners[i]
+            place = self.world.views.publisher.place_of(task, miner.address)
             with suppress(Reverted):
-                account = self.miners[miner]
-                self.record(self.as_(account).rewards.reveal_score(task, SCORES[miner], salt_of(account)))
+                if place is not None:
+                    self.as_(miner).rewards.reveal_score(task, SCORES[i], salt_of(miner), place)
+                    self.pots[task].scores[miner.address] = SCORES[i]
 
     @precondition(lambda self: self.published)
     @rule(data=st.data())
     def distribute(self, data: st.DataObject) -> None:
         with suppress(Reverted):
-            task = self.some_task(data, self.published)
-            self.record(self.as_(self.world.stranger).rewards.distribute(task))
+            self.distributed(self.some_task(data, self.published))
+
+    def distributed(self, task: str) -> None:
+        """Raises Reverted when it is too early, or done."""
+        self.as_(self.world.stranger).rewards.distribute(task)
+        pot = self.pots[task]
+        if pot.is_unmet:
+            self.balances[pot.token, self.world.publisher.address] += pot.escrowed
+            pot.escrowed = 0
+        else:
+            pot.is_forfeited = self.world.views.rewards.get_settlement(task).is_share_forfeited
+            self.balances[pot.token, pot.aggregator] += pot.fill()
 
     @rule(data=st.data())
     def refund(self, data: st.DataObject) -> None:
+        task = self.some_task(data, self.pots)
         with suppress(Reverted):
-            self.record(self.as_(self.world.publisher).escrow.refund_publisher(self.some_task(data, self.cohorts)))
+            paid = self.as_(self.world.publisher).escrow.refund_publisher(task).event.amount_wei
+            assert paid == self.pots[task].escrowed
+            self.pots[task].escrowed = 0
 
-    @precondition(lambda self: sum(self.owed.values()))
-    @rule(miner=st.integers(-1, 3))
-    def withdraw(self, miner: int) -> None:
-        account = self.world.publisher if miner < 0 else self.miners[miner]
-        with suppress(Reverted):
-            self.record(self.as_(account).rewards.withdraw())
+    @rule(account=st.integers(0, 4), is_in_tokens=st.booleans())
+    def withdraw(self, account: int, is_in_tokens: bool) -> None:
+        """The balance and all open claims, which are rounded one after the other."""
+        who, token = self.accounts[account], self.token.address if is_in_tokens else ZERO_ADDRESS
+        claims = [task for task, pot in self.pots.items() if pot.token == token and who.address in pot.parts]
+        if not claims and not self.balances[token, who.address]:
+            return
+        paid = self.world.withdraw(who, *claims, token=token).event.amount_wei
+        owed = self.balances.pop((token, who.address), 0)
+        assert paid == owed + sum(self.pots[task].claim(who.address) for task in claims)
 
     @rule(seconds=st.sampled_from([60, 110, 310]))
     def pass_time(self, seconds: int) -> None:
@@ -232,34 +316,45 @@ class Money(RuleBasedStateMachine):
     @invariant()
     def each_contract_holds_what_it_owes(self) -> None:
         deployment = self.world.deployment
-        assert self.world.balance(deployment.escrow) == sum(self.escrowed.values())
-        assert self.world.balance(deployment.rewards) == sum(self.owed.values())
-        assert self.world.balance(deployment.stakes) == sum(self.stakes.values()) + sum(self.credits.values())
+        for token, held in ((ZERO_ADDRESS, self.world.balance), (self.token.address, self.token.balance_of)):
+            pots = [pot for pot in self.pots.values() if pot.token == token]
+            owed = sum(amount for (kind, _), amount in self.balances.items() if kind == token)
+            assert held(deployment.escrow) == sum(pot.escrowed for pot in pots)
+            assert held(deployment.rewards) == owed + sum(pot.remaining for pot in pots)
+        undivided = sum(pot.undivided for pot in self.pots.values())
+        assert self.world.balance(deployment.stakes) == self.stakes.total() + self.credits.total() + undivided
         assert self.world.balance(deployment.publisher) == 0
 
     def teardown(self) -> None:
         """Whatever happened, a few ordinary calls empty the contracts."""
-        rewards, stakes = self.world.views.rewards, self.world.views.stakes
-        for account in (self.world.publisher, *self.miners):
-            assert rewards.balance_of(account.address) == self.owed[account.address]
-            assert stakes.stake_of(account.address) == self.stakes[account.address]
-            assert stakes.credit_of(account.address) == self.credits[account.address]
-        for miner in self.miners:
-            self.as_(miner).stakes.request_withdrawal(self.stakes[miner.address])
-        self.world.at(self.world.now() + 10 * DELAY)
-        for task in self.cohorts:
-            match self.world.views.escrow.get_task(task).status:
+        views = self.world.views
+        for account in self.accounts:
+            assert views.rewards.balance_of(account.address) == self.balances[ZERO_ADDRESS, account.address]
+            assert views.stakes.stake_of(account.address) == self.stakes[account.address]
+            assert views.stakes.credit_of(account.address) == self.credits[account.address]
+        self.world.at(self.world.now() + DELAY)
+        for task, pot in self.pots.items():
+            match views.escrow.get_task(task).status:
                 case Status.LOCKED:
-                    self.record(self.as_(self.world.publisher).escrow.refund_publisher(task))
+                    self.as_(self.world.publisher).escrow.refund_publisher(task)
+                    pot.escrowed = 0
                 case Status.PUBLISHED:
-                    self.record(self.as_(self.world.stranger).rewards.distribute(task))
-        for account in (self.world.publisher, *self.miners):
-            self.withdraw(self.miners.index(account) if account in self.miners else -1)
+                    self.distributed(task)
+            for (culprit, offence), waiting in pot.waiting.items():
+                for miner in list(waiting):
+                    self.divide(task, culprit, offence, miner)
+        for miner in range(4):
+            self.request_withdrawal(miner, 4)
+        self.world.at(self.world.now() + 10 * DELAY)
+        for account in range(5):
+            self.withdraw(account, is_in_tokens=False)
+            self.withdraw(account, is_in_tokens=True)
         for miner in range(4):
             self.withdraw_stake_or_credit(miner)
         self.each_contract_holds_what_it_owes()
-        assert [self.world.balance(address) for address in self.world.deployment.addresses] == [0, 0, 0, 0]
-        assert self.paid_in == self.paid_out
+        deployment = self.world.deployment
+        assert [self.world.balance(address) for address in deployment.addresses] == [0, 0, 0, 0]
+        assert self.token.balance_of(deployment.escrow) == self.token.balance_of(deployment.rewards) == 0
 
 
 Money.TestCase.settings = settings(

@@ -1,12 +1,30 @@
 """RewardDistribution: every path of the money after a block, to the wei and to the second."""
 
+from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
+from itertools import permutations
+from typing import Any
 
 import pytest
+from eth_account.signers.local import LocalAccount
 
-from contracts.bindings import Outcome, RewardCredited, ScoresOpened, Status
+from contracts.bindings import (
+    ZERO_ADDRESS,
+    Claim,
+    Distributed,
+    Outcome,
+    RewardClaimed,
+    RewardCredited,
+    Score,
+    ScoresOpened,
+    Status,
+    task_key,
+)
+from contracts.contributions import Place
 from contracts.messages import accuracy_commit, score_commit
 from contracts.sending import Reverted
+from tests.contracts.tokens import ANSWER_FALSE, SEND, behave, funded
 from tests.contracts.world import (
     ACCURACY,
     AGGREGATOR_WINDOW,
@@ -34,32 +52,41 @@ def silence_end(world: World) -> int:
 
 
 def balances(world: World) -> dict[str, int]:
+    """What accounts can withdraw beside their claims."""
     accounts = (world.publisher, *world.miners)
     found = {account.address: world.views.rewards.balance_of(account.address) for account in accounts}
     return {account: amount for account, amount in found.items() if amount}
 
 
-def withdraw_everything(world: World) -> None:
-    for account in (world.publisher, *world.miners):
+def payments(world: World, *order: LocalAccount, token: str = ZERO_ADDRESS) -> dict[str, int]:
+    """What everybody is paid that has something to withdraw, in this order or that of addresses; afterwards all is gone."""
+    paid = {}
+    is_met = world.views.rewards.get_settlement(TASK).outcome is Outcome.MET
+    for account in (world.publisher, *(order or world.cohort)):
         with suppress(Reverted):
-            world.as_(account).rewards.withdraw()
-    assert world.balance(world.deployment.rewards) == 0
-    assert world.balance(world.deployment.escrow) == 0
+            is_claiming = is_met and world.views.publisher.place_of(TASK, account.address)
+            claimed = [TASK] if is_claiming else []
+            paid[account.address] = world.withdraw(account, *claimed, token=token).event.amount_wei
+    return {account: amount for account, amount in paid.items() if amount}
 
 
-def expected_split(world: World, scores: dict[str, int], *, is_share_forfeited: bool = False) -> dict[str, int]:
-    """The rule, written once more: parts by score, the residue to the aggregator or to the first miner with a part."""
-    share = 0 if is_share_forfeited else SHARE
-    remaining = REWARD - share
-    total = sum(scores.values())
-    paid = {miner: remaining * score // total for miner, score in scores.items()}
-    residue = remaining - sum(paid.values())
-    first = next(miner for miner, score in scores.items() if score)
-    if is_share_forfeited:
-        paid[first] += residue
-    else:
-        paid[world.aggregator.address] = paid.get(world.aggregator.address, 0) + share + residue
+def expected_payments(
+    reward: int, parts: Mapping[str, int], aggregator: str, *, is_share_forfeited: bool = False
+) -> dict[str, int]:
+    """The rule, written once more: parts in the order of claims, out of what is left of reward and parts."""
+    share = 0 if is_share_forfeited else reward * 100_000 // 1_000_000
+    remaining, left = reward - share, sum(parts.values())
+    paid = {}
+    for miner, part in parts.items():
+        paid[miner] = remaining * part // left if part else 0
+        remaining, left = remaining - paid[miner], left - part
+    assert (remaining, left) == (0, 0)
+    paid[aggregator] = paid.get(aggregator, 0) + share
     return {miner: amount for miner, amount in paid.items() if amount}
+
+
+def all_is_paid(world: World) -> bool:
+    return [world.balance(address) for address in (world.deployment.rewards, world.deployment.escrow)] == [0, 0]
 
 
 # The accuracy
@@ -70,7 +97,7 @@ def test_a_met_requirement_opens_the_scores(published: World) -> None:
     assert (event.revealer, event.accuracy_ppm, event.outcome) == (published.publisher.address, ACCURACY, Outcome.MET)
     assert event.score_reveal_end_s == published.now() + SCORE_WINDOW
     settlement = published.views.rewards.get_settlement(TASK)
-    assert (settlement.outcome, settlement.is_share_forfeited, settlement.is_settled) == (Outcome.MET, False, False)
+    assert (settlement.outcome, settlement.is_share_forfeited, settlement.is_distributed) == (Outcome.MET, False, False)
     assert settlement.publisher_reveal_end_s == published_at(published) + PUBLISHER_WINDOW
     assert settlement.aggregator_reveal_end_s == silence_end(published)
     assert published.views.escrow.get_task(TASK).status is Status.PUBLISHED
@@ -80,16 +107,27 @@ def test_an_unmet_requirement_pays_the_publisher_back(drawn: World) -> None:
     drawn.publish_block(drawn.candidate(correct=79))
     mined = drawn.as_(drawn.publisher).rewards.reveal_accuracy(TASK, ACCURACY, SALT)
     assert (mined.event.outcome, mined.event.score_reveal_end_s) == (Outcome.UNMET, 0)
-    assert balances(drawn) == {drawn.publisher.address: REWARD}
-    assert drawn.views.escrow.get_task(TASK).status is Status.SETTLED
-    with pytest.raises(Reverted, match="RequirementUnmet"):
+    with pytest.raises(Reverted, match="RequirementUnmet") as refused:
         drawn.reveal_score(drawn.cohort[0])
-    with pytest.raises(Reverted, match="RequirementUnmet"):
-        drawn.as_(drawn.stranger).rewards.distribute(TASK)
+    assert refused.value.arguments == (TASK,)
     with pytest.raises(Reverted, match="RequirementUnmet"):
         drawn.as_(drawn.stranger).rewards.open_scores(TASK)
-    assert drawn.as_(drawn.publisher).rewards.withdraw().event.amount_wei == REWARD
-    assert drawn.balance(drawn.deployment.rewards) == 0
+
+    distributed = drawn.as_(drawn.stranger).rewards.distribute(TASK)
+    key = task_key(TASK)
+    assert distributed.event.amount_wei == REWARD
+    assert RewardCredited(key, drawn.publisher.address, ZERO_ADDRESS, REWARD) in distributed.events
+    assert not any(isinstance(event, Distributed) for event in distributed.events)
+    assert balances(drawn) == {drawn.publisher.address: REWARD}
+    assert drawn.views.escrow.get_task(TASK).status is Status.SETTLED
+    for miner in drawn.cohort:
+        assert drawn.views.rewards.claimable(TASK, drawn.cohort.index(miner)) == 0
+        with pytest.raises(Reverted, match="NotDistributed"):
+            drawn.withdraw(miner, TASK)
+    with pytest.raises(Reverted, match="AlreadyDistributed"):
+        drawn.as_(drawn.stranger).rewards.distribute(TASK)
+    assert drawn.withdraw(drawn.publisher).event.amount_wei == REWARD
+    assert all_is_paid(drawn)
 
 
 @pytest.mark.parametrize(
@@ -113,6 +151,7 @@ def test_the_aggregator_reveals_an_unmet_requirement_too(drawn: World) -> None:
     drawn.publish_block(drawn.candidate(correct=79))
     drawn.at(published_at(drawn) + PUBLISHER_WINDOW + 1)
     drawn.as_(drawn.aggregator).rewards.reveal_accuracy(TASK, ACCURACY, SALT)
+    drawn.as_(drawn.stranger).rewards.distribute(TASK)
     assert balances(drawn) == {drawn.publisher.address: REWARD}
 
 
@@ -162,9 +201,10 @@ def test_the_accuracy_is_revealed_once(published: World) -> None:
 def test_nothing_is_revealed_before_a_block(drawn: World) -> None:
     with pytest.raises(Reverted, match="NoBlock"):
         drawn.reveal_accuracy()
+    rewards = drawn.as_(drawn.stranger).rewards
     with pytest.raises(Reverted, match="NoBlock"):
-        drawn.reveal_score(drawn.cohort[0])
-    for call in (drawn.as_(drawn.stranger).rewards.distribute, drawn.as_(drawn.stranger).rewards.open_scores):
+        rewards.reveal_score(TASK, 1000, SALT, Place(0, SPEC, ()))
+    for call in (rewards.distribute, rewards.open_scores, rewards.get_settlement):
         with pytest.raises(Reverted, match="NoBlock"):
             call(TASK)
 
@@ -176,7 +216,6 @@ def test_an_impossible_accuracy_never_refunds_the_publisher(empty: World, accura
         TASK, accuracy_commit(accuracy, SALT), SPEC, empty.terms(), reward_wei=REWARD
     )
     empty.deposit(empty.cohort, [10] * 4)
-    empty.register(empty.cohort)
     empty.close_and_draw(empty.cohort)
     empty.publish_block()
     with pytest.raises(Reverted, match="InvalidReveal"):
@@ -189,13 +228,10 @@ def test_an_impossible_accuracy_never_refunds_the_publisher(empty: World, accura
 
 
 def test_the_best_possible_accuracy_can_be_required(empty: World) -> None:
-    empty.publish(accuracy_ppm=1_000_000)
-    empty.deposit(empty.cohort, [10] * 4)
-    empty.register(empty.cohort)
-    empty.close_and_draw(empty.cohort)
+    empty.form(empty.cohort, accuracy_ppm=1_000_000)
     empty.publish_block()
     empty.reveal_accuracy(1_000_000)
-    assert balances(empty) == {empty.publisher.address: REWARD}
+    assert empty.views.rewards.get_settlement(TASK).outcome is Outcome.UNMET
 
 
 # Silence
@@ -217,19 +253,20 @@ def test_silence_counts_as_met_and_costs_the_aggregator_its_share(published: Wor
     with pytest.raises(Reverted, match="AccuracyAlreadyRevealed"):
         published.as_(published.aggregator).rewards.reveal_accuracy(TASK, ACCURACY, SALT)
 
-    for miner in published.cohort:
-        published.reveal_score(miner)
-    mined = rewards.distribute(TASK)
-    assert mined.event.aggregator_share_wei == 0
-    assert balances(published) == expected_split(published, published.scores(), is_share_forfeited=True)
-    withdraw_everything(published)
+    published.reveal_scores()
+    event = published.distribute()
+    assert (event.aggregator_share_wei, event.pool_wei) == (0, REWARD)
+    expected = expected_payments(REWARD, published.scores(), published.aggregator.address, is_share_forfeited=True)
+    assert payments(published) == expected
+    assert all_is_paid(published)
 
 
 def test_after_silence_the_window_is_fixed_whoever_acts_first(published: World) -> None:
     """The first reveal records the silence; whether it comes early or late, the end stays."""
     end = silence_end(published) + SCORE_WINDOW
     published.at(silence_end(published) + 1)
-    mined = published.as_(published.cohort[1]).rewards.reveal_score(TASK, 1111, salt_of(published.cohort[1]))
+    second = published.cohort[1]
+    mined = published.as_(second).rewards.reveal_score(TASK, 1111, salt_of(second), published.place(second))
     assert ScoresOpened(mined.event.task_key, end) in mined.events
     published.at(end)
     published.reveal_score(published.cohort[2])
@@ -251,98 +288,130 @@ def test_the_settlement_shows_silence_before_anybody_records_it(published: World
 
 def test_when_everybody_is_silent_the_participants_share_equally(published: World) -> None:
     published.at(silence_end(published) + SCORE_WINDOW + 1)
-    published.as_(published.stranger).rewards.distribute(TASK)
-    part, residue = divmod(REWARD, 4)
-    first, *rest = (miner.address for miner in published.cohort)
-    assert balances(published) == {first: part + residue, **dict.fromkeys(rest, part)}
-    withdraw_everything(published)
+    event = published.distribute()
+    assert (event.pool_wei, event.parts) == (REWARD, 4)
+    equal = {miner.address: 1 for miner in published.cohort}
+    expected = expected_payments(REWARD, equal, published.aggregator.address, is_share_forfeited=True)
+    assert payments(published) == expected
+    assert all_is_paid(published)
 
 
 # Scores and distribution
 
 
-def test_the_reward_is_split_by_score_to_the_wei(published: World) -> None:
-    published.reveal_accuracy()
-    for miner in published.cohort:
-        published.reveal_score(miner)
-    scores = published.scores()
-    settlement = published.views.rewards.get_settlement(TASK)
-    assert (settlement.revealed_count, settlement.score_sum) == (4, sum(scores.values()))
+def test_the_reward_is_split_by_score_to_the_wei(opened: World) -> None:
+    opened.reveal_scores()
+    scores, aggregator = opened.scores(), opened.aggregator.address
+    settlement = opened.views.rewards.get_settlement(TASK)
+    assert (settlement.revealed_count, settlement.score_sum, settlement.participant_count) == (
+        4,
+        sum(scores.values()),
+        4,
+    )
+    assert (settlement.remaining, settlement.remaining_parts) == (0, 0)
     # All have revealed: nobody has to wait for the window.
-    mined = published.as_(published.stranger).rewards.distribute(TASK)
-    expected = expected_split(published, scores)
+    mined = opened.as_(opened.stranger).rewards.distribute(TASK)
+    total = sum(scores.values())
+    assert Distributed(task_key(TASK), aggregator, REWARD, SHARE, REWARD - SHARE, total) in mined.events
+    assert RewardCredited(task_key(TASK), aggregator, ZERO_ADDRESS, SHARE) in mined.events
+    assert balances(opened) == {aggregator: SHARE}
+    assert opened.views.escrow.get_task(TASK).status is Status.SETTLED
+    settlement = opened.views.rewards.get_settlement(TASK)
+    assert (settlement.is_distributed, settlement.remaining, settlement.remaining_parts) == (
+        True,
+        REWARD - SHARE,
+        total,
+    )
+    expected = expected_payments(REWARD, scores, aggregator)
     assert sum(expected.values()) == REWARD
-    assert balances(published) == expected
-    assert sum(event.amount_wei for event in mined.events if isinstance(event, RewardCredited)) == REWARD
-    assert (mined.event.reward_wei, mined.event.score_sum) == (REWARD, sum(scores.values()))
-    assert SHARE <= mined.event.aggregator_share_wei < SHARE + 4
-    assert published.views.escrow.get_task(TASK).status is Status.SETTLED
-    assert published.views.rewards.get_settlement(TASK).is_settled
-    withdraw_everything(published)
+    assert payments(opened) == expected
+    assert all_is_paid(opened)
 
 
-def test_an_unrevealed_score_earns_nothing(published: World) -> None:
-    published.reveal_accuracy()
-    for miner in published.cohort[1:3]:
-        published.reveal_score(miner)
-    end = published.views.rewards.get_settlement(TASK).score_reveal_end_s
-    published.at(end)
+@pytest.mark.parametrize("order", list(permutations(range(4)))[::5])
+def test_claims_are_rounded_in_their_order_and_leave_nothing(paid: World, order: tuple[int, ...]) -> None:
+    miners = [paid.cohort[i] for i in order]
+    scores = {miner.address: paid.scores()[miner.address] for miner in miners}
+    assert payments(paid, *miners) == expected_payments(REWARD, scores, paid.aggregator.address)
+    assert all_is_paid(paid)
+
+
+def test_no_order_of_claims_moves_more_than_a_wei_for_each_claim(paid: World) -> None:
+    exact = {miner: (REWARD - SHARE) * score / sum(paid.scores().values()) for miner, score in paid.scores().items()}
+    for order in permutations(paid.cohort):
+        scores = {miner.address: paid.scores()[miner.address] for miner in order}
+        found = expected_payments(REWARD - SHARE, scores, paid.aggregator.address, is_share_forfeited=True)
+        assert all(abs(found[miner] - exact[miner]) < len(order) for miner in found)
+
+
+def test_what_can_be_claimed_is_what_is_paid(paid: World) -> None:
+    for i, miner in enumerate(paid.cohort):
+        announced = paid.views.rewards.claimable(TASK, i)
+        mined = paid.withdraw(miner, TASK)
+        assert RewardClaimed(task_key(TASK), miner.address, announced) in mined.events
+        share = SHARE if miner.address == paid.views.publisher.get_block_meta(TASK).aggregator else 0
+        assert mined.event.amount_wei == announced + share
+        assert paid.views.rewards.claimable(TASK, i) == 0
+        found = paid.views.rewards.get_score(TASK, i)
+        assert found == Score(True, paid.scores()[miner.address], True)
+    assert paid.views.rewards.claimable(TASK, 4) == 0
+
+
+def test_an_unrevealed_score_earns_nothing(opened: World) -> None:
+    for miner in opened.cohort[1:3]:
+        opened.reveal_score(miner)
+    end = opened.views.rewards.get_settlement(TASK).score_reveal_end_s
+    opened.at(end)
     with pytest.raises(Reverted, match="ScoresStillOpen") as refused:
-        published.as_(published.stranger).rewards.distribute(TASK)
+        opened.as_(opened.stranger).rewards.distribute(TASK)
     assert refused.value.arguments == (end, end)
-    published.at(end + 1)
-    published.as_(published.stranger).rewards.distribute(TASK)
-    scores = {miner.address: published.scores()[miner.address] for miner in published.cohort[1:3]}
-    assert balances(published) == expected_split(published, scores)
-    withdraw_everything(published)
+    opened.at(end + 1)
+    opened.distribute()
+    scores = {miner.address: opened.scores()[miner.address] for miner in opened.cohort[1:3]}
+    silent = next(miner for miner in (opened.cohort[0], opened.cohort[3]) if miner != opened.aggregator)
+    assert opened.views.rewards.get_score(TASK, opened.cohort.index(silent)) == Score(False, 0, False)
+    assert opened.withdraw(silent, TASK).event.amount_wei == 0
+    assert opened.views.rewards.get_score(TASK, opened.cohort.index(silent)) == Score(False, 0, True)
+    assert payments(opened) == expected_payments(REWARD, scores, opened.aggregator.address)
+    assert all_is_paid(opened)
 
 
-def test_when_nobody_reveals_a_score_the_participants_share_equally(published: World) -> None:
-    published.reveal_accuracy()
-    published.at(published.now() + SCORE_WINDOW + 1)
-    published.as_(published.stranger).rewards.distribute(TASK)
-    assert balances(published) == expected_split(published, {miner.address: 1 for miner in published.cohort})
-    withdraw_everything(published)
+def test_when_nobody_reveals_a_score_the_participants_share_equally(opened: World) -> None:
+    opened.at(opened.now() + SCORE_WINDOW + 1)
+    opened.distribute()
+    equal = {miner.address: 1 for miner in opened.cohort}
+    assert payments(opened) == expected_payments(REWARD, equal, opened.aggregator.address)
+    assert all_is_paid(opened)
 
 
-def zero_scores(world: World) -> None:
-    commits = tuple(score_commit(0, salt_of(miner), TASK, miner.address) for miner in world.cohort)
-    world.publish_block(world.candidate(score_commits=commits))
-    world.reveal_accuracy()
-
-
-def test_zero_scores_share_equally(drawn: World) -> None:
-    zero_scores(drawn)
-    for miner in drawn.cohort:
-        drawn.reveal_score(miner, 0)
-    drawn.as_(drawn.stranger).rewards.distribute(TASK)
-    assert balances(drawn) == expected_split(drawn, {miner.address: 1 for miner in drawn.cohort})
-
-
-def test_zero_scores_share_equally_among_those_who_revealed(drawn: World) -> None:
-    zero_scores(drawn)
-    for miner in drawn.cohort[2:]:
+@pytest.mark.parametrize("revealing", [4, 2])
+def test_zero_scores_share_equally_among_those_who_revealed(drawn: World, revealing: int) -> None:
+    commits = tuple(score_commit(0, salt_of(miner), TASK, miner.address) for miner in drawn.cohort)
+    drawn.publish_block(drawn.candidate(score_commits=commits))
+    drawn.reveal_accuracy()
+    chosen = drawn.cohort[4 - revealing :]
+    for miner in chosen:
         drawn.reveal_score(miner, 0)
     drawn.at(drawn.now() + SCORE_WINDOW + 1)
-    drawn.as_(drawn.stranger).rewards.distribute(TASK)
-    assert balances(drawn) == expected_split(drawn, {miner.address: 1 for miner in drawn.cohort[2:]})
-    withdraw_everything(drawn)
+    assert drawn.distribute().parts == revealing
+    equal = {miner.address: 1 for miner in chosen}
+    assert payments(drawn) == expected_payments(REWARD, equal, drawn.aggregator.address)
+    assert all_is_paid(drawn)
 
 
 def test_a_reward_smaller_than_the_cohort_leaves_as_well(empty: World) -> None:
-    empty.publish(reward=1)
-    empty.deposit(empty.cohort, [10] * 4)
-    empty.register(empty.cohort)
-    empty.close_and_draw(empty.cohort)
+    empty.form(empty.cohort, reward=1)
     empty.publish_block()
     empty.at(silence_end(empty) + 1)
     for miner in empty.cohort[2:]:
         empty.reveal_score(miner)
     empty.at(silence_end(empty) + SCORE_WINDOW + 1)
-    empty.as_(empty.stranger).rewards.distribute(TASK)
-    # The residue is the whole wei; the first miner with a part takes it, not one that stayed silent.
-    assert balances(empty) == {empty.cohort[2].address: 1}
-    withdraw_everything(empty)
+    empty.distribute()
+    # The first claim is rounded down to nothing, and counts; so the last takes what is left.
+    second, last = empty.cohort[2], empty.cohort[3]
+    assert empty.views.rewards.claimable(TASK, 2) == empty.views.rewards.claimable(TASK, 3) == 0
+    assert payments(empty, second, last) == {last.address: 1}
+    assert all_is_paid(empty)
 
 
 def test_no_score_before_the_outcome(published: World) -> None:
@@ -352,37 +421,48 @@ def test_no_score_before_the_outcome(published: World) -> None:
         published.as_(published.stranger).rewards.distribute(TASK)
 
 
-def test_a_score_is_revealed_until_the_window_ends(published: World) -> None:
-    published.reveal_accuracy()
-    end = published.now() + SCORE_WINDOW
-    published.at(end)
-    published.reveal_score(published.cohort[0])
+def test_a_score_is_revealed_until_the_window_ends(opened: World) -> None:
+    end = opened.now() + SCORE_WINDOW
+    opened.at(end)
+    opened.reveal_score(opened.cohort[0])
     with pytest.raises(Reverted, match="RevealTooLate"):
-        published.reveal_score(published.cohort[1])
+        opened.reveal_score(opened.cohort[1])
 
 
-def test_a_score_is_revealed_once(published: World) -> None:
-    published.reveal_accuracy()
-    assert not published.views.rewards.score_of(TASK, published.cohort[0].address).is_revealed
-    published.reveal_score(published.cohort[0])
-    found = published.views.rewards.score_of(TASK, published.cohort[0].address)
-    assert (found.is_revealed, found.score) == (True, 1000)
-    with pytest.raises(Reverted, match="ScoreAlreadyRevealed"):
-        published.reveal_score(published.cohort[0])
+def test_a_score_is_revealed_once(opened: World) -> None:
+    assert opened.views.rewards.get_score(TASK, 0) == Score(False, 0, False)
+    miner = opened.cohort[0]
+    event = opened.as_(miner).rewards.reveal_score(TASK, 1000, salt_of(miner), opened.place(miner)).event
+    assert (event.miner, event.position, event.score) == (miner.address, 0, 1000)
+    assert opened.views.rewards.get_score(TASK, 0) == Score(True, 1000, False)
+    assert not opened.views.rewards.get_score(TASK, 1).is_revealed
+    with pytest.raises(Reverted, match="ScoreAlreadyRevealed") as refused:
+        opened.reveal_score(miner)
+    assert refused.value.arguments == (TASK, miner.address)
 
 
-def test_a_score_is_the_committed_one_and_ones_own(published: World) -> None:
-    published.reveal_accuracy()
-    first, second, *_ = published.cohort
-    for score, salt in ((1001, salt_of(first)), (1000, salt_of(second)), (1111, salt_of(second))):
-        with pytest.raises(Reverted, match="InvalidReveal"):
-            published.as_(first).rewards.reveal_score(TASK, score, salt)
-    published.reveal_score(first)
+def test_a_score_is_the_committed_one_and_ones_own(opened: World) -> None:
+    first, second, *_ = opened.cohort
+    own, other = opened.place(first), opened.place(second)
+    wrong = [
+        (1001, salt_of(first), own),
+        (1000, salt_of(second), own),
+        (1111, salt_of(second), other),
+        (1000, salt_of(first), other),
+        (1000, salt_of(first), replace(own, position=4)),
+        (1000, salt_of(first), replace(own, proof=own.proof[1:])),
+        (1000, salt_of(first), replace(own, proof=())),
+    ]
+    for score, salt, place in wrong:
+        with pytest.raises(Reverted, match="NotParticipant") as refused:
+            opened.as_(first).rewards.reveal_score(TASK, score, salt, place)
+        assert refused.value.arguments == (TASK, first.address)
+    opened.reveal_score(first)
 
 
-def test_only_participants_reveal_scores(drawn: World) -> None:
+def test_only_participants_reveal_scores_and_claim(drawn: World) -> None:
     full = drawn.candidate()
-    absent = next(miner for miner in drawn.others)
+    absent = drawn.others[0]
     kept = [i for i, address in enumerate(full.participants) if address != absent.address]
     drawn.publish_block(
         drawn.candidate(
@@ -391,17 +471,24 @@ def test_only_participants_reveal_scores(drawn: World) -> None:
         )
     )
     drawn.reveal_accuracy()
-    for account in (absent, drawn.publisher, drawn.stranger, drawn.miners[4]):
+    present = next(miner for miner in drawn.others if miner != absent)
+    place = drawn.place(present)
+    outsiders = (absent, drawn.publisher, drawn.stranger, drawn.miners[4])
+    for account in outsiders:
+        assert drawn.views.publisher.place_of(TASK, account.address) is None
         with pytest.raises(Reverted, match="NotParticipant"):
-            drawn.as_(account).rewards.reveal_score(TASK, 1000, salt_of(account))
+            drawn.as_(account).rewards.reveal_score(TASK, 1000, salt_of(account), place)
+    drawn.at(drawn.now() + SCORE_WINDOW + 1)
+    drawn.distribute()
+    for account in outsiders:
+        with pytest.raises(Reverted, match="NotParticipant") as refused:
+            drawn.as_(account).rewards.withdraw_to(claims=[Claim(TASK, place)])
+        assert refused.value.arguments == (TASK, account.address)
 
 
 @pytest.mark.parametrize(("max_score", "is_valid"), [(1000, True), (999, False)])
 def test_a_score_is_at_most_the_maximum(empty: World, max_score: int, is_valid: bool) -> None:
-    empty.publish(max_score=max_score)
-    empty.deposit(empty.cohort, [10] * 4)
-    empty.register(empty.cohort)
-    empty.close_and_draw(empty.cohort)
+    empty.form(empty.cohort, max_score=max_score)
     empty.publish_block()
     empty.reveal_accuracy()
     if is_valid:
@@ -412,31 +499,186 @@ def test_a_score_is_at_most_the_maximum(empty: World, max_score: int, is_valid: 
         assert refused.value.arguments == (1000, 999)
 
 
-def test_a_reward_is_distributed_once(published: World) -> None:
-    published.reveal_accuracy()
-    for miner in published.cohort:
-        published.reveal_score(miner)
-    published.as_(published.stranger).rewards.distribute(TASK)
-    with pytest.raises(Reverted, match="AlreadyDistributed"):
-        published.as_(published.stranger).rewards.distribute(TASK)
+@pytest.mark.parametrize("count", [4, 6])
+def test_the_largest_scores_and_reward_fit(empty: World, count: int) -> None:
+    """62 bits a score, four to a word, beside the flag that it is paid; 88 bits of reward."""
+    most, reward, miners = 2**62 - 1, 2**88 - 1, empty.miners[:count]
+    empty.form(miners, max_score=most, reward=reward)
+    scores = {miner.address: most - i for i, miner in enumerate(miners)}
+    commits = tuple(score_commit(scores[miner.address], salt_of(miner), TASK, miner.address) for miner in miners)
+    participants = tuple(miner.address for miner in miners)
+    voters = [miner for miner in miners if miner != empty.aggregator]
+    empty.publish_block(empty.candidate(participants=participants, score_commits=commits), voters)
+    empty.reveal_accuracy()
+    for miner in miners:
+        empty.reveal_score(miner, scores[miner.address])
+    assert [empty.views.rewards.get_score(TASK, i).score for i in range(count)] == list(scores.values())
+    empty.distribute()
+    assert payments(empty, *miners) == expected_payments(reward, scores, empty.aggregator.address)
+    assert all_is_paid(empty)
+    assert [empty.views.rewards.get_score(TASK, i) for i in range(count)] == [
+        Score(True, score, True) for score in scores.values()
+    ]
 
 
-def test_everyone_withdraws_its_own_once(published: World) -> None:
-    published.reveal_accuracy()
-    published.at(published.now() + SCORE_WINDOW + 1)
-    published.as_(published.stranger).rewards.distribute(TASK)
-    miner = published.others[0]
-    owed = published.views.rewards.balance_of(miner.address)
-    assert published.as_(miner).rewards.withdraw().event.amount_wei == owed
+def test_a_reward_is_distributed_once(paid: World) -> None:
+    with pytest.raises(Reverted, match="AlreadyDistributed") as refused:
+        paid.as_(paid.stranger).rewards.distribute(TASK)
+    assert refused.value.arguments == (TASK,)
+
+
+# Withdrawals
+
+
+def test_everyone_withdraws_its_own_once(paid: World) -> None:
+    miner = paid.others[0]
+    own, balance = paid.place(miner), paid.balance(paid.deployment.rewards)
+    amount = paid.withdraw(miner, TASK).event.amount_wei
+    assert paid.balance(paid.deployment.rewards) == balance - amount
+    with pytest.raises(Reverted, match="AlreadyClaimed") as refused:
+        paid.withdraw(miner, TASK)
+    assert refused.value.arguments == (TASK, miner.address)
+    for account in (miner, paid.stranger):
+        with pytest.raises(Reverted, match="NothingToWithdraw") as refused:
+            paid.withdraw(account)
+        assert refused.value.arguments == (account.address,)
+    other = paid.others[1]
+    with pytest.raises(Reverted, match="AlreadyClaimed"):
+        paid.withdraw(other, TASK, TASK)
+    with pytest.raises(Reverted, match="NotParticipant"):
+        paid.as_(other).rewards.withdraw_to(claims=[Claim(TASK, own)])
+
+
+def test_the_place_of_a_claim_is_proved(paid: World) -> None:
+    miner = paid.others[0]
+    own = paid.place(miner)
+    for place in (
+        replace(own, position=own.position ^ 1),
+        replace(own, position=own.position + 4),
+        replace(own, score_commit=SPEC),
+        replace(own, proof=own.proof[:1]),
+        replace(own, proof=(*own.proof, SPEC)),
+    ):
+        with pytest.raises(Reverted, match="NotParticipant"):
+            paid.as_(miner).rewards.withdraw_to(claims=[Claim(TASK, place)])
+
+
+def test_nothing_is_claimed_before_the_distribution(opened: World) -> None:
+    opened.reveal_scores()
+    with pytest.raises(Reverted, match="NotDistributed") as refused:
+        opened.withdraw(opened.cohort[0], TASK)
+    assert refused.value.arguments == (TASK,)
+
+
+def test_a_payment_goes_where_its_owner_says(paid: World) -> None:
+    miner, elsewhere = paid.others[0], "0x" + "5" * 40
+    announced = paid.views.rewards.claimable(TASK, paid.cohort.index(miner))
+    with pytest.raises(Reverted, match="InvalidRecipient") as refused:
+        paid.withdraw(miner, TASK, recipient=ZERO_ADDRESS)
+    assert refused.value.arguments == (ZERO_ADDRESS,)
+    event = paid.withdraw(miner, TASK, recipient=elsewhere).event
+    assert (event.account, event.recipient, event.amount_wei) == (miner.address, elsewhere, announced)
+    assert paid.balance(elsewhere) == announced
+
+
+def settle(world: World, task_id: str, **terms: Any) -> None:
+    """One more task of the same cohort, up to its distribution in equal parts."""
+    world.publish(task_id, **terms)
+    world.close_and_draw(world.cohort, task_id)
+    candidate = world.candidate(task_id, aggregator=world.aggregator_of(task_id).address)
+    voters = [miner for miner in world.cohort if miner.address != candidate.aggregator]
+    world.publish_block(candidate, voters)
+    world.as_(world.publisher).rewards.reveal_accuracy(task_id, ACCURACY, SALT)
+    world.at(world.now() + SCORE_WINDOW + 1)
+    world.distribute(task_id)
+
+
+def test_parts_of_several_tasks_are_paid_at_once(paid: World) -> None:
+    settle(paid, "second", reward=400, aggregator_share_ppm=0)
+    settle(paid, "third", reward=800, aggregator_share_ppm=0)
+    miner = paid.others[0]
+    tasks = (TASK, "second", "third")
+    announced = [paid.views.rewards.claimable(task, paid.cohort.index(miner)) for task in tasks]
+    assert announced[1:] == [100, 200]
+    mined = paid.withdraw(miner, *tasks)
+    claimed = [event for event in mined.events if isinstance(event, RewardClaimed)]
+    assert [(event.task_key, event.amount_wei) for event in claimed] == list(
+        zip(map(task_key, tasks), announced, strict=True)
+    )
+    assert mined.event.amount_wei == sum(announced)
+
+
+# Rewards in tokens
+
+
+def test_a_reward_in_tokens_is_paid_in_tokens(paid: World) -> None:
+    token = funded(paid)
+    before = paid.balance(paid.deployment.rewards)
+    settle(paid, "in-tokens", reward=4001, token=token.address)
+    assert token.balance_of(paid.deployment.rewards) == 4001
+    assert paid.balance(paid.deployment.rewards) == before
+    aggregator = paid.aggregator_of("in-tokens")
+    assert paid.views.rewards.balance_of(aggregator.address, token.address) == 400
+    for i, miner in enumerate(paid.cohort):
+        announced = paid.views.rewards.claimable("in-tokens", i)
+        mined = paid.withdraw(miner, "in-tokens", token=token.address)
+        assert (mined.event.token, mined.event.recipient) == (token.address, miner.address)
+        assert mined.event.amount_wei == announced + (400 if miner == aggregator else 0)
+        assert token.balance_of(miner.address) == mined.event.amount_wei
+    assert token.balance_of(paid.deployment.rewards) == token.balance_of(paid.deployment.escrow) == 0
+    assert paid.balance(paid.deployment.rewards) == before
+
+
+def test_an_unmet_reward_in_tokens_goes_back_in_tokens(empty: World) -> None:
+    token = funded(empty, amount=REWARD)
+    empty.form(empty.cohort, token=token.address)
+    empty.publish_block(empty.candidate(correct=79))
+    empty.reveal_accuracy()
+    empty.as_(empty.stranger).rewards.distribute(TASK)
     with pytest.raises(Reverted, match="NothingToWithdraw"):
-        published.as_(miner).rewards.withdraw()
-    with pytest.raises(Reverted, match="NothingToWithdraw"):
-        published.as_(published.stranger).rewards.withdraw()
+        empty.withdraw(empty.publisher)
+    assert empty.withdraw(empty.publisher, token=token.address).event.amount_wei == REWARD
+    assert token.balance_of(empty.publisher.address) == REWARD
 
-    recipient = "0x" + "5" * 40
-    other = published.others[1]
-    owed = published.views.rewards.balance_of(other.address)
-    with pytest.raises(Reverted, match="InvalidRecipient"):
-        published.as_(other).rewards.withdraw_to("0x" + "00" * 20)
-    assert published.as_(other).rewards.withdraw_to(recipient).event.recipient == recipient
-    assert published.balance(recipient) == owed
+
+def test_claims_of_one_withdrawal_are_in_one_token(paid: World) -> None:
+    token = funded(paid)
+    settle(paid, "in-tokens", token=token.address)
+    miner = paid.others[0]
+    with pytest.raises(Reverted, match="WrongToken") as refused:
+        paid.withdraw(miner, TASK, "in-tokens")
+    assert refused.value.arguments == ("in-tokens", token.address)
+    with pytest.raises(Reverted, match="WrongToken") as refused:
+        paid.withdraw(miner, TASK, "in-tokens", token=token.address)
+    assert refused.value.arguments == (TASK, ZERO_ADDRESS)
+    paid.withdraw(miner, TASK)
+    paid.withdraw(miner, "in-tokens", token=token.address)
+
+
+def test_a_token_that_stops_stops_only_what_it_pays(paid: World) -> None:
+    """Tokens that refuse are asked again later; ether is paid meanwhile."""
+    token = funded(paid, "OddToken")
+    settle(paid, "in-tokens", token=token.address)
+    miner = paid.others[0]
+    behave(paid, token, ANSWER_FALSE)
+    with pytest.raises(Reverted, match="SafeERC20FailedOperation") as refused:
+        paid.withdraw(miner, "in-tokens", token=token.address)
+    assert refused.value.arguments == (token.address,)
+    paid.withdraw(miner, TASK)
+    behave(paid, token, SEND)
+    assert paid.withdraw(miner, "in-tokens", token=token.address).event.amount_wei > 0
+
+
+def test_a_token_that_refuses_the_distribution_is_asked_again(empty: World) -> None:
+    token = funded(empty, "OddToken")
+    empty.form(empty.cohort, token=token.address)
+    empty.publish_block()
+    empty.reveal_accuracy()
+    empty.reveal_scores()
+    behave(empty, token, ANSWER_FALSE)
+    with pytest.raises(Reverted, match="SafeERC20FailedOperation"):
+        empty.distribute()
+    assert empty.views.escrow.get_task(TASK).status is Status.PUBLISHED
+    assert not empty.views.rewards.get_settlement(TASK).is_distributed
+    behave(empty, token, SEND)
+    assert empty.distribute().pool_wei == REWARD - SHARE

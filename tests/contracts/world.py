@@ -44,6 +44,7 @@ from contracts.messages import (
     sign,
     struct_hash,
 )
+from contracts.sending import Sender
 
 TASK = "chest-x-ray"
 REWARD = 1_000_003
@@ -88,7 +89,7 @@ class World:
             self.tester.backend.chain.gas_estimator = binary_gas_search(tolerance=10**8)
         # Far ahead of the wall clock, which the tester would follow: every block is one second after the last.
         self.tester.time_travel(4_000_000_000)
-        self.deployment: Deployment = deploy(self.web3, self.deployer, withdrawal_delay_s=DELAY)
+        self.deployment: Deployment = deploy(Sender(self.web3, self.deployer), withdrawal_delay_s=DELAY)
         self.domain = Domain(self.deployment.chain_id, self.deployment.publisher)
         self.views = connect(self.web3, self.deployment)
         self._bound: dict[str, Contracts] = {}
@@ -97,7 +98,7 @@ class World:
 
     def as_(self, account: LocalAccount) -> Contracts:
         if account.address not in self._bound:
-            self._bound[account.address] = connect(self.web3, self.deployment, account)
+            self._bound[account.address] = connect(self.web3, self.deployment, Sender(self.web3, account))
         return self._bound[account.address]
 
     # Time
@@ -211,7 +212,7 @@ class World:
             model_uri="s3://models/chest-x-ray/1",
             correct=85,
             total=100,
-            aggregator=self.aggregator.address,
+            aggregator=changes.get("aggregator") or self.aggregator.address,
             participants=tuple(miner.address for miner in self.cohort),
             score_commits=tuple(
                 score_commit(scores[miner.address], salt_of(miner), task_id, miner.address) for miner in self.cohort
@@ -289,8 +290,13 @@ class World:
             self.deadline = self.views.escrow.get_task(TASK).terms.deadline_s
         return self
 
+    def go_back(self, snapshot: object) -> None:
+        """To a snapshot of the tester, with fresh journals: the others would send again what the chain gives up."""
+        self._bound.clear()
+        self.tester.revert_to_snapshot(snapshot)
+
     def _return_to(self, name: str) -> None:
-        self.tester.revert_to_snapshot(self._snapshots[name])
+        self.go_back(self._snapshots[name])
         # Going forward, the tester leaves numbers of blocks below the head with the branch that is given up.
         chaindb = self.tester.backend.chain.chaindb
         header = chaindb.get_canonical_head()

@@ -8,22 +8,17 @@ import pytest
 
 from infra import bench_crypto
 from infra.bench_crypto import (
-    END,
     START,
     Client,
     KeyPair,
     Peer,
     PeerFailed,
-    Row,
     Server,
     Shape,
     alternate,
-    figure,
-    markdown,
     own_aggregation,
-    parse_goal,
-    refreshed,
 )
+from infra.rows import END, Row, figure, markdown, parse_goal, refreshed
 from tasks.crypto import ndd_fe
 
 SLOWER, FASTER = Row("encrypt", 2.0, "M/s", None, "peer", 4.0), Row("encrypt", 4.0, "M/s", None, "peer", 2.0)
@@ -101,9 +96,9 @@ def test_the_table_shows_what_is_missed_and_what_is_reached():
 
 def test_only_the_block_of_figures_is_written_again():
     document = f"before\n\n{START}\nold figures\n{END}\n\nafter\n"
-    once = refreshed(document, "figures")
+    once = refreshed(document, START, "figures")
     assert once == f"before\n\n{START}\n\nfigures\n\n{END}\n\nafter\n"
-    assert refreshed(once, "figures") == once
+    assert refreshed(once, START, "figures") == once
 
 
 @pytest.mark.parametrize(
@@ -111,12 +106,12 @@ def test_only_the_block_of_figures_is_written_again():
 )
 def test_a_document_without_the_two_marks_is_refused(document):
     with pytest.raises(ValueError, match="once each"):
-        refreshed(document, "figures")
+        refreshed(document, START, "figures")
 
 
 def test_the_document_has_the_two_marks():
     document = (Path(__file__).parents[2] / "docs" / "performance.md").read_text()
-    assert "| encrypt |" in refreshed(document, markdown([FASTER]))
+    assert "| encrypt |" in refreshed(document, START, markdown([FASTER]))
 
 
 def test_works_take_turns_and_the_first_turn_does_not_count():

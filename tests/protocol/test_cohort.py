@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from eth_account import Account
 from eth_utils import keccak
 from PIL import Image
 
@@ -23,6 +24,7 @@ from contracts.messages import (
     ChallengeAnswer,
     Cohort,
     Delivery,
+    KeyPossession,
     Registration,
     draw_seed,
     struct_hash,
@@ -63,7 +65,7 @@ def own_proof(world: World, name: str) -> DatasetProof:
 
 
 def register_with(world: World, name: str, proof: bytes | None = None, **fields: object) -> None:
-    """Register on chain as the client does, with another proof or other fields, properly signed."""
+    """Register as the client does, with another proof or other fields, properly signed."""
     st = world.station(name)
     data = own_proof(world, name).model_dump_json().encode() if proof is None else proof
     registration = Registration(
@@ -74,9 +76,7 @@ def register_with(world: World, name: str, proof: bytes | None = None, **fields:
         dataset_proof_sha256=st.store.put(st.address, data).sha256,
     ).model_copy(update=fields)
     st.post(registration)
-    stakes = world.contracts_as(name).stakes
-    stakes.deposit_stake(amount_wei=world.file.money.minimum_stake_wei)
-    stakes.register(TASK_ID, struct_hash(registration))
+    world.contracts_as(name).stakes.deposit_stake(amount_wei=world.file.money.minimum_stake_wei)
 
 
 def form(world: World, *, after: str = "prove-dataset", silent: tuple[str, ...] = ()) -> Cohort | Abort:
@@ -136,9 +136,11 @@ def test_forming_the_cohort_again_gives_the_same(world_after):
     assert world.contracts.stakes.stake_of(world.address("miner-1")) == world.file.money.minimum_stake_wei
 
 
-def test_one_too_many_is_refused_in_the_order_of_registration(world_after):
-    world = world_after("form-cohort", participants__miners_max=4)
-    assert reasons(world, world.cohort()) == {"miner-5": FULL}
+def test_of_too_many_the_one_with_the_least_stake_is_refused(world_after):
+    world = world_after("prove-dataset", participants__miners_max=4)
+    for name in OTHERS:
+        world.contracts_as(name).stakes.deposit_stake(amount_wei=1)
+    assert reasons(world, form(world)) == {CULPRIT: FULL}
 
 
 def test_a_challenge_asks_for_leaves_that_nobody_could_foresee(world_after):
@@ -204,12 +206,10 @@ def reasons_of_absence(world: World, cohort: Cohort | Abort) -> set[str]:
     return set(MINERS) - {world.name(miner) for miner in cohort.miners}
 
 
-def test_too_little_stake_is_refused_by_the_chain(world_after):
+def test_registering_adds_the_stake_that_is_missing(world_after):
     world = world_after("publish")
     stakes = world.contracts_as(CULPRIT).stakes
     stakes.deposit_stake(amount_wei=world.file.money.minimum_stake_wei - 1)
-    with pytest.raises(Reverted, match="InsufficientStake"):
-        stakes.register(TASK_ID, "0x" + "ab" * 32)
     world.do("register", CULPRIT)  # adds what is missing, and no more
     assert world.contracts.stakes.stake_of(world.address(CULPRIT)) == world.file.money.minimum_stake_wei
     assert reasons(world, form(world, after="publish")) == {}
@@ -296,13 +296,37 @@ def test_an_encryption_key_that_is_no_point_is_refused(world_after, key):
     assert list(reasons(world, form(world, after="register", silent=(CULPRIT,)))) == [CULPRIT]
 
 
-def test_a_registration_that_is_not_the_one_on_chain_is_refused(world_after):
-    world = world_after("register")
+def test_a_registration_that_changes_after_the_challenge_is_refused(world_after):
+    world = world_after("prove-dataset")
     registration = world.find(Registration, CULPRIT, 0)
     swapped = registration.model_copy(update={"encryption_key": world.stack.identity("miner-1").encryption_key})
     world.forge(swapped, signer=CULPRIT, r=0)
-    why = reasons(world, form(world, after="register", silent=(CULPRIT,)))
-    assert why == {CULPRIT: "the registration in the store is not the one on chain"}
+    assert reasons(world, form(world)) == {CULPRIT: "the registration is not the one that was challenged"}
+
+
+def test_whoever_copies_an_encryption_key_harms_only_itself(world_after):
+    world = world_after("publish")
+    register_with(world, CULPRIT, encryption_key=world.stack.identity("miner-1").encryption_key)
+    for name in OTHERS:
+        world.do("register", name)
+    why = reasons(world, form(world, after="register"))
+    assert why == {CULPRIT: "the answer is not signed with the encryption key that was registered"}
+
+
+def test_two_who_own_one_encryption_key_do_not_both_get_in(world_after):
+    world = world_after("publish")
+    shared = world.stack.homes["miner-1"] / "keystore" / "encryption.json"
+    st = world.station(CULPRIT)
+    secret = Account.decrypt(shared.read_text(), (world.stack.homes["miner-1"] / "passphrase").read_text())
+    passphrase = (world.stack.homes[CULPRIT] / "passphrase").read_text()
+    copied = Account.encrypt(secret, passphrase, kdf="scrypt", iterations=2)
+    (world.stack.homes[CULPRIT] / "keystore" / "encryption.json").write_text(json.dumps(copied))
+    assert st.me.encryption_key == world.stack.identity("miner-1").encryption_key
+    for name in MINERS:
+        world.do("register", name)
+    why = reasons(world, form(world, after="register"))
+    assert list(why.values()) == ["the encryption key is another party's"]
+    assert set(why) < {CULPRIT, "miner-1"}
 
 
 def test_a_registration_signed_by_somebody_else_is_refused(world_after):
@@ -324,7 +348,7 @@ def test_a_proof_that_is_not_in_the_store_as_it_was_is_refused(world_after, dama
 def test_a_missing_registration_is_refused(world_after):
     world = world_after("register")
     world.record_file(Registration, CULPRIT, 0).unlink()
-    assert "has not posted" in reasons(world, form(world, after="register", silent=(CULPRIT,)))[CULPRIT]
+    assert reasons_of_absence(world, form(world, after="register", silent=(CULPRIT,))) == {CULPRIT}
 
 
 # The challenge
@@ -339,6 +363,10 @@ def answer_with(world: World, name: str, data: bytes, **fields: object) -> None:
         miner=st.address,
         challenge=struct_hash(challenge),
         paths_sha256=st.store.put(st.address, data).sha256,
+        key_signature=st.me.sign_as_key_owner(
+            KeyPossession(task_id=TASK_ID, round_number=0, miner=st.address, challenge=struct_hash(challenge)),
+            st.domain,
+        ),
     )
     world.forge(answer.model_copy(update=fields), signer=name, r=0)
 
@@ -463,6 +491,20 @@ def test_an_answer_for_another_challenge_is_refused(world_after):
     assert reasons(world, form(world)) == {CULPRIT: "the answer is for another challenge"}
 
 
+@pytest.mark.parametrize(
+    ("signature", "says"),
+    [
+        ("0x", "is malformed"),
+        ("0x" + "11" * 64 + "1c", "encryption key"),
+        ("0x" + "00" * 64 + "1b", "is malformed"),
+    ],
+)
+def test_an_answer_without_the_encryption_keys_signature_is_refused(world_after, signature, says):
+    world = world_after("prove-dataset")
+    answer_with(world, CULPRIT, json.dumps(opened(world, CULPRIT)).encode(), key_signature=signature)
+    assert says in reasons(world, form(world))[CULPRIT]
+
+
 def test_another_miners_answer_is_refused(world_after):
     world = world_after("prove-dataset")
     world.forge(world.find(ChallengeAnswer, "miner-1", 0), signer="miner-1", as_name=CULPRIT, r=0)
@@ -563,7 +605,8 @@ def test_an_answer_that_comes_after_the_chain_closed_changes_nothing(world_after
     """The publisher was killed after closing; what came in meanwhile is late, and the run goes on."""
     world = world_after("prove-dataset")
     closed = sorted((world.address(name) for name in OTHERS), key=lambda miner: int(miner, 16))
-    world.contracts_as("publisher").stakes.close_registration(TASK_ID, closed)
+    applications = [world.application(miner) for miner in closed]
+    world.contracts_as("publisher").stakes.close_registration(TASK_ID, applications)
     cohort = form(world)
     assert isinstance(cohort, Cohort)
     assert list(cohort.miners) == closed
@@ -584,7 +627,7 @@ def test_the_draw_can_be_recomputed_from_the_chain(world_after):
     assert (
         draw(seed, on_chain.miners, on_chain.stakes_wei) == world.cohort().aggregator == stakes.aggregator_of(TASK_ID)
     )
-    assert result.total_wei == sum(on_chain.stakes_wei)
+    assert result.replaced == 0
 
 
 def test_the_seed_is_of_a_block_after_registration_closed(world_after):

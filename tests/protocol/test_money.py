@@ -6,7 +6,7 @@ import pytest
 from prefect.blocks.core import Block
 
 from blocks.chain import NotYet
-from contracts.bindings import Outcome, RewardCredited, Status
+from contracts.bindings import Outcome, RewardClaimed, RewardCredited, Status
 from contracts.messages import AbortReason, Announcement, Cohort, Submission
 from tasks import publish
 from tasks.publish import DepositFailed
@@ -20,6 +20,8 @@ def credited(world: World) -> dict[str, int]:
     paid: dict[str, int] = {}
     for event in world.chain.events(TASK_ID, RewardCredited):
         paid[world.name(event.account)] = paid.get(world.name(event.account), 0) + event.amount_wei
+    for claimed in world.chain.events(TASK_ID, RewardClaimed):
+        paid[world.name(claimed.miner)] = paid.get(world.name(claimed.miner), 0) + claimed.amount_wei
     return paid
 
 
@@ -31,11 +33,14 @@ def nothing_is_left(world: World) -> bool:
 def test_everybody_is_paid_in_proportion_to_the_scores(world_after):
     world = world_after("withdraw")
     rewards, aggregator = world.contracts.rewards, world.aggregator
-    scores = {name: rewards.score_of(TASK_ID, world.address(name)).score for name in MINERS}
+    members = [world.name(miner) for miner in world.contracts.publisher.get_participants(TASK_ID)]
+    scores = {name: rewards.get_score(TASK_ID, position).score for position, name in enumerate(members)}
     share = REWARD // 10
-    pot = REWARD - share
-    expected = {name: pot * score // sum(scores.values()) for name, score in scores.items()}
-    expected[aggregator] += REWARD - sum(expected.values())  # its share, and the residue of rounding
+    pot, parts, expected = REWARD - share, sum(scores.values()), {}
+    for name in MINERS:  # the order in which they withdrew
+        expected[name] = pot * scores[name] // parts
+        pot, parts = pot - expected[name], parts - scores[name]
+    expected[aggregator] += share
     assert min(scores.values()) > 0
     assert credited(world) == expected
     assert sum(expected.values()) == REWARD
@@ -98,7 +103,7 @@ def test_when_nobody_reveals_a_score_the_shares_are_equal(world_after):
     world.everybody("withdraw")
     paid, aggregator = credited(world), world.aggregator
     each = (REWARD - REWARD // 10) // len(MINERS)
-    assert {paid[name] for name in MINERS if name != aggregator} == {each}
+    assert all(0 <= paid[name] - each < len(MINERS) for name in MINERS if name != aggregator)
     assert sum(paid.values()) == REWARD
 
 
@@ -126,6 +131,43 @@ def test_the_refund_waits_for_the_deadline(world_after):
     assert world.balance_wei("publisher") > before + REWARD - 10**16  # the rest is gas
     assert world.contracts.escrow.get_task(TASK_ID).status is Status.REFUNDED
     assert nothing_is_left(world)
+
+
+def test_a_task_that_ends_without_a_block_costs_a_present_aggregator_nothing(world_after):
+    world = world_after("form-cohort")
+    aggregator, stakes = world.aggregator, world.contracts.stakes
+    before = stakes.stake_of(world.address(aggregator))
+    world.do("resign", aggregator)
+    world.do("refund", "publisher")
+    for name in MINERS:
+        world.do("compensation", name)
+    assert stakes.stake_of(world.address(aggregator)) == before
+    assert nothing_is_left(world)
+
+
+def test_a_silent_aggregator_loses_what_the_task_announced_to_the_others(world_after):
+    world = world_after("form-cohort")
+    aggregator, stakes = world.aggregator, world.contracts.stakes
+    others = world.others
+    before = stakes.stake_of(world.address(aggregator))
+    penalty = before * round(world.file.money.silence_penalty * 10**6) // 10**6
+    world.do("refund", "publisher")
+    receipts = {name: int(world.do("compensation", name).amount_wei) for name in MINERS}
+    assert stakes.stake_of(world.address(aggregator)) == before - penalty
+    assert receipts[aggregator] == 0
+    assert sum(receipts.values()) == penalty
+    assert {penalty // len(others)} <= {receipts[name] for name in others}
+    again = {name: int(world.do("compensation", name).amount_wei) for name in MINERS}
+    assert again == receipts  # the first receipts, not new payments
+    assert world.chain.web3.eth.get_balance(stakes.address) == sum(stakes.stake_of(world.address(n)) for n in MINERS)
+
+
+def test_compensation_asked_for_too_early_ends_nobodys_turn(world_after):
+    world = world_after("publish-block")
+    turn_end_s = world.contracts.stakes.get_draw(TASK_ID).turn_end_s
+    for name in MINERS:
+        assert int(world.do("compensation", name).amount_wei) == 0
+    assert world.chain.now_s() < turn_end_s
 
 
 def test_a_refund_is_paid_once(world_after):

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from contracts.bindings import CohortOnChain
+from contracts.contributions import contributions_root
 from contracts.messages import (
     AbortReason,
     Attestation,
@@ -189,11 +191,10 @@ def test_the_chain_shows_the_block_and_its_votes(world_after):
     world = world_after("publish-block")
     block, candidate = world.contracts.publisher.get_block_meta(TASK_ID), world.find(Candidate, world.aggregator)
     assert block.candidate_hash == struct_hash(candidate)
-    assert block.model_sha256 == candidate.model_sha256
     assert (block.correct, block.total) == (candidate.correct, candidate.total)
     assert block.votes == len(MINERS) - 1
-    assert world.contracts.publisher.get_participants(TASK_ID) == candidate.participants
-    assert world.contracts.publisher.get_score_commits(TASK_ID) == candidate.score_commits
+    assert world.contracts.publisher.get_candidate(TASK_ID) == candidate
+    assert block.contributions_root == contributions_root(candidate.participants, candidate.score_commits)
 
 
 def test_publishing_twice_sends_one_transaction(world_after):
@@ -262,16 +263,20 @@ def test_a_vote_that_is_not_for_exactly_this_candidate_does_not_count(world_afte
     assert world.contracts.publisher.get_block_meta(TASK_ID).votes == 3
 
 
+def closed(world: World) -> CohortOnChain:
+    return world.contracts.stakes.get_cohort(TASK_ID)
+
+
 def test_the_contract_counts_no_vote_twice_and_none_of_a_stranger(world_after):
     world = world_after("attest")
     candidate = world.find(Candidate, world.aggregator)
     votes, _ = collect_votes(world.station(world.aggregator), world.cohort(), candidate)
     publisher = world.contracts_as(world.aggregator).publisher
     with pytest.raises(Reverted):
-        publisher.publish_block(candidate, [votes[0], votes[0], votes[0]])
+        publisher.publish_block(candidate, [votes[0], votes[0], votes[0]], closed(world))
     stranger = world.stack.identity("publisher").sign(vote_of(world, world.others[0]), world.chain.domain)
     with pytest.raises(Reverted):
-        publisher.publish_block(candidate, [*votes[:2], stranger])
+        publisher.publish_block(candidate, [*votes[:2], stranger], closed(world))
 
 
 def test_only_the_drawn_aggregator_publishes(world_after):
@@ -280,7 +285,7 @@ def test_only_the_drawn_aggregator_publishes(world_after):
     votes, _ = collect_votes(world.station(world.aggregator), world.cohort(), candidate)
     for name in ("publisher", world.others[0]):
         with pytest.raises(Reverted, match="NotAggregator"):
-            world.contracts_as(name).publisher.publish_block(candidate, votes)
+            world.contracts_as(name).publisher.publish_block(candidate, votes, closed(world))
 
 
 def test_a_candidate_changed_after_the_vote_is_not_published(world_after):
@@ -289,7 +294,7 @@ def test_a_candidate_changed_after_the_vote_is_not_published(world_after):
     votes, _ = collect_votes(world.station(world.aggregator), world.cohort(), candidate)
     better = candidate.model_copy(update={"correct": candidate.total})
     with pytest.raises(Reverted):
-        world.contracts_as(world.aggregator).publisher.publish_block(better, votes)
+        world.contracts_as(world.aggregator).publisher.publish_block(better, votes, closed(world))
 
 
 def test_a_publication_that_the_chain_refuses_is_an_abort_with_the_reason(world_after, monkeypatch):
@@ -330,5 +335,6 @@ def test_another_score_than_the_committed_one_is_refused(world_after):
     from tasks.contribute import read_prepared
 
     prepared = read_prepared(world.station("miner-1"), TASK_ID, 1)
-    with pytest.raises(Reverted, match="InvalidReveal"):
-        world.contracts_as("miner-1").rewards.reveal_score(TASK_ID, prepared.score + 1, prepared.score_salt)
+    own = world.contracts.publisher.place_of(TASK_ID, world.address("miner-1"))
+    with pytest.raises(Reverted, match="NotParticipant"):
+        world.contracts_as("miner-1").rewards.reveal_score(TASK_ID, prepared.score + 1, prepared.score_salt, own)

@@ -13,7 +13,7 @@ from typing import Any
 from blocks.artifacts import ArtifactStore
 from blocks.chain import Chain
 from blocks.registry import Registry
-from contracts.messages import Abort, Cohort, Message
+from contracts.messages import Abort, Cohort, Message, Registration
 from contracts.task_spec import TaskFile
 from infra.devstack import Stack, set_up
 from tasks import aggregate, attest, cohort, contribute, keys, opening, publish, settle
@@ -97,8 +97,12 @@ STEPS: dict[str, Callable[..., Any]] = {
     "reveal-score": lambda name, r: settle.open_score.fn(TASK_ID, name),
     "withdraw": lambda name, r: settle.distribute_and_withdraw.fn(TASK_ID, name),
     "refund": lambda name, r: settle.take_refund.fn(TASK_ID, name),
+    "resign": lambda name, r: settle.resign_turn.fn(TASK_ID, name),
+    "compensation": lambda name, r: settle.take_compensation.fn(TASK_ID, name),
 }
-ORDER = ("publish", *(name for name in STEPS if name not in ("reveal-accuracy-instead", "refund")))
+# What a task that ends with a block does not need.
+OTHER_ENDS = ("reveal-accuracy-instead", "refund", "resign", "compensation")
+ORDER = ("publish", *(name for name in STEPS if name not in OTHER_ENDS))
 
 
 def aggregate_here(name: str, r: int) -> Any:
@@ -180,7 +184,7 @@ class World:
         return self.chain.contracts()
 
     def contracts_as(self, name: str) -> Any:
-        return self.chain.contracts(self.stack.identity(name).account)
+        return self.chain.contracts(self.stack.identity(name))
 
     def address(self, name: str) -> str:
         return self.stack.identity(name).address
@@ -199,6 +203,12 @@ class World:
 
     def station(self, name: str) -> Station:
         return station(name)
+
+    def application(self, address: str) -> tuple[Registration, str]:
+        """A miner's registration and its signature, as the contract takes them."""
+        found = self.station("publisher").find_signed(Registration, address, TASK_ID)
+        assert found is not None
+        return found
 
     def cohort(self) -> Cohort:
         return cohort.trusted_cohort(self.station("publisher"), TASK_ID)
