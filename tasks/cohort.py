@@ -230,14 +230,14 @@ def admit_and_draw(task_id: str, actor: str) -> dict[str, str]:
     stakes = st.chain.contracts(st.me).stakes
 
     closed = stakes.get_cohort(task_id).miners
-    verified = without_shared_keys(
-        [check_answer(st, task_id, applicant) for applicant in applicants(st, task_id, terms.spec)]
-    )
+    found = applicants(st, task_id, terms.spec)
+    if not closed:
+        found = [check_stake(stakes, terms.spec, applicant) for applicant in found]
+    verified = without_shared_keys([check_answer(st, task_id, applicant) for applicant in found])
     if closed:  # a run before this one closed registration: what came in since is late
         admitted = [applicant for applicant in verified if applicant.miner in closed]
         surplus = [applicant for applicant in verified if applicant.miner not in closed and not applicant.refused]
     else:
-        verified = [check_stake(stakes, terms.spec, applicant) for applicant in verified]
         fitting = [applicant for applicant in verified if not applicant.refused]
         fitting.sort(key=lambda applicant: -applicant.registration.stake_wei if applicant.registration else 0)
         admitted, surplus = fitting[: rules.miners_max], fitting[rules.miners_max :]

@@ -74,9 +74,10 @@ def register_with(world: World, name: str, proof: bytes | None = None, **fields:
         miner=st.address,
         encryption_key=st.me.encryption_key,
         dataset_proof_sha256=st.store.put(st.address, data).sha256,
+        stake_wei=world.file.money.minimum_stake_wei,
     ).model_copy(update=fields)
+    world.contracts_as(name).stakes.deposit_stake(amount_wei=registration.stake_wei)
     st.post(registration)
-    world.contracts_as(name).stakes.deposit_stake(amount_wei=world.file.money.minimum_stake_wei)
 
 
 def form(world: World, *, after: str = "prove-dataset", silent: tuple[str, ...] = ()) -> Cohort | Abort:
@@ -137,10 +138,21 @@ def test_forming_the_cohort_again_gives_the_same(world_after):
 
 
 def test_of_too_many_the_one_with_the_least_stake_is_refused(world_after):
-    world = world_after("prove-dataset", participants__miners_max=4)
+    world = world_after("publish", participants__miners_max=4)
+    world.do("register", CULPRIT)
     for name in OTHERS:
-        world.contracts_as(name).stakes.deposit_stake(amount_wei=1)
-    assert reasons(world, form(world)) == {CULPRIT: FULL}
+        register_with(world, name, stake_wei=world.file.money.minimum_stake_wei + 1)
+    assert reasons(world, form(world, after="register")) == {CULPRIT: FULL}
+
+
+def test_too_little_stake_offered_is_refused_and_the_others_go_on(world_after):
+    world = world_after("publish")
+    register_with(world, CULPRIT, stake_wei=world.file.money.minimum_stake_wei - 1)
+    for name in OTHERS:
+        world.do("register", name)
+    why = reasons(world, form(world, after="register", silent=(CULPRIT,)))
+    assert list(why) == [CULPRIT]
+    assert "it offers a stake of 999 wei, the task asks for 1000" in why[CULPRIT]
 
 
 def test_a_challenge_asks_for_leaves_that_nobody_could_foresee(world_after):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from contracts.bindings import CohortOnChain
-from contracts.contributions import contributions_root
+from contracts.contributions import Opening, contributions_root
 from contracts.messages import (
     AbortReason,
     Attestation,
@@ -337,4 +337,6 @@ def test_another_score_than_the_committed_one_is_refused(world_after):
     prepared = read_prepared(world.station("miner-1"), TASK_ID, 1)
     own = world.contracts.publisher.place_of(TASK_ID, world.address("miner-1"))
     with pytest.raises(Reverted, match="NotParticipant"):
-        world.contracts_as("miner-1").rewards.reveal_score(TASK_ID, prepared.score + 1, prepared.score_salt, own)
+        world.contracts_as("miner-1").rewards.reveal_score(
+            TASK_ID, Opening(prepared.score + 1, prepared.score_salt, own)
+        )
