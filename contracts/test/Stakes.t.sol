@@ -151,6 +151,20 @@ contract StakesTest is World {
         accepted(publisher, address(registry), closing(applicationsOf("t", four)));
     }
 
+    /// @dev A member backs a task with what it signed for: a part of its stake, and no more than is available.
+    function test_aStakeIsWhatWasSignedFor() public {
+        publish("t", 1);
+        Application[] memory all = applicationsOf("t", keys);
+        all[0] = applicationOf("t", keys[0], 10 ether + 1);
+        refused(publisher, address(registry), closing(all), StakeRegistry.InsufficientStake.selector);
+        all[0] = applicationOf("t", keys[0], 3 ether);
+        all[0].stake = 2 ether;
+        refused(publisher, address(registry), closing(all), StakeRegistry.InvalidApplication.selector);
+        all[0].stake = 3 ether;
+        accepted(publisher, address(registry), closing(all));
+        vm.assertEq(registry.availableStake(miner), 7 ether, "the rest");
+    }
+
     function test_thePublisherIsNotAMinerOfItsTask() public {
         address former = publisher;
         publisher = vm.addr(keys[1]);

@@ -138,9 +138,13 @@ abstract contract World {
         escrow.publishTask{value: value}(id, commitOf(ACCURACY_PPM), keccak256("spec"), token, reward, t);
     }
 
+    /// @dev For all the stake that is available.
     function applicationOf(string memory id, uint256 key) internal view returns (Application memory a) {
-        a = Application(vm.addr(key), keccak256("key"), keccak256("proof"), 0, 0, 0);
-        a.stake = uint88(registry.availableStake(a.miner));
+        return applicationOf(id, key, uint88(registry.availableStake(vm.addr(key))));
+    }
+
+    function applicationOf(string memory id, uint256 key, uint88 stake) internal view returns (Application memory a) {
+        a = Application(vm.addr(key), keccak256("key"), keccak256("proof"), stake, 0, 0);
         bytes32 struct_ = keccak256(
             abi.encode(
                 registry.REGISTRATION_TYPEHASH(),
