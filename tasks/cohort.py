@@ -49,6 +49,7 @@ from tasks.show import show_table
 
 MAX_PROOF_BYTES = 1 << 20
 MAX_LISTED = 500  # refusals in one record, of at most 300 characters each: below the size of a record
+STAKE_GONE = "it took its stake away while registration was being closed"
 FULL = "the cohort is full: miners with more stake come first"
 
 
@@ -234,27 +235,18 @@ def admit_and_draw(task_id: str, actor: str) -> dict[str, str]:
     if not closed:
         found = [check_stake(stakes, terms.spec, applicant) for applicant in found]
     verified = without_shared_keys([check_answer(st, task_id, applicant) for applicant in found])
-    if closed:  # a run before this one closed registration: what came in since is late
-        admitted = [applicant for applicant in verified if applicant.miner in closed]
-        surplus = [applicant for applicant in verified if applicant.miner not in closed and not applicant.refused]
-    else:
-        fitting = [applicant for applicant in verified if not applicant.refused]
-        fitting.sort(key=lambda applicant: -applicant.registration.stake_wei if applicant.registration else 0)
-        admitted, surplus = fitting[: rules.miners_max], fitting[rules.miners_max :]
-    refused = {applicant.miner: applicant.refused for applicant in verified if applicant.refused}
-    refused |= {applicant.miner: FULL for applicant in surplus}
-    if len(admitted) < rules.miners_min:
-        reasons = "; ".join(f"{miner}: {reason}" for miner, reason in refused.items()) or "nobody else registered"
-        detail = f"{len(admitted)} of at least {rules.miners_min} miners qualified ({reasons})"
-        return give_up(st, task_id, 0, "form-cohort", AbortReason.NOT_ENOUGH_MINERS, detail[:2000])
-
-    # Smallest address first: every party must build the same sums from the same set.
-    admitted.sort(key=lambda applicant: applicant.miner.lower())
+    while True:
+        admitted, refused = choose(verified, closed, rules.miners_max)
+        if len(admitted) < rules.miners_min:
+            reasons = "; ".join(f"{miner}: {reason}" for miner, reason in refused.items()) or "nobody else registered"
+            detail = f"{len(admitted)} of at least {rules.miners_min} miners qualified ({reasons})"
+            return give_up(st, task_id, 0, "form-cohort", AbortReason.NOT_ENOUGH_MINERS, detail[:2000])
+        without_stake = None if closed else close_registration(stakes, task_id, admitted)
+        if without_stake is None:
+            break
+        verified = [replace(one, refused=STAKE_GONE) if one.miner == without_stake else one for one in verified]
     miners = tuple(applicant.miner for applicant in admitted)
     registrations = [applicant.registration for applicant in admitted if applicant.registration is not None]
-    if not closed:
-        signatures = [applicant.signature for applicant in admitted]
-        stakes.close_registration(task_id, list(zip(registrations, signatures, strict=True)))
     aggregator = drawn_aggregator(st, stakes, task_id)
 
     weights = fixed_weights(terms.spec, [applicant.proof.sample_count for applicant in admitted if applicant.proof])
@@ -280,6 +272,35 @@ def admit_and_draw(task_id: str, actor: str) -> dict[str, str]:
             reasons=tuple(refused.values())[:MAX_LISTED],
         )
     )
+
+
+def choose(
+    verified: Sequence[Applicant], closed: Sequence[Address], miners_max: int
+) -> tuple[list[Applicant], dict[Address, str]]:
+    """Who is admitted, in address order, and why the others are not. closed: the cohort that the chain has already."""
+    if closed:  # a run before this one closed registration: what came in since is late
+        admitted = [applicant for applicant in verified if applicant.miner in closed]
+        surplus = [applicant for applicant in verified if applicant.miner not in closed and not applicant.refused]
+    else:
+        fitting = [applicant for applicant in verified if not applicant.refused]
+        fitting.sort(key=lambda applicant: -applicant.registration.stake_wei if applicant.registration else 0)
+        admitted, surplus = fitting[:miners_max], fitting[miners_max:]
+    refused = {applicant.miner: applicant.refused for applicant in verified if applicant.refused}
+    refused |= {applicant.miner: FULL for applicant in surplus}
+    # Smallest address first: every party must build the same sums from the same set.
+    return sorted(admitted, key=lambda applicant: applicant.miner.lower()), refused
+
+
+def close_registration(stakes: bindings.StakeRegistry, task_id: str, admitted: Sequence[Applicant]) -> Address | None:
+    """Fix the cohort on chain; or name the miner that has taken its stake away in the last moment, and change nothing."""
+    applications = [(one.registration, one.signature) for one in admitted if one.registration is not None]
+    try:
+        stakes.close_registration(task_id, applications)
+    except Reverted as refusal:
+        if refusal.error != "InsufficientStake":
+            raise
+        return str(refusal.arguments[0])
+    return None
 
 
 def check_stake(stakes: bindings.StakeRegistry, spec: TaskSpec, applicant: Applicant) -> Applicant:

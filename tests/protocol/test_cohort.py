@@ -30,7 +30,7 @@ from contracts.messages import (
     struct_hash,
 )
 from contracts.sending import Reverted
-from tasks.cohort import FULL, MAX_PROOF_BYTES, draw, fixed_weights
+from tasks.cohort import FULL, MAX_PROOF_BYTES, STAKE_GONE, draw, fixed_weights
 from tasks.crypto import ecies
 from tasks.delivery import delivered_requirement, delivered_validation, delivery_context
 from tasks.learning.datasets import Dataset, InvalidDataset, decode_npz, encode_npz, load_ready
@@ -233,6 +233,19 @@ def test_stake_that_is_asked_back_after_registering_is_too_little_and_the_others
     why = reasons(world, form(world))
     assert list(why) == [CULPRIT]
     assert "stake" in why[CULPRIT]
+
+
+def test_whoever_takes_its_stake_away_in_the_last_moment_does_not_stop_the_others(world_after, monkeypatch):
+    world = world_after("prove-dataset")
+    from tasks import cohort
+
+    def checked_then_gone(stakes, spec, applicant):
+        if applicant.miner == world.address(CULPRIT):
+            world.contracts_as(CULPRIT).stakes.request_withdrawal(1)
+        return applicant
+
+    monkeypatch.setattr(cohort, "check_stake", checked_then_gone)
+    assert reasons(world, form(world)) == {CULPRIT: STAKE_GONE}
 
 
 # A proof that is none
@@ -869,8 +882,9 @@ def test_the_cohort_as_it_was_is_accepted(world_after):
 
 def test_a_miner_outside_the_cohort_does_not_train(world_after):
     world = world_after("deliver", participants__miners_max=4)
+    outside = next(name for name in MINERS if world.address(name) not in world.cohort().miners)
     with pytest.raises(BadRecord, match="is not in the cohort"):
-        world.do("train", "miner-5")
+        world.do("train", outside)
 
 
 # A party's own data

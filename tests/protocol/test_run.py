@@ -77,7 +77,7 @@ def test_a_task_runs_to_payment(paid):
 def test_no_step_opens_another_actors_home(paid):
     """And each one's own home is opened by it, so the witness is awake."""
     for name, paths in _opened.items():
-        foreign = [path for path in paths if "/actors/" in path and f"/actors/{name}/" not in path]
+        foreign = [path for path in paths if "/actors/" in path and f"/actors/{name}/" not in f"{path}/"]
         assert foreign == [], name
         assert any(f"/actors/{name}/" in path for path in paths), name
     assert set(_opened) == {"publisher", *MINERS}
