@@ -13,7 +13,7 @@ const HERE = dirname(fileURLToPath(import.meta.url));
 const SOLC = "0.8.37";
 const SETTINGS = {
   evmVersion: "cancun",
-  optimizer: { enabled: true, runs: 200 },
+  optimizer: { enabled: true, runs: 100_000 },
   viaIR: true,
   metadata: { bytecodeHash: "none", appendCBOR: false },
   outputSelection: {

@@ -30,6 +30,7 @@ import numpy.typing as npt
 from rich.console import Console
 
 from infra import bench_kernels as kernels
+from infra import bench_wire
 from infra.bench import machine
 from infra.rows import Row, markdown, marked, refreshed, show
 from tasks.crypto import backend, bsgs, ecies, ndd_fe, pedersen
@@ -385,6 +386,21 @@ def recovery(values: Integers, bound: int) -> Callable[[], float]:
     return each(len(values), work)
 
 
+# --- points as bytes ------------------------------------------------------------------------------------------------
+
+
+def wire_rows(sizes: Sizes) -> list[Row]:
+    """48 bytes a point beside 64: coding, hashing and storing, at each dimension of the aggregations."""
+    rows = []
+    for dimension in sorted({shape.dimension for shape in sizes.aggregations}):
+        with bench_wire.wire(dimension) as points:
+            for name, (compact, plain) in points.works().items():
+                own, other = alternate(sizes.repeats, compact, plain)
+                title = f"{Shape(dimension, 1).parameters}: points, {name}"
+                rows.append(Row(title, own * 1e9, "ns", None, "x and y, 64 bytes a point", other * 1e9))
+    return rows
+
+
 # --- whole secure aggregations --------------------------------------------------------------------------------------
 
 
@@ -404,8 +420,12 @@ class Shape:
         """Large ones are measured once: their clients and blocks are many measurements already."""
         return 3 if self.dimension * self.clients <= 5_000_000 else 1
 
+    @property
+    def parameters(self) -> str:
+        return f"{self.dimension:,}".replace(",", " ") + " parameters"
+
     def __str__(self) -> str:
-        return f"{self.dimension:,}".replace(",", " ") + f" parameters, {self.clients} clients"
+        return f"{self.parameters}, {self.clients} clients"
 
 
 FULL = Sizes(262_144, 5, (Shape(100_000, 5), Shape(100_000, 50), Shape(1_000_000, 5), Shape(1_000_000, 50)))
@@ -650,6 +670,7 @@ def measure(sizes: Sizes, python: Path, console: Console) -> Iterator[Row]:
             ("encrypting, part by part", lambda: part_rows(sizes)),
             ("summing, verifying, deriving", lambda: sum_rows(sizes, curves)),
             ("recovering", lambda: recover_rows(sizes, curves)),
+            ("points as bytes", lambda: wire_rows(sizes)),
         ]
         for title, part in parts:
             with console.status(title):

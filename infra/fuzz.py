@@ -153,6 +153,7 @@ def work(round_: Round) -> dict[str, Any]:
     m, rho = opened(key, round_.aggregator_masks, ciphertexts, round_.weights, bound=bound, table=table, **more)
     total = ndd_fe.weighted_sum(ciphertexts, round_.weights, threads=round_.threads)
     compare_chunk(round_, ciphertexts[0], total)
+    compare_decoded(ciphertexts)
     compare_failing(round_, ciphertexts, m, rho)
     named = {f"ciphertext {i}": ciphertext for i, ciphertext in enumerate(ciphertexts)}
     return {**named, "functional key": key, "weighted sum": total, "blinding": rho, "recovered sum": m}
@@ -174,6 +175,12 @@ def compare_chunk(round_: Round, ciphertext: Words, total: Words) -> None:
     if len(round_.weights) == 1:
         times = ndd_fe.weighted_sum([ciphertext[part]], round_.weights)
         expect_same("chunk of a weighted sum", times, total[part], part.start)
+
+
+def compare_decoded(ciphertexts: list[Words]) -> None:
+    """Every ciphertext comes back from its encoding."""
+    for i, points in enumerate(ciphertexts):
+        expect_same(f"ciphertext {i} from its encoding", ndd_fe.decode_points(ndd_fe.encode_points(points)), points)
 
 
 def compare_failing(round_: Round, ciphertexts: list[Words], m: Integers, rho: Words) -> None:

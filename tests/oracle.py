@@ -185,3 +185,23 @@ def decrypt(
 
 def opens(point: Coordinates, m: int, rho: int) -> bool:
     return point == add(multiply(m, G), multiply(rho, H))
+
+
+# --- the encoding of points -----------------------------------------------------------------------------------------
+
+# The cube root of 1 that libsecp256k1 uses for its endomorphism.
+BETA = 0x7AE96A2B657C07106E64479EAC3434E99CF0497512F58995C1396C28719501EE
+
+
+def encode_points(points: list[tuple[int, int]]) -> bytes:
+    """x1, x2, y1 + y2 for two points; x1, p + k, y1 for (x1, y1) and (x1 beta**k, -y1); x, y for an odd last one."""
+    numbers = []
+    for i in range(0, len(points) - 1, 2):
+        (x1, y1), (x2, y2) = points[i], points[i + 1]
+        if (y1 + y2) % P:
+            numbers += [x1, x2, (y1 + y2) % P]
+        else:
+            numbers += [x1, P + [x1 * BETA**k % P for k in range(3)].index(x2), y1]
+    if len(points) % 2:
+        numbers += points[-1]
+    return b"HCP\x02" + len(points).to_bytes(4, "little") + b"".join(n.to_bytes(32, "little") for n in numbers)

@@ -20,7 +20,8 @@ MAY_IMPORT = {
     "contracts.task_spec": ("contracts.messages",),
     "contracts.journal": ("contracts.messages",),
     "contracts.sending": ("contracts.messages", "contracts.journal"),
-    "contracts.bindings": ("contracts.messages", "contracts.sending"),
+    "contracts.contributions": ("contracts.messages",),
+    "contracts.bindings": ("contracts.messages", "contracts.contributions", "contracts.sending"),
     "contracts": (),
     "tasks.crypto": (),
     "tasks.learning": (),
@@ -31,7 +32,7 @@ MAY_IMPORT = {
     "infra": ("deployments", "tasks", "blocks", "contracts", "tasks.crypto", "tasks.learning"),
     "infra.cli": ("infra", "flows", "tasks", "contracts"),  # the only one that starts flows
 }
-PURE = ("contracts.messages", "contracts.task_spec", "tasks.crypto", "tasks.learning")
+PURE = ("contracts.messages", "contracts.contributions", "contracts.task_spec", "tasks.crypto", "tasks.learning")
 # Read once, at import: which kernels run. That is a matter of the machine; the bits they make are the same.
 READS_THE_ENVIRONMENT = {"tasks.crypto.backend": ["os.environ"]}
 IMPURE = {

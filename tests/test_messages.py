@@ -46,6 +46,7 @@ FIRST: dict[str, Any] = {
     "bytes": "0x" + "cd" * 33,
     "address": SIGNER,
     "uint32": 7,
+    "uint96": 2**64 + 7,
     "bool": True,
     "address[]": (SIGNER, OTHER),
     "bytes32[]": ("0x" + "01" * 32, "0x" + "02" * 32),
@@ -58,6 +59,7 @@ SECOND: dict[str, Any] = {
     "bytes": "0x" + "cd" * 32,
     "address": OTHER,
     "uint32": 8,
+    "uint96": 2**64 + 8,
     "bool": False,
     "address[]": (SIGNER,),
     "bytes32[]": ("0x" + "02" * 32, "0x" + "01" * 32),
@@ -191,7 +193,8 @@ def test_the_type_strings_are_those_of_the_contract(kind):
 
 def test_a_type_string_lists_the_fields_in_order():
     assert type_string(messages.Registration) == (
-        "Registration(string task_id,uint32 round_number,address miner,bytes encryption_key,bytes32 dataset_proof_sha256)"
+        "Registration(string task_id,uint32 round_number,address miner,bytes encryption_key,bytes32 dataset_proof_sha256,"
+        "uint96 stake_wei)"
     )
     assert type_string(messages.Challenge) == (
         "Challenge(string task_id,uint32 round_number,address publisher,address miner,bytes32 registration,uint32[] leaves)"
@@ -219,6 +222,9 @@ def test_the_signers_field_is_an_address_of_the_message(kind):
         (messages.Registration, "round_number", "1"),
         (messages.Registration, "round_number", 1.0),
         (messages.Registration, "round_number", True),
+        (messages.Registration, "stake_wei", -1),
+        (messages.Registration, "stake_wei", 2**88),
+        (messages.Registration, "stake_wei", "1"),
         (messages.Registration, "miner", "0x12"),
         (messages.Registration, "encryption_key", "0xABCD"),
         (messages.Registration, "encryption_key", "0xabc"),

@@ -113,11 +113,13 @@ WRONG = [
     ("required_accuracy", "0.0000001", ["1e-07"]),  # would be 0 parts per million
     ("money.reward_wei", "-5", ["-5", "greater than 0"]),
     ("money.reward_wei", "0", ["0", "greater than 0"]),
-    ("money.reward_wei", str(2**96), [str(2**96), "less than"]),
+    ("money.reward_wei", str(2**88), [str(2**88), "less than"]),
     ("money.reward_wei", "0.5", ["0.5", "integer"]),
     ("money.reward_wei", "[1]", ["[1]", "integer"]),
     ("money.aggregator_share", "0.6", ["0.6", "less than or equal to 0.5"]),
     ("money.minimum_stake_wei", "0", ["0", "greater than 0"]),
+    ("money.silence_penalty", "1.1", ["1.1", "less than or equal to 1"]),
+    ("money.reward_token", '"0x12"', ["0x12", "match pattern"]),
     ("participants.miners_min", "3", ["3", "greater than or equal to 4"]),
     ("participants.miners_min", "2026-01-01", ["integer"]),
     ("participants.miners_max", "201", ["201", "less than or equal to 200"]),
@@ -131,6 +133,7 @@ WRONG = [
     ("rounds.attestation_timeout_s", "inf", ["inf", "finite"]),
     ("rounds.attestation_timeout_s", "1e12", ["less than"]),  # no clock of the system waits that long
     ("windows.deadline_s", "59", ["59", "greater than or equal to 60"]),
+    ("windows.publish_s", "0", ["0", "greater than or equal to 1"]),
     ("windows.score_reveal_s", "0", ["0", "greater than or equal to 1"]),
     ("dataset.name", '""', ["''", "at least 1 character"]),
     ("dataset.classes", "1", ["1", "greater than or equal to 2"]),
@@ -204,7 +207,7 @@ def test_fields_that_do_not_fit_each_other_are_named_together(changes, says):
         {"compression.bits": "24"},
         {"dataset.low": str([0.0] * 64), "dataset.high": str([1.0] * 64)},
         {"required_accuracy": "1"},
-        {"money.reward_wei": str(2**96 - 1)},
+        {"money.reward_wei": str(2**88 - 1)},
     ],
 )
 def test_the_same_within_its_limits_is_accepted(changes):
@@ -285,6 +288,8 @@ def other(name: str, value: Any) -> Any:
         return "fedadam"
     if name == "transform":
         return "sqrt"
+    if name == "reward_token":
+        return "0x" + "11" * 20
     if isinstance(value, bool):
         return not value
     if isinstance(value, str):

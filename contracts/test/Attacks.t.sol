@@ -4,13 +4,13 @@ pragma solidity ^0.8.28;
 import {BlockPublisher, Candidate, Vote} from "../src/BlockPublisher.sol";
 import {accountOf} from "../src/Cohort.sol";
 import {HealChainEscrow} from "../src/HealChainEscrow.sol";
-import {Claim, Place, RewardDistribution} from "../src/RewardDistribution.sol";
+import {Opening, RewardDistribution} from "../src/RewardDistribution.sol";
 import {Application, StakeRegistry} from "../src/StakeRegistry.sol";
-import {MAX_SCORE, NotAscending, Terms, WrongStatus} from "../src/Task.sol";
+import {NotAscending, Terms, WrongStatus} from "../src/Task.sol";
 import {Hostile} from "./Hostile.sol";
 import {MannerToken} from "./Tokens.sol";
 import {vm} from "./Vm.sol";
-import {World} from "./World.sol";
+import {Claim, World} from "./World.sol";
 import {NaivePool, Token} from "./naive/NaivePool.sol";
 import {NaiveStakes} from "./naive/NaiveStakes.sol";
 import {NaiveTask} from "./naive/NaiveTask.sol";
@@ -132,24 +132,24 @@ contract AttacksTest is World {
         published(scores);
         reveal("t");
         bytes32[] memory proof = proofOf(c.participants, c.scoreCommits, 1);
-        bytes memory data = abi.encodeCall(rewards.revealScore, ("t", scores[1], SALT, 1, proof));
+        bytes memory data = abi.encodeCall(rewards.revealScore, ("t", Opening(scores[1], SALT, 1, proof)));
         refused(c.participants[1], address(rewards), data, RewardDistribution.ScoreTooLarge.selector);
         proof = proofOf(c.participants, c.scoreCommits, 2);
-        data = abi.encodeCall(rewards.revealScore, ("t", scores[2], SALT, 2, proof));
+        data = abi.encodeCall(rewards.revealScore, ("t", Opening(scores[2], SALT, 2, proof)));
         refused(c.participants[2], address(rewards), data, RewardDistribution.ScoreTooLarge.selector);
         revealScore(c, 0, 10);
         pass(3 hours + 1);
         rewards.distribute("t");
-        vm.assertEq(rewards.claimable(keccak256("t"), 0), 900, "all to the honest one");
+        vm.assertEq(rewards.claimable(keccak256("t"), address(0), 0, 10), 900, "all to the honest one");
     }
 
     /// @dev All five at the largest bound: sums and products stay within their words.
     function test_largestScoresAndReward() public {
         Terms memory t = terms();
-        t.maxScore = MAX_SCORE;
+        t.maxScore = type(uint64).max;
         publish("t", address(0), type(uint88).max, t);
-        (Candidate memory made,) = blockOf("t", same(MAX_SCORE, 5));
-        settle(made, same(MAX_SCORE, 5));
+        (Candidate memory made,) = blockOf("t", same(type(uint64).max, 5));
+        settle(made, same(type(uint64).max, 5));
         for (uint256 i = 0; i < 5; i++) withdraw(made.participants[i], address(0), only(claimOf(made, i)));
         vm.assertEq(address(rewards).balance, 0, "all of it");
     }
@@ -184,10 +184,10 @@ contract AttacksTest is World {
                     // Paid to the hostile one: only this call fails, and can be made again to another recipient.
                     vm.prank(made.participants[i]);
                     (bool ok,) = address(rewards).call{gas: 3_000_000}(
-                        abi.encodeCall(rewards.withdrawTo, (address(0), address(hostile), claims))
+                        abi.encodeCall(rewards.claimTo, (id, address(0), address(hostile), claims[0].opening))
                     );
                     vm.assertTrue(ok == (manner == 2 || manner == 4), "harms its own payment only");
-                    if (ok) continue;
+                    if (ok) claims = new Claim[](0);
                 }
                 withdraw(made.participants[i], address(0), claims);
             }
@@ -212,7 +212,7 @@ contract AttacksTest is World {
         reveal("t");
         rewards.distribute("t");
         vm.assertEq(rewards.balanceOf(address(0), publisher), 1000, "refunded");
-        bytes memory claim = abi.encodeCall(rewards.withdrawTo, (address(0), miner(0), only(claimOf(c, 0))));
+        bytes memory claim = abi.encodeCall(rewards.claimTo, ("t", address(0), miner(0), claimOf(c, 0).opening));
         refused(miner(0), address(rewards), claim, RewardDistribution.NotDistributed.selector);
     }
 
@@ -228,20 +228,15 @@ contract AttacksTest is World {
     }
 
     function test_withdrawBeforeTheSlash() public {
-        // Asked long before, so that the delay is over.
-        for (uint256 i = 0; i < 5; i++) {
-            accepted(miner(i), address(registry), abi.encodeCall(registry.requestWithdrawal, (9 ether)));
-        }
-        pass(DELAY_S);
         drawn();
-        bytes memory withdrawal = abi.encodeCall(registry.withdrawStake, (c.aggregator));
-        refused(c.aggregator, address(registry), withdrawal, StakeRegistry.StakeLocked.selector);
+        bytes memory request = abi.encodeCall(registry.requestWithdrawal, (1));
+        refused(c.aggregator, address(registry), request, StakeRegistry.InsufficientStake.selector);
         Candidate memory other = c;
         other.modelUri = "s3://models/other";
         Vote memory first = signed(keyOf[c.aggregator], blocks.candidateHash(c));
         Vote memory second = signed(keyOf[c.aggregator], blocks.candidateHash(other));
         blocks.reportEquivocation(c, first, other, second, cohort);
-        vm.assertEq(registry.stakeOf(c.aggregator), 9 ether, "what the task recorded is taken");
+        vm.assertEq(registry.stakeOf(c.aggregator), 0, "what the task recorded is taken");
     }
 
     // An insider lets accomplices take its stake before evidence does
@@ -259,7 +254,7 @@ contract AttacksTest is World {
         publish("own", address(0), 1, t);
     }
 
-    function twoCandidates(string memory id, uint256 key) private view returns (Candidate memory, Vote memory, Candidate memory, Vote memory) {
+    function twoCandidates(string memory id, uint256 key) private returns (Candidate memory, Vote memory, Candidate memory, Vote memory) {
         Candidate memory a = candidateOf(id, three(keys[0], keys[1], keys[2]), same(1, 3));
         Candidate memory b = candidateOf(id, three(keys[0], keys[1], keys[2]), same(2, 3));
         a.aggregator = b.aggregator = vm.addr(key);
@@ -460,7 +455,7 @@ contract AttacksTest is World {
         accepted(c.aggregator, address(blocks), publication(votesOf(c, keys)));
         reveal("t");
         rewards.distribute("t");
-        bytes memory withdrawal = abi.encodeCall(rewards.withdrawTo, (address(0), self, new Claim[](0)));
+        bytes memory withdrawal = abi.encodeCall(rewards.withdrawTo, (address(0), self));
         payOnce(hostile, address(rewards), withdrawal, 1000);
     }
 
@@ -552,27 +547,31 @@ contract AttacksTest is World {
         uint256[5] memory positions = [uint256(1), 4, 5, 256, type(uint256).max];
         for (uint256 i = 0; i < 5; i++) {
             Claim memory other = claimOf(c, 0);
-            other.place.position = positions[i];
+            other.opening.position = positions[i];
             refusedClaim(first, other);
         }
-        // An inner node of the tree under this name, with what is left of the proof.
-        bytes32[] memory shorter = new bytes32[](2);
-        (shorter[0], shorter[1]) = (claim.place.proof[1], claim.place.proof[2]);
-        refusedClaim(first, Claim("t", Place(0, claim.place.proof[0], shorter)));
-        // The root itself, the empty proof, and a proof that is too long.
-        refusedClaim(first, Claim("t", Place(0, blocks.getBlockMeta(keccak256("t")).contributionsRoot, new bytes32[](0))));
-        bytes32[] memory longer = new bytes32[](4);
-        for (uint256 i = 0; i < 3; i++) longer[i] = claim.place.proof[i];
-        refusedClaim(first, Claim("t", Place(0, claim.place.scoreCommit, longer)));
-        // Another's place, and another's commitment.
+        // Less of the proof, none, and more.
+        refusedClaim(first, shortened(claim, 2));
+        refusedClaim(first, shortened(claim, 0));
+        refusedClaim(first, shortened(claim, 4));
+        // Another's place, by either of them; another score, another salt.
         refusedClaim(first, claimOf(c, 1));
         refusedClaim(outsider, claim);
-        claim.place.scoreCommit = c.scoreCommits[1];
+        claim.opening.score = 2;
+        refusedClaim(first, claim);
+        claim = claimOf(c, 0);
+        claim.opening.salt = 0;
         refusedClaim(first, claim);
     }
 
+    function shortened(Claim memory claim, uint256 count) private pure returns (Claim memory other) {
+        bytes32[] memory proof = new bytes32[](count);
+        for (uint256 i = 0; i < count && i < claim.opening.proof.length; i++) proof[i] = claim.opening.proof[i];
+        return Claim(claim.taskID, Opening(claim.opening.score, claim.opening.salt, claim.opening.position, proof));
+    }
+
     function refusedClaim(address who, Claim memory claim) private {
-        bytes memory data = abi.encodeCall(rewards.withdrawTo, (address(0), who, only(claim)));
+        bytes memory data = abi.encodeCall(rewards.claimTo, (claim.taskID, address(0), who, claim.opening));
         refused(who, address(rewards), data, RewardDistribution.NotParticipant.selector);
     }
 
@@ -585,16 +584,15 @@ contract AttacksTest is World {
         vm.assertEq(address(this).balance - before, 20, "paid twice");
     }
 
-    function test_sameClaimTwiceInOneCall() public {
+    function test_sameClaimTwice() public {
         published();
         settle(c, same(1, 5));
-        Claim[] memory claims = new Claim[](2);
-        claims[0] = claims[1] = claimOf(c, 0);
-        bytes memory data = abi.encodeCall(rewards.withdrawTo, (address(0), miner(0), claims));
+        bytes memory data = abi.encodeCall(rewards.claimTo, ("t", address(0), miner(0), claimOf(c, 0).opening));
+        accepted(miner(0), address(rewards), data);
         refused(miner(0), address(rewards), data, RewardDistribution.AlreadyClaimed.selector);
     }
 
-    /// @dev A task rewarded in a worthless token cannot be claimed in ether, alone or beside a claim in ether.
+    /// @dev A task rewarded in a worthless token cannot be claimed in ether, nor one in ether in the token.
     function test_claimAcrossTokens() public {
         MannerToken token = new MannerToken();
         token.mint(publisher, 1e18);
@@ -606,14 +604,13 @@ contract AttacksTest is World {
         restock(10 ether);
         published();
         settle(c, same(1, 5));
-        Claim[] memory claims = new Claim[](2);
-        (claims[0], claims[1]) = (claimOf(c, 0), claimOf(cheap, 0));
-        bytes4 why = RewardDistribution.WrongToken.selector;
-        refused(miner(0), address(rewards), abi.encodeCall(rewards.withdrawTo, (address(0), miner(0), claims)), why);
-        claims = only(claims[1]);
-        refused(miner(0), address(rewards), abi.encodeCall(rewards.withdrawTo, (address(0), miner(0), claims)), why);
+        bytes4 why = RewardDistribution.NotDistributed.selector;
+        Opening memory place = claimOf(cheap, 0).opening;
+        refused(miner(0), address(rewards), abi.encodeCall(rewards.claimTo, ("worthless", address(0), miner(0), place)), why);
+        place = claimOf(c, 0).opening;
+        refused(miner(0), address(rewards), abi.encodeCall(rewards.claimTo, ("t", address(token), miner(0), place)), why);
         why = RewardDistribution.NothingToWithdraw.selector;
-        bytes memory balance = abi.encodeCall(rewards.withdrawTo, (address(0), outsider, new Claim[](0)));
+        bytes memory balance = abi.encodeCall(rewards.withdrawTo, (address(0), outsider));
         refused(outsider, address(rewards), balance, why);
     }
 }

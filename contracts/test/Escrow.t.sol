@@ -69,7 +69,7 @@ contract EscrowTest is World {
             if (i == 13) t.scoreRevealWindow_s = 0;
             if (i == 14) t.scoreRevealWindow_s = 90 days + 1;
             if (i == 15) t.maxScore = 0;
-            if (i == 16) t.maxScore = 2 ** 62;
+            if (i == 16) t.maxMiners = 0;
             if (i == 17) t.minMiners = 0;
             bytes4 why = HealChainEscrow.InvalidTerms.selector;
             if (i == 18) (t.deadline, why) = (uint40(time()), DeadlinePast.selector);
@@ -87,7 +87,7 @@ contract EscrowTest is World {
         t.faultRatePpm = t.aggregatorSharePpm = 500_000;
         t.silencePenaltyPpm = 1_000_000;
         t.publishWindow_s = t.publisherRevealWindow_s = t.aggregatorRevealWindow_s = t.scoreRevealWindow_s = 90 days;
-        t.maxScore = 2 ** 62 - 1;
+        t.maxScore = type(uint64).max;
         publish("t", address(0), type(uint88).max, t);
         vm.assertEq(address(escrow).balance, type(uint88).max, "locked");
     }

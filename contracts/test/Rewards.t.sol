@@ -3,11 +3,11 @@ pragma solidity ^0.8.28;
 
 import {Candidate} from "../src/BlockPublisher.sol";
 import {InvalidRecipient} from "../src/Payment.sol";
-import {Claim, Outcome, RewardDistribution, Settlement} from "../src/RewardDistribution.sol";
+import {Opening, Outcome, RewardDistribution, Settlement} from "../src/RewardDistribution.sol";
 import {OnlyContract, Terms} from "../src/Task.sol";
 import {MannerToken} from "./Tokens.sol";
 import {vm} from "./Vm.sol";
-import {World} from "./World.sol";
+import {Claim, World} from "./World.sol";
 
 contract RewardsTest is World {
     bytes32 private constant KEY = keccak256("t");
@@ -38,11 +38,12 @@ contract RewardsTest is World {
 
     function scoreOf(uint256 position, uint256 score) private view returns (bytes memory) {
         bytes32[] memory proof = proofOf(c.participants, c.scoreCommits, position);
-        return abi.encodeCall(rewards.revealScore, ("t", score, SALT, position, proof));
+        return abi.encodeCall(rewards.revealScore, ("t", Opening(score, SALT, position, proof)));
     }
 
     function claiming(address token, Claim[] memory claims) private view returns (bytes memory) {
-        return abi.encodeCall(rewards.withdrawTo, (token, address(0xCAFE), claims));
+        if (claims.length == 0) return abi.encodeCall(rewards.withdrawTo, (token, address(0xCAFE)));
+        return abi.encodeCall(rewards.claimTo, (claims[0].taskID, token, address(0xCAFE), claims[0].opening));
     }
 
     function outcomeIs(Outcome expected) private view {
@@ -62,7 +63,7 @@ contract RewardsTest is World {
         no(outsider, distributing(), why);
         no(outsider, abi.encodeCall(rewards.openScores, ("t")), why);
         no(outsider, abi.encodeCall(rewards.getSettlement, ("t")), why);
-        no(outsider, abi.encodeCall(rewards.revealScore, ("t", 1, SALT, 0, new bytes32[](0))), why);
+        no(outsider, abi.encodeCall(rewards.revealScore, ("t", Opening(1, SALT, 0, new bytes32[](0)))), why);
         refused(outsider, address(rewards), 1, "", OnlyContract.selector);
     }
 
@@ -182,11 +183,11 @@ contract RewardsTest is World {
         no(outsider, scoreOf(0, 1_000_000), RewardDistribution.NotParticipant.selector);
         accepted(c.participants[0], address(rewards), scoreOf(0, 1_000_000));
         no(c.participants[0], scoreOf(0, 1_000_000), RewardDistribution.ScoreAlreadyRevealed.selector);
-        (bool isRevealed, uint256 score, bool isClaimed) = rewards.getScore(KEY, 0);
+        (bool isRevealed, bool isClaimed) = rewards.isRevealed(KEY, 0);
         vm.assertTrue(isRevealed && !isClaimed, "revealed");
-        vm.assertEq(score, 1_000_000, "score");
-        (isRevealed, score,) = rewards.getScore(KEY, 1);
-        vm.assertTrue(!isRevealed && score == 0, "not revealed");
+        vm.assertEq(rewards.getSettlement("t").scoreSum, 1_000_000, "score");
+        (isRevealed,) = rewards.isRevealed(KEY, 1);
+        vm.assertFalse(isRevealed, "not revealed");
         no(outsider, distributing(), RewardDistribution.ScoresStillOpen.selector);
         vm.warp(rewards.getSettlement("t").scoreRevealEnd);
         accepted(c.participants[1], address(rewards), scoreOf(1, 1_000_000));
@@ -209,9 +210,9 @@ contract RewardsTest is World {
         revealScore(c, 4, 0);
         pass(3 hours + 1);
         rewards.distribute("t");
-        vm.assertEq(rewards.claimable(KEY, 0), 0, "not revealed");
-        vm.assertEq(rewards.claimable(KEY, 1), 450, "half of the pool");
-        vm.assertEq(rewards.claimable(KEY, 9), 0, "no such place");
+        vm.assertEq(rewards.claimable(KEY, address(0), 0, 0), 0, "not revealed");
+        vm.assertEq(rewards.claimable(KEY, address(0), 1, 0), 450, "half of the pool");
+        vm.assertEq(rewards.claimable(KEY, address(0), 9, 0), 0, "no such place");
         claimAll();
         vm.assertEq(address(rewards).balance, 0, "left behind");
     }
@@ -220,20 +221,19 @@ contract RewardsTest is World {
         blockWith(same(7, 5));
         reveal("t");
         pass(3 hours + 1);
-        vm.assertEq(rewards.claimable(KEY, 0), 0, "before the distribution");
+        vm.assertEq(rewards.claimable(KEY, address(0), 0, 7), 0, "before the distribution");
         rewards.distribute("t");
-        vm.assertEq(rewards.claimable(KEY, 3), 180, "a fifth of the pool");
+        vm.assertEq(rewards.claimable(KEY, address(0), 3, 7), 180, "a fifth of the pool");
         vm.assertEq(claimAll(), 1000, "pool and share");
     }
 
-    /// @dev A reveal after the distribution would change the parts; a claim leaves the score readable.
-    function test_aClaimKeepsTheScore() public {
+    function test_aClaimIsRemembered() public {
         blockWith(same(3, 5));
         settle(c, same(3, 5));
         withdraw(c.participants[3], address(0), only(claimOf(c, 3)));
-        (bool isRevealed, uint256 score, bool isClaimed) = rewards.getScore(KEY, 3);
-        vm.assertTrue(isRevealed && isClaimed && score == 3, "kept");
-        vm.assertEq(rewards.claimable(KEY, 3), 0, "paid");
+        (bool isRevealed, bool isClaimed) = rewards.isRevealed(KEY, 3);
+        vm.assertTrue(isRevealed && isClaimed, "kept");
+        vm.assertEq(rewards.claimable(KEY, address(0), 3, 3), 0, "paid");
     }
 
     // Claims
@@ -250,14 +250,14 @@ contract RewardsTest is World {
         no(outsider, claiming(address(0), claims), RewardDistribution.NotParticipant.selector);
         no(c.participants[1], claiming(address(0), claims), RewardDistribution.NotParticipant.selector);
         no(outsider, claiming(address(0), new Claim[](0)), RewardDistribution.NothingToWithdraw.selector);
-        no(first, claiming(address(0x7), claims), RewardDistribution.WrongToken.selector);
-        bytes memory toZero = abi.encodeCall(rewards.withdrawTo, (address(0), address(0), claims));
+        no(first, claiming(address(0x7), claims), RewardDistribution.NotDistributed.selector);
+        bytes memory toZero = abi.encodeCall(rewards.claimTo, ("t", address(0), address(0), claims[0].opening));
         no(first, toZero, InvalidRecipient.selector);
         accepted(first, address(rewards), claiming(address(0), claims));
         no(first, claiming(address(0), claims), RewardDistribution.AlreadyClaimed.selector);
     }
 
-    function test_oneCallForSeveralTasksAndTheBalance() public {
+    function test_severalTasksAndTheBalance() public {
         blockWith(same(1, 5));
         settle(c, same(1, 5));
         restock(10 ether);
@@ -285,7 +285,7 @@ contract RewardsTest is World {
         token.behave(MannerToken.Manner.False);
         bytes memory claim = claiming(address(token), only(claimOf(made, 0)));
         no(made.participants[0], claim, bytes4(keccak256("SafeERC20FailedOperation(address)")));
-        vm.assertEq(rewards.claimable(KEY, 0), 180, "kept");
+        vm.assertEq(rewards.claimable(KEY, address(token), 0, 1), 180, "kept");
         token.behave(MannerToken.Manner.Silent);
         accepted(made.participants[0], address(rewards), claim);
         vm.assertGe(token.balanceOf(address(0xCAFE)), 180, "paid");

@@ -34,10 +34,10 @@ contract StakesTest is World {
         refused(miner, address(registry), tooMuch, StakeRegistry.InsufficientStake.selector);
         accepted(miner, address(registry), abi.encodeCall(registry.requestWithdrawal, (4 ether)));
         vm.assertEq(registry.availableStake(miner), 6 ether, "available");
-        vm.assertEq(registry.stakeOf(miner), 10 ether, "stake");
+        vm.assertEq(registry.stakeOf(miner), 6 ether, "stake");
         pass(DELAY_S - 1);
         accepted(miner, address(registry), abi.encodeCall(registry.requestWithdrawal, (3 ether)));
-        (uint256 amount, uint40 withdrawableAt,) = registry.getWithdrawal(miner);
+        (uint256 amount, uint40 withdrawableAt) = registry.getWithdrawal(miner);
         vm.assertEq(amount, 3 ether, "replaced");
         vm.assertEq(withdrawableAt, time() + DELAY_S, "waits anew");
     }
@@ -62,25 +62,45 @@ contract StakesTest is World {
     }
 
     function test_aCohortHoldsStakesToTheLatestEnd() public {
-        accepted(miner, address(registry), abi.encodeCall(registry.requestWithdrawal, (4 ether)));
         publish("t", 1);
         uint40 end = uint40(time() + 10 days + 6 hours);
-        close("t", keys);
-        (,, uint40 lockedUntil) = registry.getWithdrawal(miner);
-        vm.assertEq(lockedUntil, end, "held");
+        bytes32[] memory cohort = close("t", keys);
         // A task that ends earlier does not shorten it.
         Terms memory t = terms();
         t.deadline = uint40(time() + 1 days);
         publish("u", address(0), 1, t);
-        for (uint256 i = 0; i < 5; i++) deposit(vm.addr(keys[i]), 1);
-        close("u", keys);
-        (,, lockedUntil) = registry.getWithdrawal(miner);
-        vm.assertEq(lockedUntil, end, "still held");
+        restock(1);
+        bytes32[] memory second = close("u", keys);
+        (uint256 recorded, uint40 heldUntil) = registry.getHold(miner);
+        vm.assertEq(heldUntil, end, "held");
+        vm.assertEq(recorded, 10 ether + 1, "recorded");
+        bytes memory release = abi.encodeCall(registry.releaseStake, ("u", second, 0));
+        vm.warp(t.deadline + 6 hours);
+        call(release, StakeRegistry.StakeHeld.selector);
+        vm.warp(t.deadline + 6 hours + 1);
+        call(abi.encodeCall(registry.releaseStake, ("u", cohort, 0)), StakeRegistry.WrongCohort.selector);
+        call(abi.encodeCall(registry.releaseStake, ("u", second, 5)), StakeRegistry.NotEntitled.selector);
+        accepted(outsider, address(registry), release);
+        call(release, StakeRegistry.NotEntitled.selector);
+        vm.assertEq(registry.availableStake(miner), 1, "given back");
         vm.warp(end);
-        bytes memory withdrawal = abi.encodeCall(registry.withdrawStake, (miner));
-        refused(miner, address(registry), withdrawal, StakeRegistry.StakeLocked.selector);
+        bytes memory request = abi.encodeCall(registry.requestWithdrawal, (10 ether));
+        refused(miner, address(registry), request, StakeRegistry.InsufficientStake.selector);
         vm.warp(end + 1);
-        accepted(miner, address(registry), withdrawal);
+        // Nothing is held any more, and there is nothing to release.
+        call(abi.encodeCall(registry.releaseStake, ("t", cohort, 0)), StakeRegistry.NotEntitled.selector);
+        accepted(miner, address(registry), request);
+    }
+
+    /// @dev What an earlier hold recorded cannot be released out of a later one.
+    function test_anOldTaskReleasesNothingOfANewOne() public {
+        publish("t", 1);
+        bytes32[] memory cohort = close("t", keys);
+        pass(11 days);
+        publish("u", 1);
+        close("u", keys);
+        call(abi.encodeCall(registry.releaseStake, ("t", cohort, 0)), StakeRegistry.NotEntitled.selector);
+        vm.assertEq(registry.availableStake(miner), 0, "held");
     }
 
     // Cohort
@@ -129,6 +149,20 @@ contract StakesTest is World {
         refused(publisher, address(registry), closing(applicationsOf("t", four)), StakeRegistry.InsufficientStake.selector);
         accepted(miner, address(registry), abi.encodeCall(registry.requestWithdrawal, (0)));
         accepted(publisher, address(registry), closing(applicationsOf("t", four)));
+    }
+
+    /// @dev A member backs a task with what it signed for: a part of its stake, and no more than is available.
+    function test_aStakeIsWhatWasSignedFor() public {
+        publish("t", 1);
+        Application[] memory all = applicationsOf("t", keys);
+        all[0] = applicationOf("t", keys[0], 10 ether + 1);
+        refused(publisher, address(registry), closing(all), StakeRegistry.InsufficientStake.selector);
+        all[0] = applicationOf("t", keys[0], 3 ether);
+        all[0].stake = 2 ether;
+        refused(publisher, address(registry), closing(all), StakeRegistry.InvalidApplication.selector);
+        all[0].stake = 3 ether;
+        accepted(publisher, address(registry), closing(all));
+        vm.assertEq(registry.availableStake(miner), 7 ether, "the rest");
     }
 
     function test_thePublisherIsNotAMinerOfItsTask() public {
@@ -190,7 +224,7 @@ contract StakesTest is World {
         mine(2);
         accepted(outsider, address(registry), drawing(cohort));
         (, bytes32 seed,,,) = registry.getDraw(KEY);
-        vm.assertEq(seed, keccak256(abi.encodePacked(KEY, blockhash(seedBlock))), "seed");
+        vm.assertEq(seed, keccak256(abi.encodePacked("t", blockhash(seedBlock))), "seed");
     }
 
     function test_noDrawAfterTheDeadline() public {
@@ -370,15 +404,14 @@ contract StakesTest is World {
         vm.assertEq(outsider.balance, sum, "paid");
     }
 
-    /// @dev A slash takes from the requested part too, and a request never exceeds what is left.
     function test_aRequestDoesNotSaveAStake() public {
         publish("t", 1);
         bytes32[] memory cohort = draw("t", keys);
         address first = aggregatorOf("t");
-        accepted(first, address(registry), abi.encodeCall(registry.requestWithdrawal, (9 ether)));
+        bytes memory request = abi.encodeCall(registry.requestWithdrawal, (1));
+        refused(first, address(registry), request, StakeRegistry.InsufficientStake.selector);
         accepted(address(blocks), address(registry), abi.encodeCall(registry.slashEquivocation, ("t", first, cohort)));
-        (uint256 requested,,) = registry.getWithdrawal(first);
-        vm.assertEq(requested, 0, "request");
+        vm.assertEq(registry.stakeOf(first), 0, "stake");
         vm.assertEq(registry.availableStake(first), 0, "available");
     }
 

@@ -4,10 +4,16 @@ pragma solidity ^0.8.28;
 import {BlockMeta, BlockPublisher, Candidate, Vote} from "../src/BlockPublisher.sol";
 import {accountOf, contributionLeaf, memberWord} from "../src/Cohort.sol";
 import {HealChainEscrow} from "../src/HealChainEscrow.sol";
-import {Claim, Outcome, Place, RewardDistribution, Settlement} from "../src/RewardDistribution.sol";
+import {Opening, Outcome, RewardDistribution, Settlement} from "../src/RewardDistribution.sol";
 import {Application, StakeRegistry} from "../src/StakeRegistry.sol";
 import {PPM, Status, Task, Terms, taskKeyOf} from "../src/Task.sol";
 import {vm} from "./Vm.sol";
+
+/// @dev A participant's opened place in a task.
+struct Claim {
+    string taskID;
+    Opening opening;
+}
 
 /// @title A deployment, people with keys, and the steps of a task.
 /// @notice Steps are done by who may do them; a test that wants somebody else writes the call itself.
@@ -26,6 +32,8 @@ abstract contract World {
     /// @dev Keys of the miners, in the ascending order of their addresses.
     uint256[] internal keys;
     mapping(address account => uint256) internal keyOf;
+    /// @dev The score of every commitment in a candidate.
+    mapping(bytes32 scoreCommit => uint256) internal committed;
 
     receive() external payable {}
 
@@ -33,11 +41,27 @@ abstract contract World {
         uint64 nonce = vm.getNonce(address(this));
         address toBlocks = vm.computeCreateAddress(address(this), nonce + 2);
         address toRewards = vm.computeCreateAddress(address(this), nonce + 3);
-        escrow = new HealChainEscrow(toBlocks, toRewards);
-        registry = new StakeRegistry(escrow, BlockPublisher(toBlocks), DELAY_S);
-        blocks = new BlockPublisher(escrow, registry);
-        rewards = new RewardDistribution(escrow, blocks);
+        if (vm.isContext(2)) {
+            escrow = new HealChainEscrow(toBlocks, toRewards);
+            registry = new StakeRegistry(escrow, BlockPublisher(toBlocks), DELAY_S);
+            blocks = new BlockPublisher(escrow, registry);
+            rewards = new RewardDistribution(escrow, blocks);
+        } else {
+            escrow = HealChainEscrow(create("HealChainEscrow", abi.encode(toBlocks, toRewards)));
+            registry = StakeRegistry(create("StakeRegistry", abi.encode(escrow, toBlocks, DELAY_S)));
+            blocks = BlockPublisher(create("BlockPublisher", abi.encode(escrow, registry)));
+            rewards = RewardDistribution(payable(create("RewardDistribution", abi.encode(escrow, blocks))));
+        }
         vm.assertEq(address(rewards), toRewards, "addresses of the deployment");
+    }
+
+    /// @dev The committed build, so that the tests run what is deployed; only coverage needs a build of its own.
+    function create(string memory name, bytes memory arguments) private returns (address account) {
+        bytes memory code = bytes.concat(vm.getCode(string.concat("build/", name, ".json")), arguments);
+        assembly {
+            account := create(0, add(code, 32), mload(code))
+        }
+        vm.assertTrue(account != address(0), string.concat(name, " was not created"));
     }
 
     /// @dev Gives count miners a key and a stake each.
@@ -114,8 +138,13 @@ abstract contract World {
         escrow.publishTask{value: value}(id, commitOf(ACCURACY_PPM), keccak256("spec"), token, reward, t);
     }
 
+    /// @dev For all the stake that is available.
     function applicationOf(string memory id, uint256 key) internal view returns (Application memory a) {
-        a = Application(vm.addr(key), keccak256("key"), keccak256("proof"), 0, 0);
+        return applicationOf(id, key, uint88(registry.availableStake(vm.addr(key))));
+    }
+
+    function applicationOf(string memory id, uint256 key, uint88 stake) internal view returns (Application memory a) {
+        a = Application(vm.addr(key), keccak256("key"), keccak256("proof"), stake, 0, 0);
         bytes32 struct_ = keccak256(
             abi.encode(
                 registry.REGISTRATION_TYPEHASH(),
@@ -123,7 +152,8 @@ abstract contract World {
                 uint32(0),
                 a.miner,
                 a.encryptionKeyHash,
-                a.datasetProofSha256
+                a.datasetProofSha256,
+                a.stake
             )
         );
         (a.r, a.vs) = vm.signCompact(key, digestOf(struct_));
@@ -167,7 +197,6 @@ abstract contract World {
     /// @dev A candidate with an accuracy of 95 %; each participant commits to its score.
     function candidateOf(string memory id, uint256[] memory who, uint256[] memory scores)
         internal
-        view
         returns (Candidate memory c)
     {
         c.taskID = id;
@@ -182,6 +211,7 @@ abstract contract World {
         for (uint256 i = 0; i < who.length; i++) {
             c.participants[i] = vm.addr(who[i]);
             c.scoreCommits[i] = scoreCommit(id, c.participants[i], scores[i]);
+            committed[c.scoreCommits[i]] = scores[i];
         }
     }
 
@@ -251,7 +281,7 @@ abstract contract World {
     function revealScore(Candidate memory c, uint256 position, uint256 score) internal {
         bytes32[] memory proof = proofOf(c.participants, c.scoreCommits, position);
         vm.prank(c.participants[position]);
-        rewards.revealScore(c.taskID, score, SALT, position, proof);
+        rewards.revealScore(c.taskID, Opening(score, SALT, position, proof));
     }
 
     /// @dev Everybody reveals and the reward is there to be claimed.
@@ -261,9 +291,9 @@ abstract contract World {
         rewards.distribute(c.taskID);
     }
 
-    function claimOf(Candidate memory c, uint256 position) internal pure returns (Claim memory) {
+    function claimOf(Candidate memory c, uint256 position) internal view returns (Claim memory) {
         bytes32[] memory proof = proofOf(c.participants, c.scoreCommits, position);
-        return Claim(c.taskID, Place(position, c.scoreCommits[position], proof));
+        return Claim(c.taskID, Opening(committed[c.scoreCommits[position]], SALT, position, proof));
     }
 
     function only(Claim memory claim) internal pure returns (Claim[] memory claims) {
@@ -271,11 +301,17 @@ abstract contract World {
         claims[0] = claim;
     }
 
-    /// @dev What the account gets.
+    /// @dev What the account gets for its claims and its balance.
     function withdraw(address account, address token, Claim[] memory claims) internal returns (uint256) {
         uint256 before = held(token, account);
-        vm.prank(account);
-        rewards.withdrawTo(token, account, claims);
+        for (uint256 i = 0; i < claims.length; i++) {
+            vm.prank(account);
+            rewards.claimTo(claims[i].taskID, token, account, claims[i].opening);
+        }
+        if (rewards.balanceOf(token, account) > 0) {
+            vm.prank(account);
+            rewards.withdrawTo(token, account);
+        }
         return held(token, account) - before;
     }
 

@@ -5,8 +5,8 @@
     stride      2 T: x alone finds j and 1 - j, so a giant step skips both halves
     m           the exponent, m = g * stride + j with 1 - T <= j <= T, |m| <= bound
 
-A tag may fit by accident. Therefore every candidate is encoded again, (m - 1/2) G, and compared with the point; a false
-one is passed over and the search goes on behind it. What is returned is right, whatever the table holds.
+A tag may fit by accident. Therefore every candidate is confirmed: that the point is (m - 1/2) G, all of it; a false one
+is passed over and the search goes on behind it. What is returned is right, whatever the table holds.
 
 Errors: OutOfBound. Sources: Shanks 1971; sharing 1 / (x_g - x_E) between E - g and E + g, see `field.search`.
 """
@@ -38,6 +38,7 @@ from tasks.crypto.pedersen import HALF_GENERATOR, commitments
 
 MAX_BOUND = 2**48  # beyond, the search takes hours
 _STEPS_AT_ONCE = 2**20  # 64 MiB of points while a table is built
+_BUILDING = Lock()
 _MAX_GIANTS = 2**24  # 1 GiB of points; a table of 2**24 steps takes half as many for the largest bound
 
 
@@ -91,15 +92,21 @@ class BabySteps:
 def default_size(bound: int, count: int = 2**16) -> int:
     """Steps worth building to find `count` exponents within the bound: a power of two, at most 2**24 (256 MiB).
 
-    A step costs some 75 ns to build, a giant step some 150 ns a point; of those there are count * bound / (4 T).
+    A step costs some 75 ns to build, a giant step some 150 ns a point; of those there are count * bound / (4 T). Rounded
+    up, for a table serves more than one round.
     """
-    bits = (min(bound, MAX_BOUND) * max(count, 1) // 2).bit_length() // 2
+    bits = ((min(bound, MAX_BOUND) * max(count, 1) // 2).bit_length() + 1) // 2
     return 1 << min(max(bits, 0), (bound - 1).bit_length(), 24)
 
 
-@lru_cache(maxsize=2)
 def baby_steps(size: int) -> BabySteps:
-    """A table of this process, built at first use."""
+    """A table of this process, built at first use; threads that ask meanwhile wait, and share it."""
+    with _BUILDING:
+        return _baby_steps(size)
+
+
+@lru_cache(maxsize=2)
+def _baby_steps(size: int) -> BabySteps:
     return BabySteps.build(size)
 
 
@@ -149,17 +156,19 @@ def half_logs(
     done, reporting = [0], Lock()
     commitments()  # built before any thread asks for it
 
-    def encode(m: npt.NDArray[np.int64]) -> Words:
-        return commitments().half_exponents(m - 1, reach)
+    def confirm(m: npt.NDArray[np.int64], candidates: Words) -> npt.NDArray[np.bool_]:
+        return commitments().are_half_exponents(candidates, m - 1, reach)
 
     def work(chunk: slice) -> None:
-        logs[chunk], solved[chunk] = backend.search(table.slots, giants, stride, points[chunk], encode)
+        logs[chunk], solved[chunk] = backend.search(table.slots, giants, stride, points[chunk], confirm)
         if progress:
             with reporting:
                 done[0] += chunk.stop - chunk.start
                 progress(done[0], len(points))
 
-    backend.spread(work, len(points), CHUNK, threads)
+    # Up to four chunks at a time, as long as every thread has work: fewer turns at the interpreter's lock.
+    together = max(1, min(4, len(points) // (max(threads, 1) * CHUNK)))
+    backend.spread(work, len(points), together * CHUNK, threads)
     failed = np.flatnonzero(~solved | (np.abs(logs) > bound))
     if len(failed):
         raise OutOfBound(failed.tolist(), bound)

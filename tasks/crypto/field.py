@@ -6,10 +6,10 @@
     point       row of eight uint64: canonical x (4 limbs), canonical y (4 limbs); the all-zero row is infinity
     reference   int32 naming a signed row of a table: 0 nothing, +r row r - 1, -r the negative of row r - 1
 
-The public kernels at the end of this file take and return arrays. For those that add points, `add_rows`, `first_invalid`
-and `search`, `backend` asks `ifma` first where that runs, which gives the same bits; the exceptional additions that it
-leaves are added here. Arguments are C-contiguous, inputs may be read-only; kernels trust their arguments and release the
-GIL.
+The public kernels at the end of this file take and return arrays. For those on points, `add_rows`, `first_invalid`,
+`search` and `decode_pairs`, `backend` asks `ifma` first where that runs, which gives the same bits; the exceptional
+additions and pairs that it leaves are done here. Arguments are C-contiguous, inputs may be read-only; kernels trust their
+arguments and release the GIL.
 
 All compiled code is in this one file on purpose: numba's cache is keyed on the file of the kernel, so an intrinsic
 edited in another file would leave the old machine code in use. Kernels index tables by secrets and branch on them:
@@ -61,6 +61,7 @@ def operation(function: Callable[..., Any]) -> Any:
 
 _ZERO = np.uint64(0)
 _ONE = np.uint64(1)
+_TWO = np.uint64(2)
 _ALL_ONES = np.uint64(2**64 - 1)
 STEP_BITS = np.uint64(30)  # of an entry of the table of baby steps
 STEP_MASK = np.uint64(2**30 - 1)
@@ -68,6 +69,8 @@ BUCKET_BITS = np.uint64(3)  # eight entries, a cache line
 _ZERO_ELEMENT = limbs(0)
 _ONE_ELEMENT = limbs(1)
 _SEVEN_ELEMENT = limbs(7)
+_HALF_ELEMENT = limbs((P + 1) // 2)
+_UNITY = limbs(pow(2, (P - 1) // 3, P))  # a cube root of 1, not 1: 2 is no cube mod p
 _P_LIMBS = limbs(P)
 _ORDER_LIMBS = limbs(ORDER)
 _WINDOW, _WINDOWS = 16, 16  # of a scalar: bits, number
@@ -326,7 +329,7 @@ _P_INVERSE62 = pow(P, -1, 2**62)
 
 
 @operation
-def _count_zeros(typingctx: Any, a: Any) -> Any:
+def count_zeros(typingctx: Any, a: Any) -> Any:
     """Trailing zero bits of a nonzero word."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -436,7 +439,7 @@ def inverse(a: Element) -> Element:
         left = 62
         while True:
             # Steps that only halve g; a bit above the last step ends the count.
-            zeros = _count_zeros(low_g | (_ALL_ONES << np.uint64(left)))
+            zeros = count_zeros(low_g | (_ALL_ONES << np.uint64(left)))
             low_g >>= np.uint64(zeros)
             u <<= zeros
             v <<= zeros
@@ -626,11 +629,10 @@ def recode_exponents(values: npt.NDArray[np.int64], first: int, references: npt.
     """
     windows = len(references)
     offset = _ONE << np.uint64(_WINDOW * windows - 1)
-    for i in range(len(values)):
-        u = np.uint64(values[i]) + offset
-        for j in range(windows):
-            digit = np.int32((u >> np.uint64(_WINDOW * j)) & _DIGIT)
-            references[j, i] = _signed_row(np.int32(first + j * _HALF), digit)
+    for j in range(windows):  # many values side by side: a loop of vectors
+        shift, start, row = np.uint64(_WINDOW * j), np.int32(first + j * _HALF), references[j]
+        for i in range(len(values)):
+            row[i] = _signed_row(start, np.int32(((np.uint64(values[i]) + offset) >> shift) & _DIGIT))
 
 
 @kernel(types.void(_out_words, _in_words, types.uint64))
@@ -831,3 +833,67 @@ def search(
                     kept += 1
             count = kept
             first += span
+
+
+# --- pairs of points on the wire: (n, 12) rows, three elements for two points -----------------------------------------
+#
+#   common      x1, x2, y1 + y2; the sum is not 0
+#   opposite    x1, p + k, y1 for y2 = -y1: then x2**3 = x1**3, so x2 = x1 _UNITY**k and k is 0, 1 or 2
+#
+# Both are unique: a canonical x2 is below p, and no point of the curve has y = 0.
+
+
+@kernel(types.void(_in_words, _out_words))
+def encode_pairs(points: Words, pairs: Words) -> None:
+    """pairs (n, 12) of points (2 n, 8), which are canonical and on the curve."""
+    for i in range(len(pairs)):
+        x1, y1 = _load(points, 2 * i, 0), _load(points, 2 * i, 4)
+        x2, y2 = _load(points, 2 * i + 1, 0), _load(points, 2 * i + 1, 4)
+        third = normal(add(y1, y2))
+        if _is_zero(third):
+            power, k = x1, _ZERO
+            while not _equal(power, x2):
+                power, k = normal(mul(power, _UNITY)), k + _ONE
+            x2, third = (_P_LIMBS[0] + k, _P_LIMBS[1], _P_LIMBS[2], _P_LIMBS[3]), y1
+        _store(pairs, i, 0, x1)
+        _store(pairs, i, 4, x2)
+        _store(pairs, i, 8, third)
+
+
+@kernel(types.int64(_in_words, _out_words))
+def decode_pairs(pairs: Words, points: Words) -> int:
+    """Write points (2 n, 8) of pairs (n, 12). Index of the first pair that is not the encoding of two points, or -1.
+
+    From y1**2 - y2**2 = x1**3 - x2**3 follows y1 - y2 = (x1**3 - x2**3) / (y1 + y2); a batch shares one inversion. y1 is
+    compared with the curve; y2 then is on it, too. Where an index is returned, the points are not all written.
+    """
+    tree = np.empty((2 * _BATCH, 4), np.uint64)
+    for first in range(0, len(pairs), _BATCH):
+        size = min(_BATCH, len(pairs) - first)
+        for i in range(size):
+            third = normal(_load(pairs, first + i, 8))
+            _store(tree, size + i, 0, _ONE_ELEMENT if _is_zero(third) else third)
+        _invert_leaves(tree, size)
+        for i in range(size):
+            x1, x2, third = _load(pairs, first + i, 0), _load(pairs, first + i, 4), _load(pairs, first + i, 8)
+            if _is_zero(third) or not (less(x1, _P_LIMBS) and less(third, _P_LIMBS)):
+                return first + i
+            square = normal(add(mul(mul(x1, x1), x1), _SEVEN_ELEMENT))  # y1**2
+            if less(x2, _P_LIMBS):
+                other = normal(add(mul(mul(x2, x2), x2), _SEVEN_ELEMENT))
+                y1 = normal(mul(add(third, mul(sub(square, other), _load(tree, size + i, 0))), _HALF_ELEMENT))
+                y2 = normal(sub(third, y1))
+            else:
+                k = minus(x2, _P_LIMBS)[0]  # x2 - p is below 2**33
+                if k > _TWO:
+                    return first + i
+                x2, y1, y2 = x1, third, negate_if(True, third)
+                for _ in range(k):
+                    x2 = normal(mul(x2, _UNITY))
+            if not _equal(normal(mul(y1, y1)), square):
+                return first + i
+            _store(points, 2 * (first + i), 0, x1)
+            _store(points, 2 * (first + i), 4, y1)
+            _store(points, 2 * (first + i) + 1, 0, x2)
+            _store(points, 2 * (first + i) + 1, 4, y2)
+    return -1

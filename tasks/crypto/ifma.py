@@ -17,14 +17,16 @@ An addition has one inversion in 5 multiplications and a squaring (see `field.ad
     pass 1      dx = x2 + N, prefix products of dx in four chains; one inversion for the batch
     pass 2      e = y2 - y1, s = e / dx, x3 = s**2 + 2 N - dx, d = x3 + N, -y3 = s d + y1
 
-The sign of y changes with every addition, which costs nothing: the sign of the next row is chosen to fit. Each pass goes
-over 16 blocks with one multiplication, then with the next one: there are always independent ones for the processor.
+The sign of y changes with every addition, which costs nothing: the sign of the next row is chosen to fit. Pass 2 goes
+over 16 blocks with one multiplication, then with the next one, and both passes take two blocks at a time, whose
+instructions alternate: there are always independent ones for the processor.
 
 Everything is emitted in this file: numba's cache is keyed on the file of a kernel, so an emitter edited in another file
 would leave the old machine code in use. For the same reason the inversion of `field` is called by its address.
 """
 
 import inspect
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -34,7 +36,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from tasks.crypto.field import BUCKET_BITS, STEP_BITS, STEP_MASK, P, Words, compiled, kernel, operation
+from tasks.crypto.field import BUCKET_BITS, STEP_BITS, STEP_MASK, P, Words, compiled, count_zeros, kernel, operation
 
 LANES = 8
 LIMBS = 5
@@ -42,6 +44,7 @@ ELEMENT = 8 * LANES * LIMBS  # bytes of one field element in lanes
 BLOCK = 2 * ELEMENT  # bytes of x and y
 ROW = 64  # bytes of a point in an array
 BATCH = 384  # blocks that share an inversion: 3072 points, 480 KiB with their dx and prefix products, in the L2 cache
+_NEAR = 6  # blocks whose rows are on their way from the second-level cache to the first
 _AHEAD = 16  # points whose slots are on their way
 _CHAINS = 4  # of prefix products, so that four multiplications never wait for one another
 _GROUP = 16  # blocks that go through a stage together; their intermediate values stay in the L1 cache
@@ -114,20 +117,20 @@ def _multiply(builder: Any, a: Lanes, b: Lanes, initial: Lanes | None = None, *,
     return _reduce(builder, columns, dry=dry)
 
 
-def _square(builder: Any, a: Lanes, initial: Lanes | None = None, *, dry: bool = False) -> Lanes:
-    """a**2 + initial, which is as in `_multiply`; a wet, its limb 4 below 2**51, its value below 2**259.
+def _square(builder: Any, a: Lanes, n: Lanes | None = None, less: Lanes | None = None, *, dry: bool = False) -> Lanes:
+    """a**2 + 2 n - less; a wet, its limb 4 below 2**51, its value below 2**259; limbs of 2 n - less in [0, 2**58).
 
-    The products of two different limbs, in columns 1 to 8, are doubled at the end.
+    The products of two different limbs, in columns 1 to 8, and n are doubled at the end.
     """
-    columns = [_all(0)] * (2 * LIMBS)
+    columns = [*(n or [_all(0)] * LIMBS), *[_all(0)] * LIMBS]
     for i in range(LIMBS):
         for j in range(i + 1, LIMBS):
             columns[i + j] = _madd(builder, "l", columns[i + j], a[i], a[j])
         for j in range(i + 1, LIMBS):
             columns[i + j + 1] = _madd(builder, "h", columns[i + j + 1], a[i], a[j])
-    columns = [columns[0], *(builder.add(column, column) for column in columns[1:9]), columns[9]]
-    if initial:
-        columns[:LIMBS] = [builder.add(c, i) for c, i in zip(columns, initial, strict=False)]
+    columns = [*(builder.add(column, column) for column in columns[:9]), columns[9]]
+    if less:
+        columns[:LIMBS] = [builder.sub(c, l) for c, l in zip(columns, less, strict=False)]
     for i in range(LIMBS):
         columns[2 * i] = _madd(builder, "l", columns[2 * i], a[i], a[i])
         columns[2 * i + 1] = _madd(builder, "h", columns[2 * i + 1], a[i], a[i])
@@ -169,9 +172,26 @@ def _canonical(builder: Any, element: Lanes) -> Lanes:
     return [builder.select(reaches, a, b) for a, b in zip(more, limbs, strict=True)]
 
 
+def _is_multiple_of_p(builder: Any, element: Lanes) -> Any:
+    """The lanes where a tight element is 0 mod p: below 2**256 + 2**216 that are 0 and p only, each in one way."""
+    found = None
+    for value in (0, P):
+        different = _all(0)
+        for j, limb in enumerate(element):
+            different = builder.or_(different, builder.xor(limb, _all(value >> 52 * j & _LOW52)))
+        same = builder.icmp_unsigned("==", different, _all(0))
+        found = same if found is None else builder.or_(found, same)
+    return found
+
+
 def _from_k(builder: Any, element: Lanes) -> Lanes:
     """K - element, limbs in (2**53, 2**55), limb 4 in (0, 2**50): of a tight element."""
-    return [builder.sub(_all(k), limb) for k, limb in zip(_K, element, strict=True)]
+    return [builder.sub(k, limb) for k, limb in zip(_four_p(), element, strict=True)]
+
+
+def _four_p() -> Lanes:
+    """K."""
+    return [_all(limb) for limb in _K]
 
 
 # --- emitters: memory -----------------------------------------------------------------------------------------------
@@ -267,6 +287,40 @@ def _memory_operation(emit: Callable[..., None]) -> Any:
     return operation(typed)
 
 
+def _alternate(builder: Any, *streams: Callable[[], None]) -> None:
+    """What the streams write, one instruction of each in turns. None may read what another one writes.
+
+    The columns of a product are chains of nine IFMA of four cycles each. The processor looks some hundred instructions
+    ahead, one product, and finds too few that can start; two products in turns keep both of its ports busy.
+    """
+    instructions = builder.block.instructions
+    written = []
+    for stream in streams:
+        begin = len(instructions)
+        stream()
+        written.append(instructions[begin:])
+        del instructions[begin:]
+    instructions.extend(each for turn in itertools.zip_longest(*written) for each in turn if each is not None)
+
+
+def _pair_operation(emit: Callable[..., None]) -> Any:
+    """`emit` at two places in turns: an operation that takes all arguments of the one, then all of the other.
+
+    Both may be the same place, where one is left over: all that `emit` reads, it reads before it writes there.
+    """
+    names = list(inspect.signature(emit).parameters)[1:]
+
+    def both(builder: Any, *values: Any) -> None:
+        one, other = values[: len(names)], values[len(names) :]
+        _alternate(builder, lambda: emit(builder, *one), lambda: emit(builder, *other))
+
+    every = ["builder", *names, *(f"{name}_too" for name in names)]
+    parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY) for name in every]
+    both.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    both.__name__ = emit.__name__
+    return _memory_operation(both)
+
+
 # --- operations of kernels: addresses in, nothing out ----------------------------------------------------------------
 #
 #   state       a block: N = K - x, and S = y or -y (the kernel counts which)
@@ -313,11 +367,18 @@ def _fetch(builder: Any, base: Any, offsets: Any, lane: Any) -> None:
     _prefetch(builder, builder.add(base, offset))
 
 
-def _prefetch(builder: Any, address: Any) -> None:
+def _prefetch(builder: Any, address: Any, locality: int = 2) -> None:
     pointer = ir.IntType(8).as_pointer()
     kind = ir.FunctionType(ir.VoidType(), [pointer, _I32, _I32, _I32])
     prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    builder.call(prefetch, [builder.inttoptr(address, pointer), _I32(0), _I32(3), _I32(1)])
+    builder.call(prefetch, [builder.inttoptr(address, pointer), _I32(0), _I32(locality), _I32(1)])
+
+
+@_memory_operation
+def _fetch_rows(builder: Any, base: Any, offsets: Any) -> None:
+    """Ask for eight rows, from the second-level cache to the first."""
+    for row in _at_offsets(builder, base, offsets):
+        _prefetch(builder, row, 3)
 
 
 @_memory_operation
@@ -378,7 +439,7 @@ def _difference(builder: Any, x2: Lanes, state: Any) -> Lanes:
     return _carry(builder, [builder.add(a, b) for a, b in zip(x2, n, strict=True)], dry=True)
 
 
-@_memory_operation
+@_pair_operation
 def _compare_rows(
     builder: Any, state: Any, base: Any, offsets: Any, dx: Any, prefixes: Any, chain: Any, exceptions: Any
 ) -> None:
@@ -388,14 +449,14 @@ def _compare_rows(
     _prefix(builder, _difference(builder, _unpack64(builder, x), state), dx, prefixes, chain)
 
 
-@_memory_operation
+@_pair_operation
 def _compare_states(builder: Any, state: Any, other: Any, dx: Any, prefixes: Any, chain: Any) -> None:
     """Pass 1 of an addition of another state."""
     x2 = _from_k(builder, _load(builder, other))
     _prefix(builder, _difference(builder, x2, state), dx, prefixes, chain)
 
 
-@_memory_operation
+@_pair_operation
 def _compare_self(builder: Any, state: Any, dx: Any, prefixes: Any, chain: Any) -> None:
     """Pass 1 of a doubling: 2 S in the place of dx. No point of the curve has y = 0."""
     s = _load(builder, state, 1)
@@ -406,8 +467,11 @@ def _compare_self(builder: Any, state: Any, dx: Any, prefixes: Any, chain: Any) 
 def _divide(builder: Any, out: Any, dx: Any, prefixes: Any, chain: Any) -> None:
     """Pass 2: out = 1 / dx; the chain loses this dx."""
     inverse = _load(builder, chain)
-    _store(builder, out, _multiply(builder, inverse, _load(builder, prefixes)))
-    _store(builder, chain, _multiply(builder, inverse, _load(builder, dx)))
+    _alternate(
+        builder,
+        lambda: _store(builder, out, _multiply(builder, inverse, _load(builder, prefixes))),
+        lambda: _store(builder, chain, _multiply(builder, inverse, _load(builder, dx))),
+    )
 
 
 def _slope(builder: Any, quotient: Any, y2: Lanes, state: Any, excess: Any = None) -> None:
@@ -419,7 +483,7 @@ def _slope(builder: Any, quotient: Any, y2: Lanes, state: Any, excess: Any = Non
     _store(builder, quotient, _multiply(builder, _carry(builder, e, signed=True), _load(builder, quotient)))
 
 
-@_memory_operation
+@_pair_operation
 def _slope_named(
     builder: Any, quotient: Any, state: Any, base: Any, offsets: Any, references: Any, negative: Any
 ) -> None:
@@ -431,7 +495,7 @@ def _slope_named(
     _slope(builder, quotient, y2, state, builder.and_(flip, _all(_C - 1)))
 
 
-@_memory_operation
+@_pair_operation
 def _slope_rows(builder: Any, quotient: Any, state: Any, base: Any, offsets: Any, negative: Any) -> None:
     """Pass 2: the slope to rows that all have the sign given."""
     flip = _uniform(builder, builder.neg(negative))
@@ -439,7 +503,7 @@ def _slope_rows(builder: Any, quotient: Any, state: Any, base: Any, offsets: Any
     _slope(builder, quotient, y2, state, builder.and_(flip, _all(_C - 1)))
 
 
-@_memory_operation
+@_pair_operation
 def _slope_states(builder: Any, quotient: Any, state: Any, other: Any, negative: Any) -> None:
     """Pass 2: the slope to another state; negative: the S of the two have different signs."""
     _slope(builder, quotient, _signed(builder, _load(builder, other, 1), negative), state)
@@ -450,7 +514,7 @@ def _signed(builder: Any, y: Lanes, negative: Any) -> Lanes:
     return [builder.select(opposite, n, p) for n, p in zip(_from_k(builder, y), y, strict=True)]
 
 
-@_memory_operation
+@_pair_operation
 def _slope_self(builder: Any, quotient: Any, state: Any) -> None:
     """Pass 2 of a doubling: 3 x**2 / (2 S)."""
     x = _carry(builder, _from_k(builder, _load(builder, state)))
@@ -459,31 +523,29 @@ def _slope_self(builder: Any, quotient: Any, state: Any) -> None:
     _store(builder, quotient, _multiply(builder, triple, _load(builder, quotient)))
 
 
-def _abscissa(builder: Any, slope: Any, state: Any, initial: Lanes, n: Lanes) -> None:
-    x3 = _square(builder, _load(builder, slope), initial, dry=True)
+def _abscissa(builder: Any, slope: Any, state: Any, dx: Lanes | None) -> None:
+    n = _load(builder, state)
+    x3 = _square(builder, _load(builder, slope), n, dx, dry=True)
     _store(builder, slope, _carry(builder, [builder.add(a, b) for a, b in zip(x3, n, strict=True)]), _GROUP)
     _store(builder, state, _from_k(builder, x3))
 
 
-@_memory_operation
+@_pair_operation
 def _abscissa_chord(builder: Any, slope: Any, state: Any, dx: Any) -> None:
     """Pass 2: x3 = s**2 + 2 N - dx; d = x3 + N goes behind the group's slopes.
 
     2 N - dx: limbs 0 to 3 in (2**54, 2**56), limb 4 above 2**50 - 2**49 - 2**10.
     """
-    n = _load(builder, state)
-    initial = [builder.sub(builder.add(a, a), b) for a, b in zip(n, _load(builder, dx), strict=True)]
-    _abscissa(builder, slope, state, initial, n)
+    _abscissa(builder, slope, state, _load(builder, dx))
 
 
-@_memory_operation
+@_pair_operation
 def _abscissa_self(builder: Any, slope: Any, state: Any) -> None:
     """Pass 2 of a doubling: x3 = s**2 + 2 N."""
-    n = _load(builder, state)
-    _abscissa(builder, slope, state, [builder.add(a, a) for a in n], n)
+    _abscissa(builder, slope, state, None)
 
 
-@_memory_operation
+@_pair_operation
 def _ordinate(builder: Any, slope: Any, state: Any) -> None:
     """Pass 2: S = s d + S."""
     s = _multiply(builder, _load(builder, slope), _load(builder, slope, _GROUP), _load(builder, state, 1), dry=True)
@@ -542,9 +604,11 @@ def _one(builder: Any, out: Any) -> None:
 
 
 @_memory_operation
-def _zero(builder: Any, out: Any) -> None:
-    """One vector of zeros."""
-    _aligned(builder.store(_all(0), builder.inttoptr(out, _VECTOR.as_pointer())))
+def _clear(builder: Any, exceptions: Any) -> None:
+    """No exceptions: two vectors, for the two blocks of a pair note theirs apart."""
+    pointer = builder.inttoptr(exceptions, _VECTOR.as_pointer())
+    for place in range(2):
+        _aligned(builder.store(_all(0), builder.gep(pointer, [_I64(place)])))
 
 
 @_memory_operation
@@ -573,8 +637,9 @@ def _note_zero(builder: Any, exceptions: Any, words: Any) -> None:
 
 @_memory_operation
 def _flag(builder: Any, flag: Any, exceptions: Any) -> None:
-    """Set a byte to 1 if an exception was noted in any lane, or to 0."""
-    lanes = _aligned(builder.load(builder.inttoptr(exceptions, _VECTOR.as_pointer())))
+    """Set a byte to 1 if an exception was noted in any lane of either vector, or to 0."""
+    pointer = builder.inttoptr(exceptions, _VECTOR.as_pointer())
+    lanes = builder.or_(*(_aligned(builder.load(builder.gep(pointer, [_I64(place)]))) for place in range(2)))
     mask = builder.bitcast(builder.icmp_unsigned("!=", lanes, _all(0)), ir.IntType(8))
     any_lane = builder.zext(builder.icmp_unsigned("!=", mask, ir.IntType(8)(0)), ir.IntType(8))
     builder.store(any_lane, builder.inttoptr(flag, ir.IntType(8).as_pointer()))
@@ -586,7 +651,7 @@ def _begin_one(builder: Any, state: Any, row: Any) -> None:
     _begin_with(builder, state, [row] * LANES, None)
 
 
-@_memory_operation
+@_pair_operation
 def _compare_giant(builder: Any, giant: Any, base: Any, offsets: Any, dx: Any, prefixes: Any, chain: Any) -> None:
     """Pass 1 of a giant step: x of eight points, less x of the giant step's state."""
     x = _unpack64(builder, _gather(builder, _at_offsets(builder, base, offsets), 0))
@@ -602,18 +667,20 @@ def _giant_step(builder: Any, out: Any, inverse: Any, giant: Any, base: Any, off
     """
     y = _unpack64(builder, _gather(builder, _at_offsets(builder, base, offsets), 32))
     n, q = _load(builder, giant), _load(builder, giant, 1)
-    quotient = _load(builder, inverse)
-    initial = [builder.sub(builder.add(a, a), b) for a, b in zip(n, _load(builder, dx), strict=True)]
+    quotient, less = _load(builder, inverse), _load(builder, dx)
     pointer = builder.inttoptr(out, _VECTOR.as_pointer())
-    for side, term in enumerate((q, _from_k(builder, q))):
+
+    def side(place: int, term: Lanes) -> None:
         numerator = _carry(builder, [builder.add(a, b) for a, b in zip(y, term, strict=True)])
         slope = _multiply(builder, numerator, quotient)
-        x = _pack64(builder, _square(builder, slope, initial, dry=True))
+        x = _pack64(builder, _square(builder, slope, n, less, dry=True))
         for j in range(2):
-            _aligned(builder.store(x[j], builder.gep(pointer, [_I64(2 * side + j)])))
+            _aligned(builder.store(x[j], builder.gep(pointer, [_I64(2 * place + j)])))
+
+    _alternate(builder, lambda: side(0, q), lambda: side(1, _from_k(builder, q)))
 
 
-@_memory_operation
+@_pair_operation
 def _check(builder: Any, base: Any, offsets: Any, bad: Any) -> None:
     """Write one vector: all ones in the lanes whose rows are no canonical points, or infinity."""
     rows = _at_offsets(builder, base, offsets)
@@ -628,12 +695,57 @@ def _check(builder: Any, base: Any, offsets: Any, bad: Any) -> None:
         wrong = excess if wrong is None else builder.or_(wrong, excess)
     x, y = (_unpack64(builder, w) for w in words)
     cube = _multiply(builder, _square(builder, x), x, [_all(7), *[_all(0)] * 4], dry=True)
-    difference = [builder.add(a, b) for a, b in zip(_from_k(builder, cube), _square(builder, y, dry=True), strict=True)]
-    together = _all(0)
-    for limb in _canonical(builder, difference):
-        together = builder.or_(together, limb)
-    wrong = builder.or_(wrong, builder.icmp_unsigned("!=", together, _all(0)))
+    difference = _square(builder, y, _four_p(), cube, dry=True)
+    wrong = builder.or_(wrong, builder.not_(_is_multiple_of_p(builder, difference)))
     lanes = builder.select(wrong, _all(-1), _all(0))
+    _aligned(builder.store(lanes, builder.inttoptr(bad, _VECTOR.as_pointer())))
+
+
+@_memory_operation
+def _confirm(
+    builder: Any, bad: Any, base: Any, order: Any, table: Any, first: Any, second: Any, signs: Any, other_signs: Any
+) -> None:
+    """Write one vector: zero in the lanes where the point E is the sum of two named rows A and B that differ in x.
+
+    The formulas of a chord without their division, for D = x_B - x_A and N = y_B - y_A:
+
+        (x_E + x_A + x_B) D**2 = N**2        (y_E + y_A) D = N (x_A - x_E)
+
+    Rows have signs a and b, u = a b. With n = y_B - u y_A = b N, of the rows' own y, the second times b is
+    (b y_E + u y_A) D + n (x_E - x_A) = 0. All factors are below 8 p < 2**259 and at most 2**51 in limb 4; n, which is
+    squared, is below 5 p + 2**256.
+    """
+    rows = [_at_offsets(builder, base, order), *(_at_offsets(builder, table, at) for at in (first, second))]
+    (xe, ye), (xa, ya), (xb, yb) = (
+        [_unpack64(builder, _gather(builder, each, offset)) for offset in (0, 32)] for each in rows
+    )
+    a, b = (_references(builder, at) for at in (signs, other_signs))
+    b_negative = builder.icmp_signed("<", b, _all(0))
+    u_negative = builder.icmp_signed("<", builder.xor(a, b), _all(0))
+
+    def plus(left: Lanes, right: Lanes) -> Lanes:
+        return [builder.add(i, j) for i, j in zip(left, right, strict=True)]
+
+    def signed(negative: Any, y: Lanes) -> Lanes:
+        return [builder.select(negative, n, p) for n, p in zip(_from_k(builder, y), y, strict=True)]
+
+    dx, across = (_carry(builder, plus(x, _from_k(builder, xa))) for x in (xb, xe))
+    u_ya = signed(u_negative, ya)
+    n = _carry(builder, plus(yb, signed(builder.not_(u_negative), ya)))
+    rise = _carry(builder, plus(signed(b_negative, ye), u_ya))
+    total = _carry(builder, plus(plus(xe, xa), xb))
+    differences: list[Lanes] = []
+
+    def abscissa() -> None:
+        left = _multiply(builder, total, _square(builder, dx), dry=True)
+        differences.append(_square(builder, n, _four_p(), left, dry=True))
+
+    def ordinate() -> None:
+        differences.append(_multiply(builder, across, n, _multiply(builder, rise, dx, dry=True), dry=True))
+
+    _alternate(builder, abscissa, ordinate)
+    holds = builder.and_(*(_is_multiple_of_p(builder, difference) for difference in differences))
+    lanes = builder.select(holds, _all(0), _all(-1))
     _aligned(builder.store(lanes, builder.inttoptr(bad, _VECTOR.as_pointer())))
 
 
@@ -649,7 +761,7 @@ _PREFIXES = _DX + BATCH * ELEMENT + 64 * 11
 _GROUP_ROOM = _PREFIXES + BATCH * ELEMENT + 64 * 23
 _CHAIN_ROOM = _GROUP_ROOM + 2 * _GROUP * ELEMENT + 64 * 5
 _EXCEPTIONS = _CHAIN_ROOM + (_CHAINS + 10) * ELEMENT + 64
-_WORDS = _EXCEPTIONS + 64
+_WORDS = _EXCEPTIONS + 2 * 64
 _ORDER = _WORDS + 64  # offsets of rows in order: of a whole block, and of the last one
 _OFFSETS = _ORDER + 64 * 3  # of the rows of this addition and of the next one, taking turns
 _SCRATCH = _OFFSETS + 2 * BATCH * ROW + 64 * 13
@@ -698,12 +810,28 @@ def _invert_chains(chains: int, words: int, invert: int) -> None:
 
 
 @compiled
-def _fetch_ahead(kind: int, source: int, there: int, following: int, scratch: int, b: int, lane: int) -> None:
-    """Ask for one row of the next addition of named rows, or of rows in order: see `_add`."""
+def _chain(chains: int, b: int) -> int:
+    """The chain of a block."""
+    return chains + b % _CHAINS * ELEMENT
+
+
+@compiled
+def _order_of(scratch: int, b: int, blocks: int) -> int:
+    """The offsets of a block's rows in order."""
+    return scratch + _ORDER + (ROW if b == blocks - 1 else 0)
+
+
+@compiled
+def _fetch_ahead(kind: int, source: int, there: int, following: int, scratch: int, b: int, c: int, lane: int) -> None:
+    """Ask for one row of the next addition of named rows, or of rows in order, for both blocks of a pair: see `_add`."""
     if kind == _NAMED:
         _fetch(source, there + ROW * b, lane)
+        if c != b:
+            _fetch(source, there + ROW * c, lane)
     elif kind == _IN_ORDER:
         _fetch(following + 8 * ROW * b, scratch + _ORDER, lane)
+        if c != b:
+            _fetch(following + 8 * ROW * c, scratch + _ORDER, lane)
 
 
 @compiled
@@ -730,55 +858,81 @@ def _add(
     here, there = offsets, 2 * (scratch + _OFFSETS) + BATCH * ROW - offsets
     for c in range(_CHAINS):
         _one(chains + c * ELEMENT)
-    for b in range(blocks):
-        state, chain, at = states + b * BLOCK, chains + (b % _CHAINS) * ELEMENT, b * ELEMENT
-        order = scratch + _ORDER + (ROW if b == blocks - 1 else 0)
+    for b in range(0, blocks, 2):
+        c = min(b + 1, blocks - 1)  # a block that is left over is its own partner
+        state, dx1, prefix1, chain1 = states + b * BLOCK, dx + b * ELEMENT, prefixes + b * ELEMENT, _chain(chains, b)
+        other, dx2, prefix2, chain2 = states + c * BLOCK, dx + c * ELEMENT, prefixes + c * ELEMENT, _chain(chains, c)
         if kind == _NAMED:
-            _compare_rows(state, source, here + ROW * b, dx + at, prefixes + at, chain, exceptions)
+            _fetch_rows(source, here + ROW * min(b + _NEAR, blocks - 1))
+            _fetch_rows(source, here + ROW * min(b + _NEAR + 1, blocks - 1))
+            _compare_rows(
+                state, source, here + ROW * b, dx1, prefix1, chain1, exceptions,
+                other, source, here + ROW * c, dx2, prefix2, chain2, exceptions + 64,
+            )  # fmt: skip
             _name(there + ROW * b, following + 32 * b, exceptions)
+            _name(there + ROW * c, following + 32 * c, exceptions)
         elif kind == _IN_ORDER:
-            _compare_rows(state, source + 8 * ROW * b, order, dx + at, prefixes + at, chain, exceptions)
+            _compare_rows(
+                state, source + 8 * ROW * b, _order_of(scratch, b, blocks), dx1, prefix1, chain1, exceptions,
+                other, source + 8 * ROW * c, _order_of(scratch, c, blocks), dx2, prefix2, chain2, exceptions + 64,
+            )  # fmt: skip
         elif kind == _STATES:
-            _compare_states(state, source + b * BLOCK, dx + at, prefixes + at, chain)
+            _compare_states(
+                state, source + b * BLOCK, dx1, prefix1, chain1, other, source + c * BLOCK, dx2, prefix2, chain2
+            )
         else:
-            _compare_self(state, dx + at, prefixes + at, chain)
+            _compare_self(state, dx1, prefix1, chain1, other, dx2, prefix2, chain2)
         # A few rows of the next addition in each stage: only some can be on their way at once.
-        _fetch_ahead(kind, source, there, following, scratch, b, 0)
-        _fetch_ahead(kind, source, there, following, scratch, b, 1)
+        _fetch_ahead(kind, source, there, following, scratch, b, c, 0)
+        _fetch_ahead(kind, source, there, following, scratch, b, c, 1)
     _invert_chains(chains, scratch + _WORDS, invert)
     _note_zero(exceptions, scratch + _WORDS)
-    end_block = blocks
-    while end_block > 0:
-        first = max(0, end_block - _GROUP)
-        for b in range(end_block - 1, first - 1, -1):
+    first = (blocks - 1) // _GROUP * _GROUP
+    while first >= 0:
+        last = min(first + _GROUP, blocks) - 1
+        for b in range(last, first - 1, -1):
             at = b * ELEMENT
-            _divide(group + (b - first) * ELEMENT, dx + at, prefixes + at, chains + (b % _CHAINS) * ELEMENT)
-            _fetch_ahead(kind, source, there, following, scratch, b, 2)
-            _fetch_ahead(kind, source, there, following, scratch, b, 3)
-        for b in range(first, end_block):
-            slope, state = group + (b - first) * ELEMENT, states + b * BLOCK
+            _divide(group + (b - first) * ELEMENT, dx + at, prefixes + at, _chain(chains, b))
+            _fetch_ahead(kind, source, there, following, scratch, b, b, 2)
             if kind == _NAMED:
-                _slope_named(slope, state, source, here + ROW * b, references + 32 * b, negative)
+                _fetch_rows(source, here + ROW * b)
+        for b in range(first, last + 1, 2):
+            c = min(b + 1, last)
+            slope1, state = group + (b - first) * ELEMENT, states + b * BLOCK
+            slope2, other = group + (c - first) * ELEMENT, states + c * BLOCK
+            if kind == _NAMED:
+                _slope_named(
+                    slope1, state, source, here + ROW * b, references + 32 * b, negative,
+                    slope2, other, source, here + ROW * c, references + 32 * c, negative,
+                )  # fmt: skip
             elif kind == _IN_ORDER:
-                order = scratch + _ORDER + (ROW if b == blocks - 1 else 0)
-                _slope_rows(slope, state, source + 8 * ROW * b, order, negative)
+                _slope_rows(
+                    slope1, state, source + 8 * ROW * b, _order_of(scratch, b, blocks), negative,
+                    slope2, other, source + 8 * ROW * c, _order_of(scratch, c, blocks), negative,
+                )  # fmt: skip
             elif kind == _STATES:
-                _slope_states(slope, state, source + b * BLOCK, negative)
+                _slope_states(slope1, state, source + b * BLOCK, negative, slope2, other, source + c * BLOCK, negative)
             else:
-                _slope_self(slope, state)
-            _fetch_ahead(kind, source, there, following, scratch, b, 4)
-            _fetch_ahead(kind, source, there, following, scratch, b, 5)
-        for b in range(first, end_block):
-            slope, state = group + (b - first) * ELEMENT, states + b * BLOCK
+                _slope_self(slope1, state, slope2, other)
+            _fetch_ahead(kind, source, there, following, scratch, b, c, 3)
+            _fetch_ahead(kind, source, there, following, scratch, b, c, 4)
+        for b in range(first, last + 1, 2):
+            c = min(b + 1, last)
+            slope1, state = group + (b - first) * ELEMENT, states + b * BLOCK
+            slope2, other = group + (c - first) * ELEMENT, states + c * BLOCK
             if kind == _SELF:
-                _abscissa_self(slope, state)
+                _abscissa_self(slope1, state, slope2, other)
             else:
-                _abscissa_chord(slope, state, dx + b * ELEMENT)
-            _fetch_ahead(kind, source, there, following, scratch, b, 6)
-        for b in range(first, end_block):
-            _ordinate(group + (b - first) * ELEMENT, states + b * BLOCK)
-            _fetch_ahead(kind, source, there, following, scratch, b, 7)
-        end_block = first
+                _abscissa_chord(slope1, state, dx + b * ELEMENT, slope2, other, dx + c * ELEMENT)
+            _fetch_ahead(kind, source, there, following, scratch, b, c, 5)
+            _fetch_ahead(kind, source, there, following, scratch, b, c, 6)
+        for b in range(first, last + 1, 2):
+            c = min(b + 1, last)
+            _ordinate(
+                group + (b - first) * ELEMENT, states + b * BLOCK, group + (c - first) * ELEMENT, states + c * BLOCK
+            )
+            _fetch_ahead(kind, source, there, following, scratch, b, c, 7)
+        first -= _GROUP
 
 
 _in_words = types.Array(types.uint64, 2, "C", readonly=True)
@@ -818,7 +972,7 @@ def add_rows(
         count = min(len(points) - first, BATCH * LANES)
         blocks = (count + LANES - 1) // LANES
         at, names = points.ctypes.data + first * ROW, references.ctypes.data + 4 * first
-        _zero(scratch + _EXCEPTIONS)
+        _clear(scratch + _EXCEPTIONS)
         _order(scratch + _ORDER, 7)
         _order(scratch + _ORDER + ROW, count - 1 - 8 * (blocks - 1))
         offsets = scratch + _OFFSETS
@@ -878,7 +1032,7 @@ def combine(
         first = batch * batch_blocks * LANES
         count = min(len(points) - first, batch_blocks * LANES)
         blocks = (count + LANES - 1) // LANES
-        _zero(scratch + _EXCEPTIONS)
+        _clear(scratch + _EXCEPTIONS)
         _order(scratch + _ORDER, 7)
         _order(scratch + _ORDER + ROW, count - 1 - 8 * (blocks - 1))
         turned[:] = 0
@@ -917,15 +1071,51 @@ def combine(
 @kernel(types.int64(_in_words))
 def first_invalid(points: Words) -> int:
     """Index of the first row that is not a canonical affine point (infinity included), or -1."""
-    room = np.empty(2 * LANES, np.uint64)
-    offsets = room.ctypes.data + ROW
-    for first in range(0, len(points), LANES):
-        _order(offsets, min(7, len(points) - 1 - first))
-        _check(points.ctypes.data + first * ROW, offsets, room.ctypes.data)
-        for lane in range(min(LANES, len(points) - first)):
-            if room[lane] != 0:
-                return first + lane
+    room = np.empty(4 * LANES, np.uint64)  # what is wrong with sixteen rows, and the offsets of eight and eight of them
+    bad, base = room.ctypes.data, points.ctypes.data
+    order, order2 = bad + 2 * ROW, bad + 3 * ROW
+    for first in range(0, len(points), 2 * LANES):
+        _order(order, min(7, len(points) - 1 - first))
+        second = min(first + LANES, len(points) - 1)  # with eight rows or fewer, the last one again
+        _order(order2, min(7, len(points) - 1 - second))
+        _check(base + ROW * first, order, bad, base + ROW * second, order2, bad + ROW)
+        for row in range(min(2 * LANES, len(points) - first)):
+            if room[row] != 0:
+                return first + row
     return -1
+
+
+@kernel(types.void(_in_words, _in_words, _in_references, _out_bytes))
+def sums_hold(points: Words, table: Words, references: npt.NDArray[np.int32], holds: npt.NDArray[np.uint8]) -> None:
+    """holds[i] = 1 where points[i] is the sum of the rows references[0, i] and references[1, i], else 0.
+
+    points (m, 8), on the curve or not; references (2, columns) as in `add_rows`, none of them 0. The two rows of a point
+    differ in x.
+    """
+    ring = 2 * _NEAR  # offsets of the rows of some blocks ahead: first rows, then second ones
+    room = np.empty((2 * ring + 5) * LANES, np.uint64)
+    bad = (room.ctypes.data + 63) & ~63
+    order, exceptions, offsets = bad + ROW, bad + 2 * ROW, bad + 4 * ROW
+    skip = (bad - room.ctypes.data) // 8
+    base, signs, other = table.ctypes.data - ROW, references.ctypes.data, references.shape[1] * 4
+    blocks = (len(points) + LANES - 1) // LANES
+    for step in range(blocks + _NEAR):
+        if step < blocks:
+            at = offsets + 2 * ROW * (step % ring)
+            _name(at, signs + 32 * step, exceptions)
+            _name(at + ROW, signs + other + 32 * step, exceptions)
+            _fetch_rows(base, at)
+            _fetch_rows(base, at + ROW)
+        b = step - _NEAR
+        if b >= 0:
+            at = offsets + 2 * ROW * (b % ring)
+            first = b * LANES
+            _order(order, min(7, len(points) - 1 - first))
+            _confirm(
+                bad, points.ctypes.data + ROW * first, order, base, at, at + ROW, signs + 32 * b, signs + other + 32 * b
+            )
+            for lane in range(min(LANES, len(points) - first)):
+                holds[first + lane] = room[skip + lane] == 0
 
 
 @operation
@@ -951,13 +1141,18 @@ def _find(slots: npt.NDArray[np.uint64], low: np.uint64, high: np.uint64) -> np.
     while True:
         bits = _bucket(slots.ctypes.data + np.int64(slot) * 8, tag)
         if bits & 255:
-            while bits & 1 == 0:
-                bits >>= 1
-                slot += np.uint64(1)
-            return slots[slot] & STEP_MASK
+            return slots[slot + np.uint64(count_zeros(np.uint64(bits)))] & STEP_MASK
         if bits:  # a free entry ends the chain
             return np.uint64(0)
         slot = (slot + np.uint64(LANES)) & mask
+
+
+@compiled
+def _fetch_buckets(slots: int, mask: np.uint64, tags: npt.NDArray[np.uint64], v: int, side: int, blocks: int) -> None:
+    """Ask for the buckets of one side of a block, where there is one: only some can be on their way at once."""
+    if v < blocks:
+        for lane in range(LANES):
+            _fetch_line(slots + 8 * np.int64((tags[32 * v + 16 * side + lane] << BUCKET_BITS) & mask))
 
 
 @kernel(
@@ -1010,7 +1205,8 @@ def search(
             step = _find(slots, points[position, 0], points[position, 1])
             if step != np.uint64(0):
                 j = np.int64(step >> np.uint64(1))
-                logs[position] = j if ((step ^ points[position, 4]) & np.uint64(1)) == np.uint64(0) else 1 - j
+                flip = np.int64((step ^ points[position, 4]) & np.uint64(1))
+                logs[position] = (j ^ -flip) + 2 * flip  # j, or ~j + 2 = 1 - j
                 others[position] = logs[position]
                 found[position] = 1
             else:
@@ -1030,30 +1226,36 @@ def search(
                 _begin_one(steps + s * BLOCK, giants.ctypes.data + (first + s) * ROW)
             for c in range(_CHAINS):
                 _one(chains + c * ELEMENT)
-            for v in range(span * blocks):
-                giant, names = steps + (v // blocks) * BLOCK, offsets.ctypes.data + ROW * (v % blocks)
-                at = v * ELEMENT
-                _compare_giant(giant, base, names, dx + at, prefixes + at, chains + (v % _CHAINS) * ELEMENT)
+            for v in range(0, span * blocks, 2):
+                w = min(v + 1, span * blocks - 1)
+                _compare_giant(
+                    steps + v // blocks * BLOCK, base, offsets.ctypes.data + ROW * (v % blocks),
+                    dx + v * ELEMENT, prefixes + v * ELEMENT, _chain(chains, v),
+                    steps + w // blocks * BLOCK, base, offsets.ctypes.data + ROW * (w % blocks),
+                    dx + w * ELEMENT, prefixes + w * ELEMENT, _chain(chains, w),
+                )  # fmt: skip
             _invert_chains(chains, scratch + _WORDS, invert)
-            _zero(exceptions)
+            _clear(exceptions)
             _note_zero(exceptions, scratch + _WORDS)
             _flag(flag.ctypes.data, exceptions)
             if flag[0] != 0:
                 break
-            end = span * blocks
-            while end > 0:
-                begin = max(0, end - _GROUP)
-                for v in range(end - 1, begin - 1, -1):
+            begin = (span * blocks - 1) // _GROUP * _GROUP
+            while begin >= 0:
+                last = min(begin + _GROUP, span * blocks) - 1
+                for v in range(last, begin - 1, -1):
                     at = v * ELEMENT
-                    _divide(group + (v - begin) * ELEMENT, dx + at, prefixes + at, chains + (v % _CHAINS) * ELEMENT)
-                for v in range(begin, end):
+                    _divide(group + (v - begin) * ELEMENT, dx + at, prefixes + at, _chain(chains, v))
+                    _fetch_buckets(slot_base, mask, tags, v + _GROUP, 1, span * blocks)  # of the group before
+                for v in range(begin, last + 1):
                     giant, names = steps + (v // blocks) * BLOCK, offsets.ctypes.data + ROW * (v % blocks)
-                    at = v * ELEMENT
-                    _giant_step(tags.ctypes.data + 256 * v, group + (v - begin) * ELEMENT, giant, base, names, dx + at)
-                    for lane in range(LANES):
-                        _fetch_line(slot_base + 8 * np.int64((tags[32 * v + lane] << BUCKET_BITS) & mask))
-                        _fetch_line(slot_base + 8 * np.int64((tags[32 * v + 16 + lane] << BUCKET_BITS) & mask))
-                end = begin
+                    _giant_step(
+                        tags.ctypes.data + 256 * v, group + (v - begin) * ELEMENT, giant, base, names, dx + v * ELEMENT
+                    )
+                    _fetch_buckets(slot_base, mask, tags, v, 0, span * blocks)
+                begin -= _GROUP
+            for v in range(min(_GROUP, span * blocks)):
+                _fetch_buckets(slot_base, mask, tags, v, 1, span * blocks)
             kept = 0
             for i in range(count):
                 hit = False
@@ -1075,3 +1277,141 @@ def search(
                     kept += 1
             count = kept
             first += span
+
+
+# --- pairs of points on the wire --------------------------------------------------------------------------------------
+
+_PAIR = 96  # bytes of a pair: x1, x2, y1 + y2
+_CURVE_ROOM, _QUOTIENT_ROOM = 0, _GROUP * ELEMENT  # what the stages of `decode_pairs` leave to the next, of each block
+
+
+@_memory_operation
+def _order_pairs(builder: Any, offsets: Any, last: Any) -> None:
+    """Write the offsets of eight pairs that follow one another; behind pair `last`, of that one again."""
+    places = ir.Constant(_VECTOR, list(range(LANES)))
+    uniform = _uniform(builder, last)
+    clamped = builder.select(builder.icmp_signed("<", places, uniform), places, uniform)
+    _aligned(builder.store(builder.mul(clamped, _all(_PAIR)), builder.inttoptr(offsets, _VECTOR.as_pointer())))
+
+
+def _unreduced(builder: Any, words: Lanes) -> Any:
+    """Where four words are p or more: p has ones in all words but the first."""
+    top = builder.and_(builder.and_(words[1], words[2]), words[3])
+    return builder.and_(
+        builder.icmp_unsigned("==", top, _all(-1)), builder.icmp_unsigned(">=", words[0], _all(2**64 - _C))
+    )
+
+
+@_memory_operation
+def _compare_pairs(builder: Any, base: Any, offsets: Any, dx: Any, prefixes: Any, chain: Any, exceptions: Any) -> None:
+    """Pass 1 of eight pairs: 2 (y1 + y2) in the place of dx. A sum that is not canonical, or 0, is noted."""
+    words = _gather(builder, _at_offsets(builder, base, offsets), 64)
+    together = builder.or_(builder.or_(words[0], words[1]), builder.or_(words[2], words[3]))
+    zero = builder.icmp_unsigned("==", together, _all(0))
+    _note(builder, exceptions, builder.or_(zero, _unreduced(builder, words)))
+    total = _unpack64(builder, words)
+    _prefix(builder, _carry(builder, [builder.add(a, a) for a in total], dry=True), dx, prefixes, chain)
+
+
+@_memory_operation
+def _cube_pairs(builder: Any, room: Any, base: Any, offsets: Any, exceptions: Any) -> None:
+    """Pass 2: c1 = x1**3 + 7 and c1 - c2, wet, to the room. An x that is not canonical is noted."""
+    rows, cubes = _at_offsets(builder, base, offsets), []
+    words = [_gather(builder, rows, offset) for offset in (0, 32)]
+    _note(builder, exceptions, builder.or_(*(_unreduced(builder, four) for four in words)))
+    xs = [_unpack64(builder, four) for four in words]
+    squares = [_square(builder, x) for x in xs]
+    for x, square in zip(xs, squares, strict=True):
+        cubes.append(_multiply(builder, square, x, [_all(7), *[_all(0)] * 4], dry=True))
+    difference = [builder.add(a, b) for a, b in zip(cubes[0], _from_k(builder, cubes[1]), strict=True)]
+    _store(builder, builder.add(room, _I64(_CURVE_ROOM)), cubes[0])
+    _store(builder, builder.add(room, _I64(_QUOTIENT_ROOM)), _carry(builder, difference))
+
+
+@_memory_operation
+def _part_pairs(builder: Any, points: Any, last: Any, room: Any, inverse: Any, base: Any, offsets: Any) -> None:
+    """Pass 2: y1 and y2, the halves of (y1 + y2) +- (y1 - y2); both points to eight pairs of rows, y1 to the room."""
+    place = builder.add(room, _I64(_QUOTIENT_ROOM))
+    q = _multiply(builder, _load(builder, place), _load(builder, inverse), dry=True)  # (y1 - y2) / 2
+    rows = _at_offsets(builder, base, offsets)
+    half = _halved(builder, _unpack64(builder, _gather(builder, rows, 64)))
+    ys = [
+        _canonical(builder, [builder.add(a, b) for a, b in zip(half, term, strict=True)])
+        for term in (q, _from_k(builder, q))
+    ]
+    _store(builder, place, ys[0])
+    for side, y in enumerate(ys):
+        out = [builder.add(points, _I64(2 * ROW * lane + ROW * side)) for lane in range(LANES)]
+        _scatter(builder, out, last, _gather(builder, rows, 32 * side) + _pack64(builder, y))
+
+
+def _halved(builder: Any, element: Lanes) -> Lanes:
+    """Half of a canonical element mod p: limbs below 2**52 + 2**51. An odd one takes p, which is odd, along."""
+    odd = builder.sub(_all(0), builder.and_(element[0], _all(1)))
+    even = [
+        builder.add(limb, builder.and_(odd, _all(P >> 52 * j & (_LOW52 if j < 4 else _LOW48))))
+        for j, limb in enumerate(element)
+    ]
+    lower = [builder.lshr(limb, _all(1)) for limb in even]
+    for j in range(4):
+        lower[j] = builder.add(lower[j], builder.shl(builder.and_(even[j + 1], _all(1)), _all(51)))
+    return lower
+
+
+@_memory_operation
+def _check_pairs(builder: Any, room: Any, exceptions: Any) -> None:
+    """Pass 2: y1**2 that is not c1 is noted."""
+    y, cube = (_load(builder, builder.add(room, _I64(place))) for place in (_QUOTIENT_ROOM, _CURVE_ROOM))
+    square = _square(builder, y, dry=True)
+    difference = [builder.add(a, b) for a, b in zip(_from_k(builder, cube), square, strict=True)]
+    together = _all(0)
+    for limb in _canonical(builder, difference):
+        together = builder.or_(together, limb)
+    _note(builder, exceptions, builder.icmp_unsigned("!=", together, _all(0)))
+
+
+@kernel(types.void(_in_words, _out_words, _out_bytes, _room, types.int64))
+def decode_pairs(
+    pairs: Words, points: Words, failed: npt.NDArray[np.uint8], room: npt.NDArray[np.uint64], invert: int
+) -> None:
+    """Write points (2 m, 8) of pairs (m, 12), as `field.decode_pairs`.
+
+    failed: one byte for each batch of 8 BATCH pairs; where it becomes 1, one of them is not common, or wrong, and what is
+    written of the batch counts for nothing. room, invert: as in `add_rows`.
+    """
+    states = (room.ctypes.data + 63) & ~63  # what the stages leave, and inverses
+    scratch, inverses = states + _STATE_STEP, states + 2 * _GROUP * ELEMENT
+    dx, prefixes, chains = scratch + _DX, scratch + _PREFIXES, scratch + _CHAIN_ROOM
+    exceptions = scratch + _EXCEPTIONS
+    for batch in range(len(failed)):
+        first = batch * BATCH * LANES
+        count = min(len(pairs) - first, BATCH * LANES)
+        blocks = (count + LANES - 1) // LANES
+        base, out = pairs.ctypes.data + first * _PAIR, points.ctypes.data + 2 * first * ROW
+        _clear(exceptions)
+        _order_pairs(scratch + _ORDER, 7)
+        _order_pairs(scratch + _ORDER + ROW, count - 1 - 8 * (blocks - 1))
+        for c in range(_CHAINS):
+            _one(chains + c * ELEMENT)
+        for b in range(blocks):
+            order, at = scratch + _ORDER + (ROW if b == blocks - 1 else 0), b * ELEMENT
+            chain = chains + (b % _CHAINS) * ELEMENT
+            _compare_pairs(base + 8 * _PAIR * b, order, dx + at, prefixes + at, chain, exceptions)
+        _invert_chains(chains, scratch + _WORDS, invert)
+        end = blocks
+        while end > 0:
+            begin = max(0, end - _GROUP)
+            for b in range(end - 1, begin - 1, -1):
+                at, chain = b * ELEMENT, chains + (b % _CHAINS) * ELEMENT
+                _divide(inverses + (b - begin) * ELEMENT, dx + at, prefixes + at, chain)
+            for b in range(begin, end):
+                order = scratch + _ORDER + (ROW if b == blocks - 1 else 0)
+                _cube_pairs(states + (b - begin) * ELEMENT, base + 8 * _PAIR * b, order, exceptions)
+            for b in range(begin, end):
+                order, at = scratch + _ORDER + (ROW if b == blocks - 1 else 0), (b - begin) * ELEMENT
+                last = min(7, count - 1 - 8 * b)
+                _part_pairs(out + 16 * ROW * b, last, states + at, inverses + at, base + 8 * _PAIR * b, order)
+            for b in range(begin, end):
+                _check_pairs(states + (b - begin) * ELEMENT, exceptions)
+            end = begin
+        _flag(failed.ctypes.data + batch, exceptions)

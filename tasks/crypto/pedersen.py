@@ -8,6 +8,7 @@ The rows are named by secret digits: not constant time. Source: Pedersen 1991.
 
 from dataclasses import dataclass
 from functools import lru_cache
+from threading import Lock
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,7 @@ WINDOW, WINDOWS, EXPONENT_WINDOWS = 16, 16, 4
 _FULL, _HALF = 2**WINDOW, 2 ** (WINDOW - 1)
 _EXPONENT_ROWS = _FULL + (WINDOWS - 1) * _HALF  # where those of x begin
 _ROWS = _EXPONENT_ROWS + EXPONENT_WINDOWS * _HALF
+_BUILDING = Lock()
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,12 +80,21 @@ class Commitments:
 
     def half_exponents(self, values: npt.NDArray[np.int64], bound: int) -> Words:
         """(m, 8) points (values + 1/2) G."""
-        values = longs(values, "values")
-        references = _references(exponent_windows(bound), len(values))
-        field.recode_exponents(values, _EXPONENT_ROWS, references)
+        references = _exponent_references(values, bound)
         points = np.empty((len(values), 8), np.uint64)
         backend.add_rows(points, self.table, references, fresh=True)
         return points
+
+    def are_half_exponents(self, points: Words, values: npt.NDArray[np.int64], bound: int) -> npt.NDArray[np.bool_]:
+        """(m,) whether points (m, 8) are (values + 1/2) G.
+
+        Two windows, for bounds from 2**15 on and below 2**31, need no addition: their rows are odd multiples of G / 2
+        and of 2**16 G / 2, which never agree in x.
+        """
+        _check_length(words(points, 8, "points"), len(values), "points")
+        if exponent_windows(bound) != 2:
+            return backend.equal_rows(self.half_exponents(values, bound), points)
+        return backend.sums_hold(points, self.table, _exponent_references(values, bound))
 
     def take_off(self, points: Words, rho: Words) -> None:
         """points -= rho H + G / 2, in place."""
@@ -99,6 +110,14 @@ def references_of(values: npt.NDArray[np.int64], rho: Words, bound: int) -> npt.
     references = _references(WINDOWS + exponent_windows(bound), len(values))
     field.recode(rho, False, references)
     field.recode_exponents(values, _EXPONENT_ROWS, references[WINDOWS:])
+    return references
+
+
+def _exponent_references(values: npt.NDArray[np.int64], bound: int) -> npt.NDArray[np.int32]:
+    """References to the rows of values + 1/2."""
+    values = longs(values, "values")
+    references = _references(exponent_windows(bound), len(values))
+    field.recode_exponents(values, _EXPONENT_ROWS, references)
     return references
 
 
@@ -126,7 +145,12 @@ def _references(windows: int, count: int) -> npt.NDArray[np.int32]:
     return references
 
 
-@lru_cache(maxsize=1)
 def commitments() -> Commitments:
-    """The rows of this process, built at first use."""
+    """The rows of this process, built at first use; threads that ask meanwhile wait, and share them."""
+    with _BUILDING:
+        return _commitments()
+
+
+@lru_cache(maxsize=1)
+def _commitments() -> Commitments:
     return Commitments.build()

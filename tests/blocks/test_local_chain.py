@@ -5,6 +5,7 @@ import sys
 
 import pytest
 from eth_account import Account
+from eth_account.signers.local import LocalAccount
 from eth_tester import EthereumTester, PyEVMBackend
 from eth_utils import keccak
 from web3 import EthereumTesterProvider, Web3
@@ -13,7 +14,7 @@ from blocks.chain import Chain, NotYet
 from blocks.local_chain import GENESIS_KEYS, ChainInUse, LocalChainProvider
 from contracts import bindings
 from contracts.bindings import Terms
-from contracts.messages import accuracy_commit
+from contracts.messages import ZERO_ADDRESS, Domain, Registration, accuracy_commit, sign
 from contracts.sending import Reverted, Sender
 
 FAUCET = Account.from_key(GENESIS_KEYS[0])
@@ -27,6 +28,19 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
+
+
+def signed_application(miner: LocalAccount, domain: Domain) -> tuple:
+    """What closeRegistration takes of a miner that puts half of its stake behind the task."""
+    registration = Registration(
+        task_id="a-task",
+        round_number=0,
+        miner=miner.address,
+        encryption_key="0x02" + "11" * 32,
+        dataset_proof_sha256="0x" + "22" * 32,
+        stake_wei=50,
+    )
+    return bindings._application(registration, sign(registration, domain, miner.key))
 
 
 @pytest.fixture
@@ -349,31 +363,32 @@ def test_estimates_are_enough_for_every_call_and_not_far_above(provider):
     miners = sorted(
         (Account.from_key(keccak(text=f"miner {i}")) for i in range(4)), key=lambda one: int(one.address, 16)
     )
-    terms = Terms(web3.eth.get_block("latest")["timestamp"] + 1000, 3, 6, 250_000, 100_000, 100, 100, 100, 10**9, 10)
+    deadline_s = web3.eth.get_block("latest")["timestamp"] + 1000
+    terms = Terms(deadline_s, 500, 100, 100, 100, 3, 6, 250_000, 100_000, 200_000, 10**9, 10)
     encode = contracts.escrow._encode
     commit, spec_hash = accuracy_commit(1, SALT), "0x" + SALT.hex()
-    data = encode("publishTask", "a-task", commit, spec_hash, tuple(vars(terms).values()))
+    data = encode("publishTask", "a-task", commit, spec_hash, ZERO_ADDRESS, 10**15, tuple(vars(terms).values()))
     send("publishTask", FAUCET, data, escrow, 10**15)
     encode = contracts.stakes._encode
     for miner in miners:
         send("pay", FAUCET, b"", miner.address, 10**19)
         send("depositStake", miner, encode("depositStake"), stakes, 100)
-        send("register", miner, encode("register", "a-task", "0x" + SALT.hex()), stakes)
-    cohort = [miner.address for miner in miners]
-    send("closeRegistration", FAUCET, encode("closeRegistration", "a-task", cohort), stakes)
+    domain = Domain(deployment.chain_id, deployment.publisher)
+    applications = [signed_application(miner, domain) for miner in miners]
+    send("closeRegistration", FAUCET, encode("closeRegistration", "a-task", applications), stakes)
     provider.mine()
     send(
         "drawAggregator",
         ALICE if web3.eth.get_balance(ALICE.address) else FAUCET,
-        encode("drawAggregator", "a-task"),
+        encode("drawAggregator", "a-task", contracts.stakes.get_cohort("a-task").words),
         stakes,
     )
     send("requestWithdrawal", miners[0], encode("requestWithdrawal", 50), stakes)
     send("requestWithdrawal again", miners[0], encode("requestWithdrawal", 0), stakes)  # refunds storage
     provider.advance_to(terms.deadline_s + 1)
-    send("refundPublisher", FAUCET, contracts.escrow._encode("refundPublisher", "a-task"), escrow)
-    assert contracts.stakes.aggregator_of("a-task") in cohort
-    assert len(used) == 13
+    send("refundPublisher", FAUCET, contracts.escrow._encode("refundPublisher", "a-task", FAUCET.address), escrow)
+    assert contracts.stakes.aggregator_of("a-task") in [miner.address for miner in miners]
+    assert len(used) == 12
 
 
 def test_an_estimate_of_a_call_that_would_fail_is_a_refusal(busy):

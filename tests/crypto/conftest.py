@@ -25,5 +25,5 @@ def chosen(request: pytest.FixtureRequest) -> Iterator[Choice]:
 
 def forget_tables() -> None:
     """Tables are built by the backend at work, too."""
-    for cached in (pedersen.commitments, bsgs.baby_steps, bsgs._giants):
+    for cached in (pedersen._commitments, bsgs._baby_steps, bsgs._giants):
         cached.cache_clear()

@@ -1,18 +1,21 @@
 """Discrete logs: every exponent within the bound is found, no other is, whatever the table holds."""
 
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import lru_cache
+from threading import Barrier
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.crypto import bsgs, ndd_fe
+from tasks.crypto import bsgs, ndd_fe, pedersen
 from tasks.crypto.bsgs import BabySteps, OutOfBound, baby_steps, default_size, discrete_logs, encode_exponents
 from tests import oracle
 from tests.crypto import rows, tuples
+from tests.crypto.conftest import forget_tables
 
 
 def points(*exponents):
@@ -223,3 +226,28 @@ def test_the_error_survives_pickling_and_is_the_schemes():
     error = pickle.loads(pickle.dumps(OutOfBound([3, 5], 10)))
     assert (error.coordinates, error.bound) == ([3, 5], 10)
     assert ndd_fe.OutOfBound is bsgs.OutOfBound
+
+
+@pytest.mark.parametrize(
+    ("table", "ask"),
+    [(bsgs.BabySteps, lambda: bsgs.baby_steps(777)), (pedersen.Commitments, pedersen.commitments)],
+    ids=["baby steps", "commitments"],
+)
+def test_threads_that_ask_at_once_share_one_table(table, ask, monkeypatch):
+    """A second one would take the same memory and time again."""
+    forget_tables()
+    right, built, together = table.build, [], Barrier(4)
+
+    def build(*arguments):
+        built.append(right(*arguments))
+        return built[-1]
+
+    def asked(_):
+        together.wait()
+        return ask()
+
+    monkeypatch.setattr(table, "build", build)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(asked, range(4)))
+    assert len(built) == 1
+    assert all(one is built[0] for one in found)

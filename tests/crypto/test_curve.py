@@ -208,6 +208,21 @@ def test_short_exponents_need_few_windows_and_are_right_at_both_ends(bits):
     assert tuples(points) == [commitment(int(x), r) for x, r in zip(values, rho, strict=True)]
 
 
+@pytest.mark.parametrize("bound", [2**14, 2**20, 2**31 - 1, 2**40])
+@pytest.mark.parametrize("count", [1, 8, 13, 1000])
+def test_exponents_of_points_are_confirmed_and_no_others(bound, count):
+    values = np.random.default_rng(count).integers(-bound, bound + 1, count)
+    values[: min(count, 6)] = [-bound, bound, 0, -1, 1, bound - 1][:count]
+    points = commitments().half_exponents(values, bound)
+    assert commitments().are_half_exponents(points, values, bound).all()
+    for others in (-1 - values, np.where(values == bound, -bound, values + 1), values ^ 2**13):  # the first: -(v + 1/2)
+        others = np.clip(others, -bound, bound)
+        confirmed = commitments().are_half_exponents(points, others, bound)
+        assert confirmed.tolist() == (others == values).tolist()
+    with pytest.raises(ValueError, match="points has"):
+        commitments().are_half_exponents(points[1:], values, bound)
+
+
 def test_what_was_put_on_is_taken_off_again_with_half_the_generator():
     half = oracle.multiply((ORDER + 1) // 2, oracle.G)
     values = np.arange(-(len(EDGES) // 2), len(EDGES) - len(EDGES) // 2)

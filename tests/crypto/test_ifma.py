@@ -131,19 +131,32 @@ INITIAL = [
 ]
 INITIAL += [_K, tuple(2 * limb for limb in _K), (1, 0, 0, 0, 0)]
 
+# n and less, where limbs of 2 n - less are in [0, 2**58).
+DOUBLED = [(n, (0,) * 5) for n in ((0,) * 5, (2**57 - 1,) * 5, (2**57 - 1, 0, 0, 0, 0), (0, 0, 0, 0, 2**57 - 1), _K)]
+DOUBLED += [(_K, (*[_LOW52] * 4, 2**51 - 10)), ((2**51,) * 5, (2**52,) * 5), ((2**57 - 1,) * 5, (1,) * 5)]
+
 multiply = emitted(lambda builder, a, b: ifma._multiply(builder, a, b))
 multiply_dry = emitted(lambda builder, a, b, c: ifma._multiply(builder, a, b, c, dry=True))
 square = emitted(lambda builder, a: ifma._square(builder, a))
-square_dry = emitted(lambda builder, a, b: ifma._square(builder, a, b, dry=True))
+square_dry = emitted(lambda builder, a, n, less: ifma._square(builder, a, n, less, dry=True))
 reduce_dry = emitted(lambda builder, low, high: ifma._reduce(builder, low + high, dry=True))
 reduce_wet = emitted(lambda builder, low, high: ifma._reduce(builder, low + high))
 carry_dry = emitted(lambda builder, a: ifma._carry(builder, a, dry=True))
 carry_signed = emitted(lambda builder, a: ifma._carry(builder, a, signed=True))
 canonical = emitted(lambda builder, a: ifma._canonical(builder, a))
+is_multiple = emitted(
+    lambda builder, a: [builder.select(ifma._is_multiple_of_p(builder, a), ifma._all(1), ifma._all(0))] * LIMBS
+)
 from_k = emitted(lambda builder, a: ifma._from_k(builder, a))
 minus = emitted(lambda builder, a: ifma._minus(builder, a))
 pack = emitted(lambda builder, a: [*ifma._pack64(builder, a), a[4]])
 unpack = emitted(lambda builder, words: ifma._unpack64(builder, words[:4]))
+halved = emitted(lambda builder, a: ifma._halved(builder, a))
+halves = emitted(
+    lambda builder, a, q: ifma._canonical(
+        builder, [builder.add(*limbs) for limbs in zip(ifma._halved(builder, a), q, strict=True)]
+    )
+)
 unpack_flipped = emitted(lambda builder, words: ifma._unpack64(builder, words[:4], ifma._all(-1)))
 
 
@@ -165,10 +178,9 @@ def test_squares_at_the_bounds():
     for a, product in zip(factors, square(factors), strict=True):
         assert multiplied(product) % P == multiplied(a) ** 2 % P
         assert holds_wet(product)
-    pairs = list(itertools.product(factors, INITIAL))
-    left, initial = zip(*pairs, strict=True)
-    for (a, i), product in zip(pairs, square_dry(left, initial), strict=True):
-        assert number(product) % P == (multiplied(a) ** 2 + number(i)) % P
+    triples = [(a, n, less) for a, (n, less) in itertools.product(factors, DOUBLED)]
+    for (a, n, less), product in zip(triples, square_dry(*zip(*triples, strict=True)), strict=True):
+        assert number(product) % P == (multiplied(a) ** 2 + 2 * number(n) - number(less)) % P
         assert is_tight(product)
 
 
@@ -211,6 +223,16 @@ def test_the_canonical_number_of_everything_it_is_stated_for():
     cases += [limbs(value) for value in multiples if value >= 0]
     for case, result in zip(cases, canonical(cases), strict=True):
         assert result == limbs(number(case) % P)
+
+
+def test_only_zero_and_p_are_multiples_of_p():
+    near = [
+        [limb ^ (1 << bit if k == j else 0) for k, limb in enumerate(limbs(P))] for j in range(5) for bit in (0, 47)
+    ]
+    elements = [*TIGHT, *near]
+    for element, (found, *_) in zip(elements, is_multiple(elements), strict=True):
+        assert found == int(number(element) % P == 0)
+    assert sum(number(element) % P == 0 for element in elements) >= 2
 
 
 def test_what_is_taken_from_k_stays_positive_limb_by_limb():
@@ -261,6 +283,19 @@ def test_words_and_limbs_go_both_ways():
     assert unpack_flipped(packed) == [limbs(2**256 - 1 - value) for value in values]
 
 
+def test_halves_of_canonical_elements_and_what_is_added_to_them():
+    patterns = [sum(word << 64 * i for i, word in enumerate(words)) for words in WORDS]
+    elements = [limbs(value % P) for value in [*NUMBERS, *patterns]]
+    for element, result in zip(elements, halved(elements), strict=True):
+        assert 2 * number(result) in (number(element), number(element) + P)
+        assert all(limb < 2**52 + 2**51 for limb in result[:4])
+        assert result[4] < 2**48
+    for terms in (TIGHT, from_k(TIGHT)):
+        left, right = zip(*itertools.product(elements[: len(NUMBERS)], terms), strict=True)
+        for a, q, result in zip(left, right, halves(left, right), strict=True):
+            assert result == limbs((number(a) * (P + 1) // 2 + number(q)) % P)
+
+
 WORDS = [*itertools.product((0, 1, 2**63, 2**64 - 1), repeat=4)]
 
 # --- the steps of an addition, on coordinates that are not canonical -------------------------------------------------
@@ -269,23 +304,34 @@ WORDS = [*itertools.product((0, 1, 2**63, 2**64 - 1), repeat=4)]
 @njit
 def chord(states, others, dx, slopes, negative):
     """Both passes of state + other state, but for the inversion: dx is written, slopes hold 1 / dx."""
-    for i in range(len(states)):
+    for i in range(0, len(states), 2):
+        j = min(i + 1, len(states) - 1)
         state, other = states.ctypes.data + 2 * i * ELEMENT, others.ctypes.data + 2 * i * ELEMENT
-        slope = slopes.ctypes.data + i * SLOPE
-        ifma._compare_states(state, other, dx.ctypes.data + i * ELEMENT, slope + ELEMENT, slope + 2 * ELEMENT)
-        ifma._slope_states(slope, state, other, negative)
-        ifma._abscissa_chord(slope, state, dx.ctypes.data + i * ELEMENT)
-        ifma._ordinate(slope, state)
+        state2, other2 = states.ctypes.data + 2 * j * ELEMENT, others.ctypes.data + 2 * j * ELEMENT
+        slope, slope2 = slopes.ctypes.data + i * SLOPE, slopes.ctypes.data + j * SLOPE
+        dx1, dx2 = dx.ctypes.data + i * ELEMENT, dx.ctypes.data + j * ELEMENT
+        ifma._compare_states(
+            state, other, dx1, slope + ELEMENT, slope + 2 * ELEMENT,
+            state2, other2, dx2, slope2 + ELEMENT, slope2 + 2 * ELEMENT,
+        )  # fmt: skip
+        ifma._slope_states(slope, state, other, negative, slope2, state2, other2, negative)
+        ifma._abscissa_chord(slope, state, dx1, slope2, state2, dx2)
+        ifma._ordinate(slope, state, slope2, state2)
 
 
 @njit
 def tangent(states, dx, slopes):
-    for i in range(len(states)):
+    for i in range(0, len(states), 2):
+        j = min(i + 1, len(states) - 1)
         state, slope = states.ctypes.data + 2 * i * ELEMENT, slopes.ctypes.data + i * SLOPE
-        ifma._compare_self(state, dx.ctypes.data + i * ELEMENT, slope + ELEMENT, slope + 2 * ELEMENT)
-        ifma._slope_self(slope, state)
-        ifma._abscissa_self(slope, state)
-        ifma._ordinate(slope, state)
+        state2, slope2 = states.ctypes.data + 2 * j * ELEMENT, slopes.ctypes.data + j * SLOPE
+        dx1, dx2 = dx.ctypes.data + i * ELEMENT, dx.ctypes.data + j * ELEMENT
+        ifma._compare_self(
+            state, dx1, slope + ELEMENT, slope + 2 * ELEMENT, state2, dx2, slope2 + ELEMENT, slope2 + 2 * ELEMENT
+        )
+        ifma._slope_self(slope, state, slope2, state2)
+        ifma._abscissa_self(slope, state, slope2, state2)
+        ifma._ordinate(slope, state, slope2, state2)
 
 
 SLOPE = (ifma._GROUP + 1) * ELEMENT  # a slope, and d behind the slopes of a group
@@ -364,3 +410,78 @@ def test_the_steps_of_a_doubling_hold_for_tight_coordinates():
     for element, (_, y) in zip(out_of_lanes(dx), points, strict=False):
         assert number(element) == 2 * number(y)
         assert element[4] < 2**51
+
+
+# --- confirming sums without a division ------------------------------------------------------------------------------
+
+EDGES = sorted({value % P for value in NUMBERS})
+
+
+def drawn_sums(count, seed):
+    """Signed rows (x, y) that need not be on the curve, some with coordinates at their bounds, and their sums by a chord."""
+    source = random.Random(seed)
+
+    def coordinate():
+        return source.choice(EDGES) if source.random() < 0.6 else source.randrange(P)
+
+    for _ in range(count):
+        (xa, ya), (xb, yb) = ((coordinate(), coordinate()) for _ in range(2))
+        a, b = source.choice((1, -1)), source.choice((1, -1))
+        if xa != xb:
+            slope = (b * yb - a * ya) * pow(xb - xa, -1, P)
+            x = (slope * slope - xa - xb) % P
+            yield (xa, ya, a), (xb, yb, b), (x, (slope * (xa - x) - a * ya) % P)
+
+
+def confirmed(sums):
+    table = np.ascontiguousarray(words_of([(x, y) for rows in zip(*sums, strict=True) for x, y, *_ in rows]))[
+        : 2 * len(sums)
+    ]
+    columns = -(-len(sums) // LANES) * LANES
+    references = np.ones((2, columns), np.int32)
+    for w in range(2):
+        references[w, : len(sums)] = [(w * len(sums) + i + 1) * each[w][2] for i, each in enumerate(sums)]
+    holds = np.full(len(sums), 7, np.uint8)
+    ifma.sums_hold(words_of([point for *_, point in sums]), table, references, holds)
+    return holds.tolist()
+
+
+def words_of(points):
+    data = b"".join(c.to_bytes(32, "little") for point in points for c in point)
+    return np.frombuffer(data, "<u8").reshape(-1, 8)
+
+
+def test_every_sum_of_two_rows_is_confirmed():
+    sums = list(drawn_sums(8000, 1))
+    assert confirmed(sums) == [1] * len(sums)
+
+
+def test_nothing_but_the_sum_is_confirmed():
+    beta = pow(3, (P - 1) // 3, P)  # (beta x, y) is on the curve with (x, y), too
+    others = [
+        lambda x, y: (x, (P - y) % P),
+        lambda x, y: (beta * x % P, y),
+        lambda x, y: ((x + 1) % P, y),
+        lambda x, y: (x, (y + 1) % P),
+        lambda x, y: (0, 0),
+    ]
+    for other in others:
+        sums = [(a, b, point) for a, b, point in drawn_sums(500, 2) if other(*point) != point]
+        assert confirmed([(a, b, other(*point)) for a, b, point in sums]) == [0] * len(sums)
+    for other in range(2):  # one row with the other sign, one row in the place of the sum
+        sums = [each for each in drawn_sums(500, 3) if each[other][1] and each[0][1] and each[1][1]]
+        turned = [[(x, y, -sign if w == other else sign) for w, (x, y, sign) in enumerate(each[:2])] for each in sums]
+        wrong = confirmed([(*rows, each[2]) for rows, each in zip(turned, sums, strict=True)])
+        assert wrong == [0] * len(sums)
+        wrong = confirmed([(a, b, (a, b)[other][:2]) for a, b, point in sums if (a, b)[other][:2] != point])
+        assert not any(wrong)
+
+
+@pytest.mark.parametrize("count", [*range(1, 18), 63, 64, 65, 97, 128])
+def test_one_wrong_sum_is_seen_wherever_it_is(count):
+    sums = list(drawn_sums(2 * count + 9, 4))[:count]
+    for wrong in range(count):
+        tried = list(sums)
+        a, b, (x, y) = sums[wrong]
+        tried[wrong] = (a, b, (x, (y + 1) % P))
+        assert confirmed(tried) == [int(i != wrong) for i in range(count)]

@@ -107,6 +107,21 @@ def test_backends_that_differ_in_one_bit_are_found(result):
         fuzz.expect_same("blinding", other["blinding"], result["blinding"])
 
 
+def test_a_point_that_comes_back_as_another_is_found(result, monkeypatch):
+    honest = ndd_fe.decode_points
+
+    def lying(data):
+        points = honest(data)
+        corrupt_one_bit(points)
+        return points
+
+    ciphertexts = [result[name] for name in result if name.startswith("ciphertext")]
+    fuzz.compare_decoded(ciphertexts)
+    monkeypatch.setattr(ndd_fe, "decode_points", lying)
+    with pytest.raises(Mismatch, match=f"ciphertext 0 from its encoding is wrong, first at coordinate {PLACE}"):
+        fuzz.compare_decoded(ciphertexts)
+
+
 def test_the_peer_is_right_about_small_multiples():
     peer, rows = Peer(), curve.multiples(curve.GENERATOR, 300)
     assert [peer.commitment(x, 0) for x in range(1, 301)] == [row.tobytes() for row in rows]

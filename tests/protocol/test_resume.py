@@ -118,14 +118,14 @@ def test_every_transaction_was_sent_once(runs):
     assert sent == {
         "publishTask": 1,
         "depositStake": 5,
-        "register": 5,
         "closeRegistration": 1,
         "drawAggregator": 1,
         "publishBlock": 1,
         "revealAccuracy": 1,
         "revealScore": 5,
         "distribute": 1,
-        "withdraw": 5,
+        "claimTo": 5,
+        "withdrawTo": 1,
     }
 
 

@@ -41,19 +41,23 @@ abstract contract Checks is Records {
     /// @notice 3. StakeRegistry holds all stakes, all credits and what is taken but not credited yet.
     function checkRegistrySolvency() external view {
         uint256 sum = donated[address(registry)][address(0)] + unallocated;
-        for (uint256 i = 0; i < people.length; i++) sum += registry.stakeOf(people[i]) + registry.creditOf(people[i]);
+        for (uint256 i = 0; i < people.length; i++) {
+            (uint256 requested,) = registry.getWithdrawal(people[i]);
+            sum += registry.stakeOf(people[i]) + requested + registry.creditOf(people[i]);
+        }
         vm.assertEq(address(registry).balance, sum, "registry solvency");
     }
 
-    /// @notice 4. A stake is what was deposited, less withdrawals and slashes; the requested part never exceeds it.
+    /// @notice 4. A stake is what was deposited, less requests, withdrawals and slashes; tasks record no more.
     function checkStakeConservation() external view {
         for (uint256 i = 0; i < people.length; i++) {
             address who = people[i];
             uint256 stake = registry.stakeOf(who);
-            vm.assertEq(stake + withdrawn[who] + slashed[who], deposited[who], "stake conservation");
-            (uint256 requested,, uint40 lockedUntil) = registry.getWithdrawal(who);
-            vm.assertLe(requested, stake, "requested within the stake");
-            vm.assertEq(lockedUntil, heldUntil[who], "held until the latest end");
+            (uint256 requested,) = registry.getWithdrawal(who);
+            vm.assertEq(stake + requested + withdrawn[who] + slashed[who], deposited[who], "stake conservation");
+            (uint256 recorded, uint40 until) = registry.getHold(who);
+            vm.assertLe(recorded, stake, "recorded within the stake");
+            vm.assertEq(until, heldUntil[who], "held until the latest end");
         }
     }
 
@@ -139,9 +143,9 @@ abstract contract Checks is Records {
             Settlement memory s = rewards.getSettlement(r.id);
             uint256 parts = 0;
             for (uint256 i = 0; i < r.scores.length; i++) {
-                (bool isRevealed, uint256 score, bool isClaimed) = rewards.getScore(r.key, i);
-                if (isClaimed) continue;
-                parts += r.scoreSum > 0 ? score : isRevealed || r.revealed == 0 ? 1 : 0;
+                (bool isRevealed, bool isClaimed) = rewards.isRevealed(r.key, i);
+                if (isClaimed || (r.revealed > 0 && !isRevealed)) continue;
+                parts += r.scoreSum > 0 ? r.scores[i] : 1;
             }
             vm.assertEq(parts, s.remainingParts, "parts of a pool");
             if (parts == 0) vm.assertEq(s.remaining, 0, "left in an empty pool");

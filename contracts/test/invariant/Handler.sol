@@ -4,9 +4,9 @@ pragma solidity ^0.8.28;
 import {BlockPublisher, Candidate, Vote} from "../../src/BlockPublisher.sol";
 import {accountOf} from "../../src/Cohort.sol";
 import {HealChainEscrow} from "../../src/HealChainEscrow.sol";
-import {Claim, Outcome, RewardDistribution, Settlement} from "../../src/RewardDistribution.sol";
+import {Opening, Outcome, RewardDistribution, Settlement} from "../../src/RewardDistribution.sol";
 import {Application, StakeRegistry} from "../../src/StakeRegistry.sol";
-import {MAX_SCORE, PPM, Status, Task, Terms} from "../../src/Task.sol";
+import {PPM, Status, Task, Terms} from "../../src/Task.sol";
 import {Hostile} from "../Hostile.sol";
 import {MannerToken} from "../Tokens.sol";
 import {vm} from "../Vm.sol";
@@ -60,7 +60,7 @@ contract Handler is Checks {
         address self = address(hostile);
         bytes[4] memory again = [
             abi.encodeCall(HealChainEscrow.refundPublisher, (records.length == 0 ? "" : pick(t).id, self)),
-            abi.encodeCall(RewardDistribution.withdrawTo, (address(0), self, new Claim[](0))),
+            abi.encodeCall(RewardDistribution.withdrawTo, (address(0), self)),
             abi.encodeCall(StakeRegistry.withdrawStake, (self)),
             abi.encodeCall(StakeRegistry.withdrawCredit, (self))
         ];
@@ -90,22 +90,22 @@ contract Handler is Checks {
 
     function requestWithdrawal(uint256 who, uint256 amount) external act {
         address miner = people[who % people.length];
-        uint256 stake = registry.stakeOf(miner);
-        amount = bound(amount, 0, stake + 1);
+        (uint256 most,) = registry.getWithdrawal(miner);
+        most += registry.availableStake(miner);
+        amount = bound(amount, 0, most + 1);
         bool ok = try_(miner, address(registry), 0, abi.encodeCall(StakeRegistry.requestWithdrawal, (amount)));
-        forbid(ok != (amount <= stake), "a request beyond the stake");
+        forbid(ok != (amount <= most), "a request beyond what is available");
     }
 
     function withdrawStake(uint256 who, uint256 to) external act {
         address miner = people[who % people.length];
-        (uint256 amount, uint40 allowedAt,) = registry.getWithdrawal(miner);
+        (uint256 amount, uint40 allowedAt) = registry.getWithdrawal(miner);
         // Some wait as long as they have to.
-        if (to >> 8 & 3 == 0 && amount > 0 && heldUntil[miner] >= time()) vm.warp(heldUntil[miner] + 1);
         if (to >> 8 & 1 == 0 && amount > 0 && allowedAt > time()) vm.warp(allowedAt);
         bytes memory call = abi.encodeCall(StakeRegistry.withdrawStake, (recipientOf(miner, to)));
         if (!try_(miner, address(registry), 0, call)) return;
         withdrawn[miner] += amount;
-        forbid(time() < allowedAt || time() <= heldUntil[miner], "a stake left before its time");
+        forbid(time() < allowedAt, "a stake left before its time");
         forbid(try_(miner, address(registry), 0, call), "a stake left twice");
     }
 
@@ -114,6 +114,15 @@ contract Handler is Checks {
         bytes memory call = abi.encodeCall(StakeRegistry.withdrawCredit, (recipientOf(miner, to)));
         if (!try_(miner, address(registry), 0, call)) return;
         forbid(registry.creditOf(miner) != 0 || try_(miner, address(registry), 0, call), "a credit left twice");
+    }
+
+    function releaseStake(uint256 t, uint256 position) external act {
+        if (records.length == 0) return;
+        Record storage r = pick(t);
+        bytes memory call = abi.encodeCall(StakeRegistry.releaseStake, (r.id, r.cohort, position % MINERS));
+        if (!try_(outsider, address(registry), 0, call)) return;
+        forbid(time() <= latestEnd(r.terms), "a stake released too early");
+        forbid(try_(outsider, address(registry), 0, call), "a stake released twice");
     }
 
     // From publication to the draw
@@ -182,7 +191,7 @@ contract Handler is Checks {
         forbid(isLied || r.turns.length > 0, "a second draw, or with another cohort");
         forbid(vm.getBlockNumber() > seedBlock + 256, "a seed that nobody can know");
         (, r.seed,,,) = registry.getDraw(r.key);
-        forbid(r.seed != keccak256(abi.encodePacked(r.key, blockhash(seedBlock))), "another seed");
+        forbid(r.seed != keccak256(abi.encodePacked(r.id, blockhash(seedBlock))), "another seed");
         r.turns.push(registry.aggregatorOf(r.key));
     }
 
@@ -256,8 +265,10 @@ contract Handler is Checks {
         if (records.length == 0) return;
         Record storage r = pick(t);
         if (r.who.length == 0) return;
-        uint256 key = r.who[who % r.who.length];
-        address culprit = vm.addr(key);
+        // Mostly one that had a turn.
+        bool isAnyone = who % 4 == 0 || r.turns.length == 0;
+        address culprit = isAnyone ? vm.addr(r.who[who / 4 % r.who.length]) : r.turns[who / 4 % r.turns.length];
+        uint256 key = keyOf[culprit];
         (, Candidate memory a) = proposal(r, trick);
         (, Candidate memory b) = proposal(r, trick);
         (a.aggregator, b.aggregator) = (culprit, culprit);
@@ -325,7 +336,7 @@ contract Handler is Checks {
         uint256 score = r.scores[position] + (trick % 8 == 1 ? 1 : 0);
         address sender = r.candidate.participants[trick % 8 == 2 ? (position + 1) % r.scores.length : position];
         bytes32[] memory proof = proofOf(r.candidate.participants, r.candidate.scoreCommits, position);
-        bytes memory call = abi.encodeCall(RewardDistribution.revealScore, (r.id, score, SALT, position, proof));
+        bytes memory call = abi.encodeCall(RewardDistribution.revealScore, (r.id, Opening(score, SALT, position, proof)));
         if (!try_(sender, address(rewards), 0, call)) return;
         forbid(trick % 8 == 1 || trick % 8 == 2 || r.outcome == Outcome.Unmet, "another score");
         forbid(r.status == Status.Settled, "a score after the distribution");
@@ -352,32 +363,42 @@ contract Handler is Checks {
         forbid(try_(outsider, address(rewards), 0, call), "distributed twice");
     }
 
-    /// @dev Anyone, with the claims of one task and perhaps one of another; also others' places, and a claim twice in one call.
-    function withdrawTo(uint256 who, uint256 token, uint256 t, uint256 trick, uint256 to) external act {
+    function withdrawTo(uint256 who, uint256 token, uint256 to) external act {
         address account = people[who % people.length];
-        Claim[] memory claims = new Claim[](0);
-        Record storage r = records.length == 0 ? records.push() : pick(t);
-        if (r.publisher == address(0)) return records.pop();
-        address asset = trick % 8 == 1 ? tokens[token % 3] : r.token;
-        uint256 place = placeOf(r, account);
-        bool isDoubled = false;
-        if (r.blocks > 0 && (place < r.scores.length || trick % 8 == 2)) {
-            claims = new Claim[](trick % 8 == 3 ? 2 : 1);
-            for (uint256 i = 0; i < claims.length; i++) claims[i] = claimOf(r.candidate, place % r.scores.length);
-            isDoubled = claims.length == 2;
+        address asset = tokens[token % 3];
+        // Mostly somebody who is owed something.
+        for (uint256 i = 0; i < 3 * people.length && token >> 8 & 3 > 0 && rewards.balanceOf(asset, account) == 0; i++) {
+            (account, asset) = (people[i / 3], tokens[i % 3]);
         }
-        bool isForeign = claims.length > 0 && (place >= r.scores.length || asset != r.token);
-        uint256 pool = r.blocks > 0 ? rewards.getSettlement(r.id).remaining : 0;
         uint256 balance = rewards.balanceOf(asset, account);
         address recipient = recipientOf(account, to);
         uint256 before = held(asset, recipient);
-        bytes memory call = abi.encodeCall(RewardDistribution.withdrawTo, (asset, recipient, claims));
+        bytes memory call = abi.encodeCall(RewardDistribution.withdrawTo, (asset, recipient));
         if (!try_(account, address(rewards), 0, call)) return;
-        forbid(isDoubled || isForeign, "a claim twice, or another's");
-        uint256 claimed = claims.length == 0 ? 0 : pool - rewards.getSettlement(r.id).remaining;
-        r.claimed += claimed;
-        forbid(held(asset, recipient) - before != balance + claimed, "another amount than owed");
+        forbid(held(asset, recipient) - before != balance, "another amount than owed");
         forbid(try_(account, address(rewards), 0, call), "withdrawn twice");
+    }
+
+    /// @dev Also in another token, at another's place, and with another score.
+    function claimTo(uint256 t, uint256 place, uint256 trick, uint256 to) public {
+        if (records.length == 0) return;
+        Record storage r = pick(t);
+        if (r.blocks == 0) return;
+        place %= r.scores.length;
+        address account = r.candidate.participants[trick % 8 == 2 ? (place + 1) % r.scores.length : place];
+        address asset = trick % 8 == 1 ? tokens[(to >> 8) % 3] : r.token;
+        Opening memory opening = claimOf(r.candidate, place).opening;
+        if (trick % 8 == 3) opening.score += 1;
+        address recipient = recipientOf(account, to);
+        uint256 before = held(asset, recipient);
+        uint256 pool = rewards.getSettlement(r.id).remaining;
+        bytes memory call = abi.encodeCall(RewardDistribution.claimTo, (r.id, asset, recipient, opening));
+        if (!try_(account, address(rewards), 0, call)) return;
+        forbid(asset != r.token || trick % 8 == 2 || trick % 8 == 3, "another's claim");
+        uint256 claimed = pool - rewards.getSettlement(r.id).remaining;
+        r.claimed += claimed;
+        forbid(held(asset, recipient) - before != claimed, "another amount than the pool lost");
+        forbid(try_(account, address(rewards), 0, call), "claimed twice");
     }
 
     function refund(uint256 t, uint256 who, uint256 to) public {
@@ -416,10 +437,11 @@ contract Handler is Checks {
         }
         if (r.status == Status.Locked && seed >> 4 & 3 == 0) return driveSilence(t, seed >> 8);
         if (r.status == Status.Locked) return publishBlock(t, 0, seed >> 8);
+        if (r.status == Status.Settled && r.outcome == Outcome.Met) return claimTo(t, seed >> 8, 0, 0);
         if (r.status != Status.Published) return;
         if (r.outcome == Outcome.Pending) return revealAccuracy(t, 1 + seed % 2, 0);
         for (uint256 i = 0; i < r.scores.length; i++) {
-            (bool isRevealed,,) = rewards.getScore(r.key, i);
+            (bool isRevealed,) = rewards.isRevealed(r.key, i);
             if (r.outcome == Outcome.Met && !isRevealed && seed >> 8 & 1 << i != 0) revealScore(t, i, 0);
         }
         distribute(t);
@@ -463,10 +485,14 @@ contract Handler is Checks {
         if (r.status == Status.Published) distribute(t);
         vm.assertTrue(r.status == Status.Refunded || r.status == Status.Settled, "a task without an end");
         for (uint256 i = 0; i < r.scores.length && r.outcome == Outcome.Met; i++) {
-            (,, bool isClaimed) = rewards.getScore(r.key, i);
+            (, bool isClaimed) = rewards.isRevealed(r.key, i);
             if (isClaimed) continue;
+            Opening memory opening = claimOf(r.candidate, i).opening;
+            (bool isRevealed,) = rewards.isRevealed(r.key, i);
+            // Without a part of a pool that is empty there is nothing to claim.
+            if (rewards.getSettlement(r.id).remainingParts == 0 && (r.scoreSum > 0 || !isRevealed)) continue;
             vm.prank(r.candidate.participants[i]);
-            rewards.withdrawTo(r.token, address(0xCAFE), only(claimOf(r.candidate, i)));
+            rewards.claimTo(r.id, r.token, address(0xCAFE), opening);
         }
         for (uint256 i = 0; i < r.cohort.length; i++) {
             for (uint256 j = 0; j < r.cohort.length; j++) {
@@ -480,13 +506,15 @@ contract Handler is Checks {
         for (uint256 k = 0; k < 3; k++) {
             if (rewards.balanceOf(tokens[k], account) == 0) continue;
             vm.prank(account);
-            rewards.withdrawTo(tokens[k], address(0xCAFE), new Claim[](0));
+            rewards.withdrawTo(tokens[k], address(0xCAFE));
         }
         vm.startPrank(account);
         if (registry.creditOf(account) > 0) registry.withdrawCredit(address(0xCAFE));
-        registry.requestWithdrawal(registry.stakeOf(account));
+        (uint256 requested,) = registry.getWithdrawal(account);
+        requested += registry.stakeOf(account);
+        registry.requestWithdrawal(requested);
         vm.warp(time() + DELAY_S);
-        if (registry.stakeOf(account) > 0) registry.withdrawStake(address(0xCAFE));
+        if (requested > 0) registry.withdrawStake(address(0xCAFE));
         vm.stopPrank();
     }
 
@@ -507,7 +535,7 @@ contract Handler is Checks {
         uint24[4] memory faults = [uint24(0), 250_000, 333_334, 500_000];
         t.faultRatePpm = faults[shape >> 38 & 3];
         t.minStake = shape >> 40 & 1 == 0 ? 0 : 0.5 ether;
-        uint64[4] memory scores = [uint64(1), 100, 1_000_000, MAX_SCORE];
+        uint64[4] memory scores = [uint64(1), 100, 1_000_000, type(uint64).max];
         t.maxScore = scores[shape >> 42 & 3];
     }
 
@@ -549,7 +577,6 @@ contract Handler is Checks {
     /// @dev All of the cohort or its first three, with scores that are zero, any, or the largest.
     function proposal(Record storage r, uint256 seed)
         private
-        view
         returns (uint256[] memory scores, Candidate memory c)
     {
         uint256 count = seed % 2 == 0 ? r.who.length : 3;
@@ -589,11 +616,6 @@ contract Handler is Checks {
             if (r.turns[i] == account) return true;
         }
         return false;
-    }
-
-    /// @dev The number of participants for who is none.
-    function placeOf(Record storage r, address account) private view returns (uint256 place) {
-        while (place < r.scores.length && r.candidate.participants[place] != account) place++;
     }
 
     function recipientOf(address account, uint256 to) private view returns (address) {

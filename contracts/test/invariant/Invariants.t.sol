@@ -86,13 +86,15 @@ contract InvariantsTest {
             RewardDistribution.revealScore.selector,
             RewardDistribution.distribute.selector
         ];
-        list = new bytes4[](calls.length + 1);
+        list = new bytes4[](calls.length + 3);
         for (uint256 i = 0; i < calls.length; i++) list[i] = calls[i];
         list[calls.length] = RewardDistribution.withdrawTo.selector;
+        list[calls.length + 1] = RewardDistribution.claimTo.selector;
+        list[calls.length + 2] = StakeRegistry.releaseStake.selector;
     }
 
     function acts() private pure returns (bytes4[] memory all) {
-        bytes4[25] memory list = [
+        bytes4[27] memory list = [
             Handler.advance.selector,
             Handler.behaveToken.selector,
             Handler.behaveHostile.selector,
@@ -116,6 +118,8 @@ contract InvariantsTest {
             Handler.revealScore.selector,
             Handler.distribute.selector,
             Handler.withdrawTo.selector,
+            Handler.claimTo.selector,
+            Handler.releaseStake.selector,
             Handler.refund.selector,
             Handler.drive.selector
         ];
