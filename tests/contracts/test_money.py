@@ -1,8 +1,9 @@
 """The money over random histories: each contract holds exactly what it owes, and in the end everything leaves.
 
-Beside the chain runs a model of every wei, written from the rules: who has which stake and credit, what was taken from
-whom and is not yet divided, what which task recorded, which reward is where, and what is left of a pool after each claim. Whether an act is
-accepted the contracts say; what it moves the model says first. Steps that the contracts refuse change nothing.
+Beside the chain runs a model of every wei, written from the rules: who has which stake and credit, what which task
+recorded of it, what was taken from whom and is not yet divided, which reward is where, and what is left of a pool after
+each claim. Whether an act is accepted the contracts say; what it moves the model says first. Steps that the contracts
+refuse change nothing.
 """
 
 from collections import Counter
@@ -162,7 +163,9 @@ class Money(RuleBasedStateMachine):
 
     @rule(data=st.data(), miner=MINERS)
     def release(self, data: st.DataObject, miner: int) -> None:
-        task, account = self.some_task(data, self.pots), self.miners[miner]
+        self.released(self.some_task(data, self.pots), self.miners[miner])
+
+    def released(self, task: str, account: LocalAccount) -> None:
         with suppress(Reverted, ValueError):
             event = self.as_(self.world.stranger).stakes.release_stake(task, account.address).event
             assert event.amount_wei == self.recorded[account.address].pop(task)
@@ -371,6 +374,10 @@ class Money(RuleBasedStateMachine):
             assert views.stakes.stake_of(account.address) == self.stakes[account.address]
             assert views.stakes.credit_of(account.address) == self.credits[account.address]
             assert views.stakes.get_withdrawal(account.address).amount_wei == self.requested[account.address]
+        for task in sorted(self.pots, key=lambda task: self.pots[task].latest_end):
+            self.world.at(max(self.world.now(), self.pots[task].latest_end) + 1)
+            for miner in self.pots[task].cohort:
+                self.released(task, miner)
         self.world.at(self.world.now() + DELAY)
         for task, pot in self.pots.items():
             match views.escrow.get_task(task).status:

@@ -243,7 +243,8 @@ def test_a_release_frees_nothing_that_a_later_task_recorded(drawn: World) -> Non
     miner, anyone = drawn.cohort[0], drawn.as_(drawn.stranger).stakes
     drawn.at(latest_end(drawn) + 1)
     drawn.publish("later")
-    applications = [drawn.application(one, "later", stake_wei=stake) for one, stake in zip(drawn.cohort, STAKES)]
+    pairs = zip(drawn.cohort, STAKES, strict=True)
+    applications = [drawn.application(one, "later", stake_wei=stake) for one, stake in pairs]
     drawn.as_(drawn.publisher).stakes.close_registration("later", applications)
     with pytest.raises(Reverted, match="NotEntitled") as refused:
         anyone.release_stake(TASK, miner.address)
