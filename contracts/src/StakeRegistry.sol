@@ -7,7 +7,7 @@ import {Math} from "@openzeppelin/contracts/utils/math/Math.sol";
 import {SafeCast} from "@openzeppelin/contracts/utils/math/SafeCast.sol";
 import {ReentrancyGuardTransient} from "@openzeppelin/contracts/utils/ReentrancyGuardTransient.sol";
 import {BlockPublisher} from "./BlockPublisher.sol";
-import {accountOf, cohortHashOf, memberWord, stakeIn} from "./Cohort.sol";
+import {accountOf, memberWord, stakeIn} from "./Cohort.sol";
 import {HealChainEscrow} from "./HealChainEscrow.sol";
 import {pay} from "./Payment.sol";
 import {
@@ -69,6 +69,7 @@ contract StakeRegistry is ReentrancyGuardTransient {
         bool hasResigned;
         /// The deadline left the aggregator less than the task's publishWindow_s: its silence costs nothing.
         bool isCutShort;
+        /// keccak256 of the cohort's words.
         bytes32 cohortHash;
         bytes32 seed;
         /// A bit per position in the cohort: who was replaced.
@@ -274,7 +275,7 @@ contract StakeRegistry is ReentrancyGuardTransient {
 
         uint40 seedBlock = (block.number + 1).toUint40();
         _draws[key].seedBlock = seedBlock;
-        _draws[key].cohortHash = cohortHashOf(cohort);
+        _draws[key].cohortHash = keccak256(abi.encodePacked(cohort));
         emit RegistrationClosed(key, cohort, registrations, seedBlock);
     }
 
@@ -558,7 +559,7 @@ contract StakeRegistry is ReentrancyGuardTransient {
     }
 
     function _checkCohort(string calldata taskID, Draw storage draw, bytes32[] calldata cohort) private view {
-        if (cohortHashOf(cohort) != draw.cohortHash) revert WrongCohort(taskID);
+        if (keccak256(abi.encodePacked(cohort)) != draw.cohortHash) revert WrongCohort(taskID);
     }
 
     /// @dev Zero when the chain has forgotten the hash (after 256 blocks).
