@@ -47,13 +47,14 @@ from tests.contracts.world import (
     named,
 )
 
-# Called by the other contracts only, part of another method (get_score), or not needed: limits, the domain's description.
+# Called by the other contracts only, part of another method (get_score, get_task), or not needed: limits, the domain's description.
 WITHOUT_METHOD = {
     "markPublished",
     "releaseReward",
     "slashEquivocation",
     "aggregatorAmong",
     "isRevealed",
+    "getTerms",
     "eip712Domain",
     "MAX_DURATION_S",
     "MAX_WINDOW_S",
