@@ -42,7 +42,7 @@ LOG_BLOCKS = 10_000
 HINTS = {
     "AccuracyAlreadyRevealed": "The outcome is recorded; read it with get_settlement.",
     "AggregatorVote": "The aggregator has no vote on its own candidate; leave its signature out.",
-    "AlreadyClaimed": "This part of the reward was paid before; name every task once.",
+    "AlreadyClaimed": "This part of the reward was paid before; nothing is left to do.",
     "AlreadyDistributed": "The reward is here; everyone can withdraw its part.",
     "AlreadyDrawn": "The aggregator is drawn; read it with aggregator_of.",
     "AlreadySlashed": "This aggregator was slashed for this offence before; nothing is left to do.",
@@ -57,6 +57,7 @@ HINTS = {
     "ERC20InvalidReceiver": "The token refuses this recipient; name another one.",
     "ERC20InvalidSender": "The token refuses this account; use another one.",
     "ERC20InvalidSpender": "The token does not let this account spend; approve the escrow's address.",
+    "EvidenceTooLate": "The task's latest end has passed: what it recorded is free, and can no longer be taken.",
     "FeeOnTransfer": "This token keeps a part of what is sent; reward the task in another token or in ether.",
     "InsufficientStake": (
         "Deposit more stake (deposit_stake) or cancel a requested withdrawal, or leave the miner out of the cohort."
@@ -77,7 +78,7 @@ HINTS = {
     "NoEquivocation": "The proof is two candidates of one task and round, both signed by the drawn aggregator.",
     "NotAggregator": "Only the aggregator whose turn it is may publish, and the candidate must name it.",
     "NotAscending": "Sort by address, and give every address once.",
-    "NotDistributed": "There is nothing to claim in this token: distribute first, and name the token of the task.",
+    "NotDistributed": "Nothing is left to claim in this token: distribute first, and name the token of the task.",
     "NotDrawn": "There is no aggregator: it is not drawn yet (draw_aggregator), or nobody is left.",
     "NotEntitled": (
         "Only who the rules name may do this: for the accuracy the publisher, then the aggregator; for a slashed stake the "

@@ -1,7 +1,8 @@
 """What a task costs in gas, transaction by transaction: the real contracts and bindings on an in-process EVM.
 
-Every miner of a cohort takes part, votes, reveals its own score and withdraws its own reward; one of them is drawn as
-aggregator. What happens once for all tasks (deployment, stakes) is not in a task's total. The rare paths are measured
+Every miner of a cohort takes part, votes, reveals its own score and claims its own part; one of them is drawn as
+aggregator, and withdraws its share. What happens once for all tasks (deployment, stakes) is not in a task's total; what
+the first task of accounts costs more than their second is measured apart. The rare paths are measured
 on tasks of their own. Gas depends on what is stored and sent, not on the machine: a second run differs by a few gas
 (which bytes of hashes and signatures are zero, whom the draw falls on).
 """
@@ -23,9 +24,9 @@ from eth_utils.crypto import keccak
 from rich.console import Console
 from web3 import EthereumTesterProvider, Web3
 
-from contracts import bindings, sending
-from contracts.bindings import Claim, Contracts, Mined, Offence, Terms, Token
-from contracts.contributions import place
+from contracts import bindings
+from contracts.bindings import Contracts, Mined, Offence, Terms, Token
+from contracts.contributions import Opening, place
 from contracts.messages import (
     ZERO_ADDRESS,
     Address,
@@ -40,20 +41,32 @@ from contracts.messages import (
     sign,
     struct_hash,
 )
+from contracts.sending import Sender
 from infra.rows import Row, figure, marked, refreshed, show, table
 
 SIZES = (5, 20, 50, 100)
 RARE_SIZES = (5, 50)
 # The largest totals that are thought bearable: gas of a task of 50 miners, and of its publication.
 GOALS = {"total, 50 miners": "<= 7000000", "publishTask": "<= 150000"}
-ONCE_A_TASK = ("publishTask", "closeRegistration", "drawAggregator", "publishBlock", "revealAccuracy", "distribute")
-BY_EACH_MINER = ("revealScore", "withdrawTo")
+ONCE_A_TASK = (
+    "publishTask",
+    "closeRegistration",
+    "drawAggregator",
+    "publishBlock",
+    "revealAccuracy",
+    "distribute",
+    "withdrawTo",
+)
+BY_EACH_MINER = ("revealScore", "claimTo")
+FIRST_TASK = "first task of 5 miners, more than their second"
 START = marked("bench-gas")
 # The token is the tests': the benchmark runs from a checkout, the package has no token of its own.
 TOKEN = Path(__file__).parents[1] / "tests" / "contracts" / "build" / "TestToken.json"
 
 REWARD = 10**18
 STAKE = 10**17
+# What one task records of it.
+RECORDED = STAKE // 10
 ACCURACY_PPM = 930_000
 SALT = bytes(keccak(text="salt"))
 DIGEST = "0x" + keccak(text="digest").hex()
@@ -88,7 +101,7 @@ class Bench:
         # One trial execution with the gas of a whole block: the limit does not change what is used.
         self.tester.backend.chain.gas_estimator = binary_gas_search(tolerance=10**8)
         self.web3 = Web3(EthereumTesterProvider(self.tester))
-        self.deployment = bindings.deploy(self.web3, self.deployer)
+        self.deployment = bindings.deploy(Sender(self.web3, self.deployer))
         self.deployment_gas = sum(
             self.web3.eth.get_block(number)["gasUsed"] for number in range(1, self.web3.eth.block_number + 1)
         )
@@ -101,7 +114,7 @@ class Bench:
 
     def as_(self, actor: LocalAccount) -> Contracts:
         if actor.address not in self._bound:
-            self._bound[actor.address] = bindings.connect(self.web3, self.deployment, actor)
+            self._bound[actor.address] = bindings.connect(self.web3, self.deployment, Sender(self.web3, actor))
         return self._bound[actor.address]
 
     def note(self, kind: str, mined: Mined[Any]) -> None:
@@ -125,7 +138,7 @@ class Bench:
             aggregator_share_ppm=100_000,
             silence_penalty_ppm=100_000,
             max_score=10**12,
-            min_stake_wei=STAKE // 10,
+            min_stake_wei=RECORDED,
         )
         commit = accuracy_commit(ACCURACY_PPM, SALT)
         escrow = self.as_(self.publisher).escrow
@@ -139,6 +152,7 @@ class Bench:
             miner=miner.address,
             encryption_key="0x02" + digest,
             dataset_proof_sha256="0x" + digest,
+            stake_wei=RECORDED,
         )
         return registration, sign(registration, self.domain, miner.key)
 
@@ -189,32 +203,48 @@ class Bench:
         self.note("revealAccuracy", self.as_(self.publisher).rewards.reveal_accuracy(task_id, ACCURACY_PPM, SALT))
 
     def settle(self, task_id: TaskId, candidate: Candidate, *, token: Address = ZERO_ADDRESS) -> None:
-        """Every miner reveals and withdraws for itself; in tokens under names of their own."""
+        """Every miner reveals and claims for itself, the aggregator withdraws; in tokens under names of their own."""
         suffix = "" if token == ZERO_ADDRESS else ", in tokens"
-        own = [place(candidate.participants, candidate.score_commits, i) for i in range(self.size)]
-        for miner, at in zip(self.miners, own, strict=True):
-            revealed = self.as_(miner).rewards.reveal_score(task_id, self.score(miner), SALT, at)
-            self.note(f"revealScore{suffix}", revealed)
+        places = (place(candidate.participants, candidate.score_commits, i) for i in range(self.size))
+        own = [(self.as_(miner).rewards, Opening(self.score(miner), SALT, next(places))) for miner in self.miners]
+        for rewards, opening in own:
+            self.note(f"revealScore{suffix}", rewards.reveal_score(task_id, opening))
         self.note(f"distribute{suffix}", self.as_(self.anybody).rewards.distribute(task_id))
-        for miner, at in zip(self.miners, own, strict=True):
-            claims = [Claim(task_id, at)]
-            self.note(f"withdrawTo{suffix}", self.as_(miner).rewards.withdraw_to(claims=claims, token=token))
+        for rewards, opening in own:
+            self.note(f"claimTo{suffix}", rewards.claim_to(task_id, opening, token=token))
+        aggregator = self.as_(self.aggregator(task_id)).rewards
+        self.note(f"withdrawTo{suffix}", aggregator.withdraw_to(token=token))
 
 
 def whole_task(size: int) -> Bench:
     """One task of `size` miners from its publication to the last withdrawal."""
-    bench, task_id = Bench(size), "breast-cancer-1a2b3c4d"
-    bench.publish(task_id)
+    bench = Bench(size)
+    _run(bench, "breast-cancer-1a2b3c4d")
+    left = bench.web3.eth.get_balance(bench.deployment.rewards)  # type: ignore[arg-type]
+    if left:
+        raise AssertionError(f"{left} wei of the reward stayed behind")
+    return bench
+
+
+def first_task_extra(size: int) -> int:
+    """What a whole task of accounts that had none costs more than their second, in which each has its slots already."""
+    bench = Bench(size)
+    totals = []
+    for task_id in ("breast-cancer-5e6f7a8b", "breast-cancer-6f7a8b9c"):
+        bench.spent.clear()
+        _run(bench, task_id)
+        totals.append(sum(map(sum, bench.spent.values())))
+    return totals[0] - totals[1]
+
+
+def _run(bench: Bench, task_id: TaskId, *, token: Address = ZERO_ADDRESS) -> None:
+    bench.publish(task_id, token=token, kind="publishTask" if token == ZERO_ADDRESS else "publishTask, in tokens")
     bench.close(task_id)
     bench.draw(task_id)
     candidate = bench.candidate(task_id)
     bench.publish_block(task_id, candidate)
     bench.reveal(task_id)
-    bench.settle(task_id, candidate)
-    left = bench.web3.eth.get_balance(bench.deployment.rewards)  # type: ignore[arg-type]
-    if left:
-        raise AssertionError(f"{left} wei of the reward stayed behind")
-    return bench
+    bench.settle(task_id, candidate, token=token)
 
 
 def rare_paths(size: int) -> dict[str, int]:
@@ -270,26 +300,27 @@ def _silent_settlement(bench: Bench) -> None:
 
 def _token_reward(bench: Bench) -> None:
     build, task_id = json.loads(TOKEN.read_text()), "breast-cancer-4d5e6f7a"
-    deployed = sending.send(bench.web3, bench.deployer, bytes.fromhex(build["bytecode"][2:]), to=None)
+    deployed = Sender(bench.web3, bench.deployer).send(bytes.fromhex(build["bytecode"][2:]), to=None)
     minted = bench.web3.eth.contract(abi=build["abi"]).encode_abi("mint", args=[bench.publisher.address, REWARD])
-    token = Token(bench.web3, deployed["contractAddress"], bench.publisher)
-    sending.send(bench.web3, bench.publisher, bytes.fromhex(minted[2:]), to=token.address)
+    publisher = Sender(bench.web3, bench.publisher)
+    token = Token(bench.web3, deployed["contractAddress"], publisher)
+    publisher.send(bytes.fromhex(minted[2:]), to=token.address)
     bench.note("approve, by the publisher", token.approve(bench.deployment.escrow, REWARD))
-    bench.publish(task_id, token=token.address, kind="publishTask, in tokens")
-    bench.close(task_id)
-    bench.draw(task_id)
-    candidate = bench.candidate(task_id)
-    bench.publish_block(task_id, candidate)
-    bench.reveal(task_id)
-    bench.settle(task_id, candidate, token=token.address)
+    _run(bench, task_id, token=token.address)
 
 
 def _leave(bench: Bench) -> None:
-    """A miner takes its stake back."""
+    """A miner gets free what one task recorded while the next still holds some; later it takes its stake back."""
     miner = max(bench.miners, key=lambda miner: bench.views.stakes.stake_of(miner.address))
-    stakes = bench.as_(miner).stakes
+    stakes, first = bench.as_(miner).stakes, "breast-cancer-7a8b9cad"
+    for task_id in (first, "breast-cancer-8b9cadbe"):
+        bench.publish(task_id)
+        bench.close(task_id)
+        bench.pass_time(20 * DAY)
+    bench.note("releaseStake", stakes.release_stake(first, miner.address))
+    bench.pass_time(20 * DAY)
     bench.note("requestWithdrawal", stakes.request_withdrawal(STAKE))
-    bench.pass_time(60 * DAY)
+    bench.pass_time(DAY)
     bench.note("withdrawStake", stakes.withdraw_stake())
 
 
@@ -325,10 +356,11 @@ def slopes(measured: Sequence[Costs]) -> list[Row]:
     return [*rows, Row(name, 100 * abs(last / first - 1), "% apart", "<= 10")]
 
 
-def rows_of(benches: Sequence[Bench], rare: dict[int, dict[str, int]]) -> list[Row]:
+def rows_of(benches: Sequence[Bench], first_extra: int, rare: dict[int, dict[str, int]]) -> list[Row]:
     measured = [costs(bench) for bench in benches]
     rows = [Row("deployment", benches[0].deployment_gas, "gas")]
     rows += [Row("depositStake", measured[0].gas["depositStake"], "gas")]
+    rows += [Row(FIRST_TASK, first_extra, "gas")]
     rows += [Row("publishTask", measured[0].gas["publishTask"], "gas", GOALS["publishTask"])]
     for each in measured:
         rows += [Row(f"{kind}, {each.size} miners", each.gas[kind], "gas") for kind in (*ONCE_A_TASK, *BY_EACH_MINER)]
@@ -364,7 +396,8 @@ def report(rows: Iterable[Row], fork: str) -> str:
     return "\n\n".join(
         [
             f"Rules of the {fork} fork; {datetime.now(UTC):%Y-%m-%d}. Once for all tasks: deployment of the four "
-            f"{figure(by_name['deployment'].value)}, `depositStake` {figure(by_name['depositStake'].value)}.",
+            f"{figure(by_name['deployment'].value)}, `depositStake` {figure(by_name['depositStake'].value)}. "
+            f"The {FIRST_TASK}: {figure(by_name[FIRST_TASK].value)}.",
             table(("function", *(f"{size} miners" for size in SIZES)), usual),
             f"Each further miner, {further}.",
             table(
@@ -383,7 +416,9 @@ def run(out: Path, console: Console, *, document: Path | None = None) -> list[Ro
     for size in RARE_SIZES:
         with console.status(f"what is rare, {size} miners"):
             rare[size] = rare_paths(size)
-    rows = rows_of(benches, rare)
+    with console.status("a first task and a second"):
+        first_extra = first_task_extra(SIZES[0])
+    rows = rows_of(benches, first_extra, rare)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps([row.record() for row in rows], indent=1))
     show(rows, console)

@@ -8,7 +8,7 @@ import {Hashes} from "@openzeppelin/contracts/utils/cryptography/Hashes.sol";
 import {accountOf, contributionLeaf} from "./Cohort.sol";
 import {HealChainEscrow} from "./HealChainEscrow.sol";
 import {StakeRegistry} from "./StakeRegistry.sol";
-import {DeadlinePast, NotAscending, PPM, Status, Task, Terms, WrongStatus, taskKeyOf} from "./Task.sol";
+import {DeadlinePast, NotAscending, PPM, Status, Terms, WrongStatus, taskKeyOf} from "./Task.sol";
 
 /// @notice The block proposed for the chain. The same struct as contracts/messages.py, field by field.
 struct Candidate {
@@ -107,11 +107,11 @@ contract BlockPublisher is EIP712 {
     /// @param cohort As in StakeRegistry's {RegistrationClosed}.
     function publishBlock(Candidate calldata candidate, Vote[] calldata votes, bytes32[] calldata cohort) external {
         bytes32 key = taskKeyOf(candidate.taskID);
-        Task memory task = escrow.getTask(key);
+        (, Status status, Terms memory terms) = escrow.getTerms(key);
         address aggregator = stakeRegistry.aggregatorAmong(candidate.taskID, cohort);
 
-        if (task.status != Status.Locked) revert WrongStatus(candidate.taskID, task.status);
-        if (block.timestamp > task.terms.deadline) revert DeadlinePast(task.terms.deadline, block.timestamp);
+        if (status != Status.Locked) revert WrongStatus(candidate.taskID, status);
+        if (block.timestamp > terms.deadline) revert DeadlinePast(terms.deadline, block.timestamp);
         if (msg.sender != aggregator) revert NotAggregator(candidate.taskID, msg.sender, aggregator);
         if (candidate.aggregator != aggregator) {
             revert NotAggregator(candidate.taskID, candidate.aggregator, aggregator);
@@ -119,9 +119,9 @@ contract BlockPublisher is EIP712 {
         if (candidate.total == 0 || candidate.correct > candidate.total) {
             revert InvalidAccuracy(candidate.correct, candidate.total);
         }
-        _checkParticipants(candidate, cohort, task.terms.minMiners);
+        _checkParticipants(candidate, cohort, terms.minMiners);
         bytes32 hash = candidateHash(candidate);
-        _checkVotes(candidate, votes, hash, cohort, _requiredVotes(cohort.length, task.terms));
+        _checkVotes(candidate, votes, hash, cohort, _requiredVotes(cohort.length, terms));
 
         _record(key, candidate, hash, votes.length);
 
@@ -209,7 +209,8 @@ contract BlockPublisher is EIP712 {
     /// candidate), less the task's fault rate, rounded up.
     /// @param cohortSize Members of the cohort.
     function requiredVotes(string calldata taskID, uint256 cohortSize) external view returns (uint256) {
-        return _requiredVotes(cohortSize, escrow.getTask(taskKeyOf(taskID)).terms);
+        (,, Terms memory terms) = escrow.getTerms(taskKeyOf(taskID));
+        return _requiredVotes(cohortSize, terms);
     }
 
     /// @notice What the chain keeps of a task's block; publishedAt is zero when there is none.

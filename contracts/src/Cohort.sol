@@ -17,11 +17,6 @@ function stakeIn(bytes32 member) pure returns (uint256) {
     return uint96(uint256(member));
 }
 
-/// @dev What StakeRegistry keeps of a cohort.
-function cohortHashOf(bytes32[] memory cohort) pure returns (bytes32) {
-    return keccak256(abi.encodePacked(cohort));
-}
-
 /// @dev A leaf of a block's contributions. 96 bytes are hashed, so that no inner node (64 bytes) can pass for a leaf.
 function contributionLeaf(uint256 position, address miner, bytes32 scoreCommit) pure returns (bytes32) {
     return keccak256(abi.encode(position, miner, scoreCommit));

@@ -151,6 +151,13 @@ contract HealChainEscrow is ReentrancyGuardTransient {
         return _tasks[taskKey];
     }
 
+    /// @notice The part of a task that the other contracts ask for most: half of its storage slots.
+    /// @param taskKey keccak256(bytes(taskID)).
+    function getTerms(bytes32 taskKey) external view returns (address publisher, Status status, Terms memory terms) {
+        Task storage task = _tasks[taskKey];
+        return (task.publisher, task.status, task.terms);
+    }
+
     /// @dev Takes tokens that the sender approved, and reverts unless exactly this amount arrived: a token that takes a fee would
     /// leave this contract owing more than it holds.
     function _take(address token, uint256 amount) private {

@@ -345,7 +345,7 @@ contract RewardDistribution is ReentrancyGuardTransient {
         Outcome outcome = _states[key].outcome;
         if (outcome == Outcome.Unmet) revert RequirementUnmet(taskID);
         if (outcome == Outcome.Pending) {
-            Terms memory terms = escrow.getTask(key).terms;
+            (,, Terms memory terms) = escrow.getTerms(key);
             BlockMeta memory meta = _blockOf(taskID, key);
             uint40 silenceEnd =
                 meta.publishedAt + terms.publisherRevealWindow_s + terms.aggregatorRevealWindow_s;

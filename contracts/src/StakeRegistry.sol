@@ -7,7 +7,7 @@ import {Math} from "@openzeppelin/contracts/utils/math/Math.sol";
 import {SafeCast} from "@openzeppelin/contracts/utils/math/SafeCast.sol";
 import {ReentrancyGuardTransient} from "@openzeppelin/contracts/utils/ReentrancyGuardTransient.sol";
 import {BlockPublisher} from "./BlockPublisher.sol";
-import {accountOf, cohortHashOf, memberWord, stakeIn} from "./Cohort.sol";
+import {accountOf, memberWord, stakeIn} from "./Cohort.sol";
 import {HealChainEscrow} from "./HealChainEscrow.sol";
 import {pay} from "./Payment.sol";
 import {
@@ -17,7 +17,6 @@ import {
     OnlyContract,
     PPM,
     Status,
-    Task,
     Terms,
     WrongStatus,
     taskKeyOf
@@ -69,6 +68,7 @@ contract StakeRegistry is ReentrancyGuardTransient {
         bool hasResigned;
         /// The deadline left the aggregator less than the task's publishWindow_s: its silence costs nothing.
         bool isCutShort;
+        /// keccak256 of the cohort's words.
         bytes32 cohortHash;
         bytes32 seed;
         /// A bit per position in the cohort: who was replaced.
@@ -219,7 +219,7 @@ contract StakeRegistry is ReentrancyGuardTransient {
     function releaseStake(string calldata taskID, bytes32[] calldata cohort, uint256 position) external {
         bytes32 key = taskKeyOf(taskID);
         Draw storage draw = _draws[key];
-        uint40 end = _latestEnd(escrow.getTask(key).terms);
+        uint40 end = _latestEnd(_termsOf(key));
 
         _checkCohort(taskID, draw, cohort);
         if (block.timestamp <= end) revert StakeHeld(end, block.timestamp);
@@ -260,21 +260,21 @@ contract StakeRegistry is ReentrancyGuardTransient {
     /// @param applications In the strictly ascending order of their miners.
     function closeRegistration(string calldata taskID, Application[] calldata applications) external {
         bytes32 key = taskKeyOf(taskID);
-        Task memory task = escrow.getTask(key);
+        (address publisher, Status status, Terms memory terms) = escrow.getTerms(key);
 
-        _checkLocked(taskID, task);
+        _checkLocked(taskID, status, terms);
         if (_draws[key].seedBlock != 0) revert RegistrationIsClosed(taskID);
-        if (msg.sender != task.publisher) revert NotPublisher(taskID, msg.sender);
-        if (applications.length < task.terms.minMiners || applications.length > task.terms.maxMiners) {
-            revert CohortSize(applications.length, task.terms.minMiners, task.terms.maxMiners);
+        if (msg.sender != publisher) revert NotPublisher(taskID, msg.sender);
+        if (applications.length < terms.minMiners || applications.length > terms.maxMiners) {
+            revert CohortSize(applications.length, terms.minMiners, terms.maxMiners);
         }
 
-        bytes32[] memory registrations = _checkApplications(taskID, key, applications, task.publisher);
-        bytes32[] memory cohort = _holdStakes(taskID, applications, task.terms);
+        bytes32[] memory registrations = _checkApplications(taskID, key, applications, publisher);
+        bytes32[] memory cohort = _holdStakes(taskID, applications, terms);
 
         uint40 seedBlock = (block.number + 1).toUint40();
         _draws[key].seedBlock = seedBlock;
-        _draws[key].cohortHash = cohortHashOf(cohort);
+        _draws[key].cohortHash = keccak256(abi.encodePacked(cohort));
         emit RegistrationClosed(key, cohort, registrations, seedBlock);
     }
 
@@ -285,11 +285,11 @@ contract StakeRegistry is ReentrancyGuardTransient {
     /// @param cohort As in {RegistrationClosed}.
     function drawAggregator(string calldata taskID, bytes32[] calldata cohort) external {
         bytes32 key = taskKeyOf(taskID);
-        Task memory task = escrow.getTask(key);
+        (, Status status, Terms memory terms) = escrow.getTerms(key);
         Draw storage draw = _draws[key];
         uint40 seedBlock = draw.seedBlock;
 
-        _checkLocked(taskID, task);
+        _checkLocked(taskID, status, terms);
         bytes32 blockHash = _seedHash(taskID, draw);
         if (blockHash == 0) revert SeedExpired(seedBlock, block.number);
         _checkCohort(taskID, draw, cohort);
@@ -297,7 +297,7 @@ contract StakeRegistry is ReentrancyGuardTransient {
         bytes32 seed = keccak256(abi.encodePacked(taskID, blockHash));
         address aggregator = _memberAt(cohort, 0, uint256(seed));
         draw.seed = seed;
-        uint40 turnEnd = _beginTurn(draw, task.terms, aggregator);
+        uint40 turnEnd = _beginTurn(draw, terms, aggregator);
         emit AggregatorDrawn(key, aggregator, seedBlock, blockHash, seed, turnEnd);
     }
 
@@ -320,7 +320,7 @@ contract StakeRegistry is ReentrancyGuardTransient {
     function resignAggregator(string calldata taskID) external {
         bytes32 key = taskKeyOf(taskID);
         Draw storage draw = _draws[key];
-        Status status = escrow.getTask(key).status;
+        (, Status status,) = escrow.getTerms(key);
 
         if (status != Status.Locked) revert WrongStatus(taskID, status);
         if (draw.hasResigned || msg.sender != draw.aggregator) revert NotTheTurn(taskID, msg.sender, draw.aggregator);
@@ -340,28 +340,28 @@ contract StakeRegistry is ReentrancyGuardTransient {
     /// @param cohort As in {RegistrationClosed}.
     function replaceAggregator(string calldata taskID, bytes32[] calldata cohort) external {
         bytes32 key = taskKeyOf(taskID);
-        Task memory task = escrow.getTask(key);
+        (, Status status, Terms memory terms) = escrow.getTerms(key);
         Draw storage draw = _draws[key];
         address former = draw.aggregator;
 
         if (former == address(0)) revert NotDrawn(taskID);
-        if (task.status != Status.Locked && task.status != Status.Refunded) revert WrongStatus(taskID, task.status);
+        if (status != Status.Locked && status != Status.Refunded) revert WrongStatus(taskID, status);
         if (!draw.hasResigned && block.timestamp <= draw.turnEnd) revert TurnNotOver(draw.turnEnd, block.timestamp);
         _checkCohort(taskID, draw, cohort);
 
         uint256 position = _positionOf(cohort, former);
-        if (!draw.hasResigned && !draw.isCutShort && block.timestamp <= _latestEnd(task.terms)) {
-            uint256 part = stakeIn(cohort[position]) * task.terms.silencePenaltyPpm / PPM;
+        if (!draw.hasResigned && !draw.isCutShort && block.timestamp <= _latestEnd(terms)) {
+            uint256 part = stakeIn(cohort[position]) * terms.silencePenaltyPpm / PPM;
             _slash(taskID, key, cohort[position], position, Offence.Silence, part);
         }
         uint256 replaced = draw.replaced | (1 << position);
         address next = address(0);
-        if (task.status == Status.Locked && block.timestamp <= task.terms.deadline) {
+        if (status == Status.Locked && block.timestamp <= terms.deadline) {
             next = _memberAt(cohort, replaced, uint256(keccak256(abi.encodePacked(draw.seed, replaced))));
         }
         draw.replaced = replaced;
         draw.hasResigned = false;
-        uint40 turnEnd = _beginTurn(draw, task.terms, next);
+        uint40 turnEnd = _beginTurn(draw, terms, next);
         emit AggregatorReplaced(key, former, next, turnEnd);
     }
 
@@ -381,7 +381,7 @@ contract StakeRegistry is ReentrancyGuardTransient {
         if (position == cohort.length || (aggregator != draw.aggregator && (draw.replaced >> position) & 1 == 0)) {
             revert NotTheTurn(taskID, aggregator, draw.aggregator);
         }
-        uint40 end = _latestEnd(escrow.getTask(key).terms);
+        uint40 end = _latestEnd(_termsOf(key));
         if (block.timestamp > end) revert EvidenceTooLate(end, block.timestamp);
 
         _slash(taskID, key, cohort[position], position, Offence.Equivocation, stakeIn(cohort[position]));
@@ -483,9 +483,13 @@ contract StakeRegistry is ReentrancyGuardTransient {
         return _slashes[taskKey][culprit][offence];
     }
 
-    function _checkLocked(string calldata taskID, Task memory task) private view {
-        if (task.status != Status.Locked) revert WrongStatus(taskID, task.status);
-        if (block.timestamp > task.terms.deadline) revert DeadlinePast(task.terms.deadline, block.timestamp);
+    function _termsOf(bytes32 key) private view returns (Terms memory terms) {
+        (,, terms) = escrow.getTerms(key);
+    }
+
+    function _checkLocked(string calldata taskID, Status status, Terms memory terms) private view {
+        if (status != Status.Locked) revert WrongStatus(taskID, status);
+        if (block.timestamp > terms.deadline) revert DeadlinePast(terms.deadline, block.timestamp);
     }
 
     /// @dev The struct hashes of the Registrations. A signature for another task, chain, contract or content recovers a stranger.
@@ -558,7 +562,7 @@ contract StakeRegistry is ReentrancyGuardTransient {
     }
 
     function _checkCohort(string calldata taskID, Draw storage draw, bytes32[] calldata cohort) private view {
-        if (cohortHashOf(cohort) != draw.cohortHash) revert WrongCohort(taskID);
+        if (keccak256(abi.encodePacked(cohort)) != draw.cohortHash) revert WrongCohort(taskID);
     }
 
     /// @dev Zero when the chain has forgotten the hash (after 256 blocks).

@@ -13,6 +13,7 @@ from tests.contracts.world import DELAY, PUBLISHER_WINDOW, REWARD, SPEC, TASK, W
 
 BUILD = Path(__file__).parent / "build" / "Recipient.json"
 ACCEPT, REFUSE, REENTER = range(3)
+NO_OPENING = (0, SPEC, 0, [])
 PUBLISHER_SALT = b"\2" * 32
 COMMIT = bytes.fromhex(accuracy_commit(999_999, PUBLISHER_SALT)[2:])
 
@@ -81,31 +82,33 @@ def test_a_recipient_that_refuses_costs_nobody_anything(paid: World) -> None:
     """The claim is undone with the payment; it can be made again for another recipient."""
     recipient, miner = Recipient(paid), paid.others[0]
     recipient.behave(REFUSE)
-    position = paid.cohort.index(miner)
-    owed = paid.views.rewards.claimable(TASK, position)
+    place = (paid.cohort.index(miner), paid.scores()[miner.address])
+    owed = paid.views.rewards.claimable(TASK, *place)
     with pytest.raises(Reverted, match="TransferFailed") as refused:
-        paid.withdraw(miner, TASK, recipient=recipient.address)
+        paid.claim(miner, recipient=recipient.address)
     assert refused.value.arguments == (recipient.address, owed)
-    assert paid.views.rewards.claimable(TASK, position) == owed
+    assert paid.views.rewards.claimable(TASK, *place) == owed
     for other in paid.cohort:
-        paid.withdraw(other, TASK)
+        paid.claim(other)
+    paid.withdraw(paid.aggregator)
     assert paid.balance(paid.deployment.rewards) == 0
 
 
-@pytest.mark.parametrize("function", ["withdrawTo", "distribute", "revealAccuracy", "revealScore"])
+@pytest.mark.parametrize("function", ["withdrawTo", "claimTo", "distribute", "revealAccuracy", "revealScore"])
 def test_a_publisher_that_calls_back_while_it_is_paid_is_paid_once(empty: World, function: str) -> None:
     recipient = Recipient(empty)
     unmet(empty, recipient)
     rewards = empty.views.rewards
     arguments = {
-        "withdrawTo": (ZERO_ADDRESS, recipient.address, []),
+        "withdrawTo": (ZERO_ADDRESS, recipient.address),
+        "claimTo": (TASK, ZERO_ADDRESS, recipient.address, NO_OPENING),
         "distribute": (TASK,),
         "revealAccuracy": (TASK, 0, SPEC),
-        "revealScore": (TASK, 0, SPEC, 0, []),
+        "revealScore": (TASK, NO_OPENING),
     }
     before = empty.balance(recipient.address)
     recipient.behave(REENTER, rewards._encode(function, *arguments[function]))
-    recipient.call(rewards, "withdrawTo", ZERO_ADDRESS, recipient.address, [])
+    recipient.call(rewards, "withdrawTo", ZERO_ADDRESS, recipient.address)
     assert not recipient.has_reentered
     assert empty.balance(recipient.address) == before + 1000
     assert empty.balance(rewards.address) == 0
@@ -142,11 +145,11 @@ def test_a_publisher_that_refuses_its_payment_does_not_stop_an_unmet_settlement(
     recipient.behave(REFUSE)
     unmet(empty, recipient)
     assert empty.views.rewards.balance_of(recipient.address) == 1000
-    recipient.call(empty.views.rewards, "withdrawTo", ZERO_ADDRESS, empty.stranger.address, [])
+    recipient.call(empty.views.rewards, "withdrawTo", ZERO_ADDRESS, empty.stranger.address)
     assert empty.balance(empty.deployment.rewards) == 0
 
 
-@pytest.mark.parametrize("function", ["withdrawTo", "distribute"])
+@pytest.mark.parametrize("function", ["claimTo", "withdrawTo", "distribute"])
 def test_a_token_that_calls_back_gets_nothing_twice(empty: World, function: str) -> None:
     """The token's contract is called while the reward is on its way, and calls the contract that sends it."""
     token = funded(empty, "OddToken")
@@ -155,11 +158,18 @@ def test_a_token_that_calls_back_gets_nothing_twice(empty: World, function: str)
     empty.reveal_accuracy()
     empty.reveal_scores()
     empty.distribute()
-    arguments = {"withdrawTo": (token.address, empty.stranger.address, []), "distribute": (TASK,)}[function]
-    behave(empty, token, CALL_BACK, empty.deployment.rewards, empty.views.rewards._encode(function, *arguments))
+    arguments = {
+        "claimTo": (TASK, token.address, empty.stranger.address, NO_OPENING),
+        "withdrawTo": (token.address, empty.stranger.address),
+        "distribute": (TASK,),
+    }
+    again = empty.views.rewards._encode(function, *arguments[function])
+    behave(empty, token, CALL_BACK, empty.deployment.rewards, again)
     before = token.balance_of(empty.deployment.rewards)
     with pytest.raises(Reverted, match="ReentrancyGuardReentrantCall"):
-        empty.withdraw(empty.cohort[0], TASK, token=token.address)
+        empty.claim(empty.cohort[0], token=token.address)
+    with pytest.raises(Reverted, match="ReentrancyGuardReentrantCall"):
+        empty.withdraw(empty.aggregator, token=token.address)
     assert token.balance_of(empty.deployment.rewards) == before == REWARD
 
 
@@ -175,12 +185,13 @@ def test_a_staker_that_misbehaves_gets_its_stake_once_or_not_at_all(empty: World
     if manner == REFUSE:
         with pytest.raises(Reverted, match="TransferFailed"):
             recipient.call(stakes, "withdrawStake", recipient.address)
-        assert stakes.stake_of(recipient.address) == 100
+        assert stakes.get_withdrawal(recipient.address).amount_wei == 60
     else:
         recipient.call(stakes, "withdrawStake", recipient.address)
         assert not recipient.has_reentered
-        assert (stakes.stake_of(recipient.address), empty.balance(recipient.address)) == (40, 60)
-    assert empty.balance(stakes.address) == 1000 + stakes.stake_of(recipient.address)
+        assert empty.balance(recipient.address) == 60
+    assert stakes.stake_of(recipient.address) == 40
+    assert empty.balance(stakes.address) == 1040 + stakes.get_withdrawal(recipient.address).amount_wei
 
 
 @pytest.mark.parametrize("function", ["withdrawCredit", "withdrawStake"])
@@ -210,6 +221,7 @@ def test_ether_forced_into_a_contract_belongs_to_nobody_and_disturbs_nothing(pub
     published.reveal_scores()
     published.distribute()
     for miner in published.cohort:
-        published.withdraw(miner, TASK)
+        published.claim(miner)
+    published.withdraw(published.aggregator)
     assert published.balance(published.deployment.escrow) == 5
     assert published.balance(published.deployment.rewards) == 5

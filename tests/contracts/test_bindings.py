@@ -45,15 +45,16 @@ from tests.contracts.world import (
     TASK,
     World,
     named,
-    salt_of,
 )
 
-# Called by the other contracts only, or not needed: limits, and a description of the domain.
+# Called by the other contracts only, part of another method (get_score, get_task), or not needed: limits, the domain's description.
 WITHOUT_METHOD = {
     "markPublished",
     "releaseReward",
     "slashEquivocation",
     "aggregatorAmong",
+    "isRevealed",
+    "getTerms",
     "eip712Domain",
     "MAX_DURATION_S",
     "MAX_WINDOW_S",
@@ -138,12 +139,15 @@ def test_every_event_is_decoded(empty: World) -> None:
     world.at(world.now() + PUBLISHER_WINDOW + 1)
     tell(world.as_(world.aggregator).rewards.reveal_accuracy(TASK, ACCURACY, SALT))
     miner = world.cohort[0]
-    tell(world.as_(miner).rewards.reveal_score(TASK, 1000, salt_of(miner), world.place(miner)))
+    tell(world.as_(miner).rewards.reveal_score(TASK, world.opening(miner)))
     world.at(world.now() + SCORE_WINDOW + 1)
     tell(stranger.rewards.distribute(TASK))
-    tell(world.withdraw(miner, TASK))
+    tell(world.claim(miner))
+    tell(world.withdraw(world.aggregator))
 
-    world.publish("silent")
+    held_until = world.views.stakes.get_hold(other.address).held_until_s
+    world.publish("silent", deadline_s=held_until + 1000)
+    world.deposit(world.cohort, [100] * 4)
     world.close_and_draw([m for m in world.cohort if m != first], "silent")
     quiet = world.candidate("silent", aggregator=world.aggregator_of("silent").address)
     kept = [i for i, m in enumerate(world.cohort) if m != first]
@@ -153,7 +157,8 @@ def test_every_event_is_decoded(empty: World) -> None:
     world.publish_block(quiet, [world.cohort[i] for i in kept if world.cohort[i].address != quiet.aggregator])
     world.at(world.now() + PUBLISHER_WINDOW + AGGREGATOR_WINDOW + 1)
     tell(stranger.rewards.open_scores("silent"))
-    world.at(world.views.stakes.get_withdrawal(other.address).locked_until_s + 1)
+    world.at(held_until + 1)
+    tell(stranger.stakes.release_stake(TASK, other.address))
     tell(escrow.refund_publisher("in-tokens"))
     tell(world.as_(other).stakes.request_withdrawal(1))
     world.at(world.now() + DELAY)
@@ -252,6 +257,8 @@ def test_an_account_without_ether_is_told_what_it_needs(empty: World) -> None:
 def test_without_an_account_only_views_work(locked: World) -> None:
     assert locked.views.escrow.get_task(TASK).reward_wei > 0
     with pytest.raises(ValueError, match="bind the contract to an account"):
+        locked.views.stakes.move_seed(TASK)
+    with pytest.raises(ValueError, match="name a recipient, or bind the contract"):
         locked.views.escrow.refund_publisher(TASK)
 
 
@@ -275,7 +282,8 @@ def test_the_real_estimate_is_enough() -> None:
     world.reveal_scores()
     world.distribute()
     for miner in world.cohort:
-        world.withdraw(miner, TASK)
+        world.claim(miner)
+    world.withdraw(world.aggregator)
     assert world.balance(world.deployment.rewards) == 0
 
 
@@ -329,7 +337,7 @@ def test_all_transactions_of_a_task_are_found(published: World) -> None:
     published.reveal_accuracy()
     published.reveal_scores()
     published.distribute()
-    last = published.withdraw(published.cohort[0], TASK)
+    last = published.claim(published.cohort[0])
     records = task_events(published.web3, published.deployment, TASK)
     assert [record.kind for record in records] == [
         "publishTask",
@@ -339,7 +347,7 @@ def test_all_transactions_of_a_task_are_found(published: World) -> None:
         "revealAccuracy",
         *["revealScore"] * 4,
         "distribute",
-        "withdrawTo",
+        "claimTo",
     ]
     assert [record.sender for record in records[5:9]] == [miner.address for miner in published.cohort]
     assert [record.block_number for record in records] == sorted(record.block_number for record in records)
@@ -363,7 +371,7 @@ def test_the_published_block_is_found_with_its_link(published: World) -> None:
 
 def test_deposits_and_withdrawals_of_accounts_are_found(published: World) -> None:
     first, second = published.cohort[:2]
-    published.as_(first).stakes.request_withdrawal(1)
+    published.as_(first).stakes.request_withdrawal(0)
     records = account_events(published.web3, published.deployment, [first.address])
     assert [(record.kind, record.sender) for record in records] == [
         ("depositStake", first.address),

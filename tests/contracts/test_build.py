@@ -88,6 +88,7 @@ def test_these_functions_change_the_chain_and_no_others() -> None:
             "depositStake",
             "drawAggregator",
             "moveSeed",
+            "releaseStake",
             "replaceAggregator",
             "requestWithdrawal",
             "resignAggregator",
@@ -96,5 +97,5 @@ def test_these_functions_change_the_chain_and_no_others() -> None:
             "withdrawStake",
         ],
         "BlockPublisher": ["publishBlock", "reportEquivocation"],
-        "RewardDistribution": ["distribute", "openScores", "revealAccuracy", "revealScore", "withdrawTo"],
+        "RewardDistribution": ["claimTo", "distribute", "openScores", "revealAccuracy", "revealScore", "withdrawTo"],
     }

@@ -5,7 +5,18 @@ from pathlib import Path
 import pytest
 
 from infra import bench_gas
-from infra.bench_gas import BY_EACH_MINER, ONCE_A_TASK, START, Costs, costs, rare_paths, rows_of, slopes, whole_task
+from infra.bench_gas import (
+    BY_EACH_MINER,
+    ONCE_A_TASK,
+    START,
+    Costs,
+    costs,
+    first_task_extra,
+    rare_paths,
+    rows_of,
+    slopes,
+    whole_task,
+)
 from infra.rows import refreshed
 
 # EIP-7825: the most gas that one transaction may use on Ethereum from the Osaka fork on.
@@ -29,7 +40,7 @@ def test_200_miners_fit(measured: tuple[Costs, Costs]) -> None:
 def test_what_is_paid_once_does_not_grow(measured: tuple[Costs, Costs]) -> None:
     """Distribution and reveals do not look at the whole cohort; a proof grows by a step when the cohort doubles."""
     few, many = measured
-    for kind in ("publishTask", "revealAccuracy", "distribute"):
+    for kind in ("publishTask", "revealAccuracy", "distribute", "withdrawTo"):
         assert abs(many.gas[kind] - few.gas[kind]) < 100, kind
     for kind in BY_EACH_MINER:
         assert many.gas[kind] < 1.05 * few.gas[kind], kind
@@ -57,7 +68,7 @@ def test_the_document_gets_its_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_gas, "SIZES", (3, 4, 5))
     monkeypatch.setattr(bench_gas, "RARE_SIZES", (4, 5))
     benches = [whole_task(size) for size in bench_gas.SIZES]
-    rows = rows_of(benches, dict.fromkeys(bench_gas.RARE_SIZES, rare_paths(4)))
+    rows = rows_of(benches, first_task_extra(3), dict.fromkeys(bench_gas.RARE_SIZES, rare_paths(4)))
     document = (Path(__file__).parents[2] / "contracts" / "README.md").read_text()
     written = refreshed(document, START, bench_gas.report(rows, benches[0].fork))
     for kind in (
@@ -65,6 +76,7 @@ def test_the_document_gets_its_tables(monkeypatch: pytest.MonkeyPatch) -> None:
         *BY_EACH_MINER,
         "moveSeed",
         "replaceAggregator, after silence",
+        "releaseStake",
         "publishTask, in tokens",
     ):
         assert f"{kind}" in written

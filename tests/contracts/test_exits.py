@@ -64,14 +64,18 @@ def refund(world: World) -> Act:
     return lambda: world.as_(world.publisher).escrow.refund_publisher(TASK)
 
 
-def settle(world: World) -> Act:
-    """A stranger distributes; then everybody, the publisher included, takes what it is owed."""
+def settle(world: World, score: int | None = None) -> Act:
+    """A stranger distributes; then everybody, the publisher included, takes what it is owed.
+
+    score: of all miners, instead of the usual ones.
+    """
 
     def act() -> None:
         world.as_(world.stranger).rewards.distribute(TASK)
         for miner in world.cohort:
-            if world.views.rewards.claimable(TASK, world.place(miner).position):
-                world.withdraw(miner, TASK)
+            opening = world.opening(miner, score=score)
+            if world.views.rewards.claimable(TASK, opening.place.position, opening.score):
+                world.as_(miner).rewards.claim_to(TASK, opening)
         for account in (world.publisher, *world.cohort):
             if world.views.rewards.balance_of(account.address):
                 world.withdraw(account)
@@ -144,7 +148,7 @@ def all_scores_are_zero(world: World) -> Act:
     world.reveal_accuracy()
     for miner in world.cohort[1:3]:
         world.reveal_score(miner, 0)
-    return settle(world)
+    return settle(world, score=0)
 
 
 def no_miner_reveals(world: World) -> Act:
@@ -331,15 +335,16 @@ def test_an_equivocators_stake_leaves_as_the_table_says(drawn: World) -> None:
 
 def test_a_stake_is_free_when_the_table_says(empty: World) -> None:
     assert table()["S3"] == ("its owner", "D + Wp + Wa + Ws + 1")
-    # A window so long that the delay of withdrawals is over before it.
-    empty.form(empty.cohort, publisher_reveal_window_s=2 * DELAY)
+    empty.form(empty.cohort)
     stakes = empty.as_(empty.others[0]).stakes
-    stakes.request_withdrawal(10)
     free = moment_of(empty, "D + Wp + Wa + Ws + 1")
     empty.at(free - 1)
-    with pytest.raises(Reverted, match="StakeLocked"):
-        stakes.withdraw_stake()
+    with pytest.raises(Reverted, match="InsufficientStake"):
+        stakes.request_withdrawal(10)
     empty.at(free)
+    # From there on it is the delay that every withdrawal has.
+    assert stakes.request_withdrawal(10).event.withdrawable_at_s == free + DELAY
+    empty.at(free + DELAY)
     assert stakes.withdraw_stake().event.amount_wei == 10
 
 

@@ -1,8 +1,9 @@
 """The money over random histories: each contract holds exactly what it owes, and in the end everything leaves.
 
-Beside the chain runs a model of every wei, written from the rules: who has which stake and credit, what was taken from
-whom and is not yet divided, which reward is where, and what is left of a pool after each claim. Whether an act is
-accepted the contracts say; what it moves the model says first. Steps that the contracts refuse change nothing.
+Beside the chain runs a model of every wei, written from the rules: who has which stake and credit, what which task
+recorded of it, what was taken from whom and is not yet divided, which reward is where, and what is left of a pool after
+each claim. Whether an act is accepted the contracts say; what it moves the model says first. Steps that the contracts
+refuse change nothing.
 """
 
 from collections import Counter
@@ -17,7 +18,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from contracts.bindings import Contracts, Offence, Outcome, Status
+from contracts.bindings import Contracts, Offence, Outcome, StakeSlashed, Status
+from contracts.contributions import Opening
 from contracts.messages import ZERO_ADDRESS, Address, Candidate, accuracy_commit, score_commit, sign
 from contracts.sending import Reverted
 from tests.contracts.tokens import funded
@@ -55,6 +57,8 @@ class Pot:
     scores: dict[Address, int] = field(default_factory=dict)
     remaining: int = 0
     parts: dict[Address, int] = field(default_factory=dict)
+    # The last second in which its stakes can be taken.
+    latest_end: int = 0
     # What was taken from whom for what, who has not had its part yet, and how much is not divided yet.
     taken: dict[tuple[Address, Offence], int] = field(default_factory=dict)
     waiting: dict[tuple[Address, Offence], list[Address]] = field(default_factory=dict)
@@ -87,7 +91,11 @@ class Money(RuleBasedStateMachine):
         self.miners = self.world.miners
         self.accounts = (self.world.publisher, *self.miners)
         self.stakes: Counter[Address] = Counter()
+        # What left the stakes to be withdrawn.
         self.requested: Counter[Address] = Counter()
+        # What is left of what tasks recorded, by miner and task, and until when all of it counts.
+        self.recorded: dict[Address, dict[str, int]] = {miner.address: {} for miner in self.miners}
+        self.held_until: Counter[Address] = Counter()
         self.credits: Counter[Address] = Counter()
         self.balances: Counter[tuple[Address, Address]] = Counter()
         self.pots: dict[str, Pot] = {}
@@ -124,8 +132,11 @@ class Money(RuleBasedStateMachine):
     @rule(miner=MINERS, share=st.integers(0, 4))
     def request_withdrawal(self, miner: int, share: int) -> None:
         account = self.miners[miner]
-        self.requested[account.address] = self.stakes[account.address] * share // 4
-        self.as_(account).stakes.request_withdrawal(self.requested[account.address])
+        address = account.address
+        most = self.available(address) + self.requested[address]
+        self.stakes[address] += self.requested[address] - most * share // 4
+        self.requested[address] = most * share // 4
+        self.as_(account).stakes.request_withdrawal(self.requested[address])
 
     @rule(miner=MINERS)
     def withdraw_stake_or_credit(self, miner: int) -> None:
@@ -136,13 +147,36 @@ class Money(RuleBasedStateMachine):
         with suppress(Reverted):
             paid = self.as_(account).stakes.withdraw_stake().event.amount_wei
             assert paid == self.requested.pop(account.address)
-            self.stakes[account.address] -= paid
+
+    def available(self, miner: Address) -> int:
+        """What no task holds, at the time of the next block."""
+        is_held = self.world.now() + 1 <= self.held_until[miner]
+        return self.stakes[miner] - (sum(self.recorded[miner].values()) if is_held else 0)
+
+    def hold(self, task: str, stakes: dict[Address, int]) -> None:
+        self.pots[task].latest_end = self.world.views.escrow.get_task(task).terms.deadline_s + 600
+        for miner, stake in stakes.items():
+            if self.world.now() > self.held_until[miner]:
+                self.recorded[miner].clear()
+            self.recorded[miner][task] = stake
+            self.held_until[miner] = max(self.held_until[miner], self.pots[task].latest_end)
+
+    @rule(data=st.data(), miner=MINERS)
+    def release(self, data: st.DataObject, miner: int) -> None:
+        self.released(self.some_task(data, self.pots), self.miners[miner])
+
+    def released(self, task: str, account: LocalAccount) -> None:
+        with suppress(Reverted, ValueError):
+            event = self.as_(self.world.stranger).stakes.release_stake(task, account.address).event
+            assert event.amount_wei == self.recorded[account.address].pop(task)
+            assert self.pots[task].latest_end < self.world.now() <= self.held_until[account.address]
 
     def take(self, task: str, culprit: Address, offence: Offence, most: int) -> None:
-        """Out of a stake, for the other members to share."""
-        pot, amount = self.pots[task], min(most, self.stakes[culprit])
+        """Out of what the task recorded, for the other members to share."""
+        pot, amount = self.pots[task], min(most, self.recorded[culprit][task])
+        assert self.world.now() <= pot.latest_end
         self.stakes[culprit] -= amount
-        self.requested[culprit] = min(self.requested[culprit], self.stakes[culprit])
+        self.recorded[culprit][task] -= amount
         pot.taken[culprit, offence] = amount
         pot.waiting[culprit, offence] = [miner.address for miner in pot.cohort if miner.address != culprit]
         pot.undivided += amount
@@ -160,22 +194,24 @@ class Money(RuleBasedStateMachine):
     @rule(data=st.data(), is_in_tokens=st.booleans())
     def another(self, data: st.DataObject, is_in_tokens: bool) -> None:
         token = self.token.address if is_in_tokens else ZERO_ADDRESS
-        self.publish_and_form(TASKS[1], data.draw(REWARDS), data.draw(SHARES), token)
+        self.publish_and_form(TASKS[1], data.draw(REWARDS), data.draw(SHARES), token, lasts_s=3000)
         if data.draw(AT_ONCE, label="block at once"):
             self.publish_block(data, data.draw(CORRECT), data.draw(st.booleans()))
 
-    def publish_and_form(self, task: str, reward: int, share_ppm: int, token: Address) -> None:
-        """Everybody with stake joins, after a deposit that makes them enough."""
+    def publish_and_form(self, task: str, reward: int, share_ppm: int, token: Address, *, lasts_s: int = 1000) -> None:
+        """Everybody with stake that is free joins, after a deposit that makes them enough."""
         terms: dict[str, Any] = {"aggregator_share_ppm": share_ppm, "min_stake_wei": 1, "max_miners": 4}
+        terms["deadline_s"] = self.world.now() + lasts_s
         self.world.publish(task, reward=reward, token=token, **terms)
         for miner in range(3):
             self.deposit(miner, 1000)
-        available = {m.address: self.stakes[m.address] - self.requested[m.address] for m in self.miners}
+        available = {m.address: self.available(m.address) for m in self.miners}
         cohort = [miner for miner in self.miners if available[miner.address]]
         self.pots[task] = Pot(reward, share_ppm, token, cohort, available, escrowed=reward)
         self.world.close_and_draw(cohort, task)
         recorded = self.world.views.stakes.get_cohort(task).stakes_wei
         assert list(recorded) == [available[miner.address] for miner in cohort]
+        self.hold(task, {miner.address: available[miner.address] for miner in cohort})
 
     def some_task(self, data: st.DataObject, tasks: Iterable[str]) -> str:
         return data.draw(st.sampled_from(sorted(tasks)), label="task")
@@ -207,8 +243,10 @@ class Money(RuleBasedStateMachine):
         task = self.some_task(data, self.pots)
         silent, pot = self.turn(task), self.pots[task]
         with suppress(Reverted):
-            self.as_(self.world.stranger).stakes.replace_aggregator(task)
-            if silent is not None:
+            events = self.as_(self.world.stranger).stakes.replace_aggregator(task).events
+            # A turn that was cut short, or is long over, costs nothing.
+            if any(isinstance(event, StakeSlashed) for event in events):
+                assert silent is not None
                 part = pot.stakes[silent.address] * PENALTY_PPM // PPM
                 self.take(task, silent.address, Offence.SILENCE, part)
 
@@ -268,7 +306,7 @@ class Money(RuleBasedStateMachine):
             place = self.world.views.publisher.place_of(task, miner.address)
             with suppress(Reverted):
                 if place is not None:
-                    self.as_(miner).rewards.reveal_score(task, SCORES[i], salt_of(miner), place)
+                    self.as_(miner).rewards.reveal_score(task, Opening(SCORES[i], salt_of(miner), place))
                     self.pots[task].scores[miner.address] = SCORES[i]
 
     @precondition(lambda self: self.published)
@@ -298,16 +336,18 @@ class Money(RuleBasedStateMachine):
 
     @rule(account=st.integers(0, 4), is_in_tokens=st.booleans())
     def withdraw(self, account: int, is_in_tokens: bool) -> None:
-        """The balance and all open claims, which are rounded one after the other."""
+        """All open claims, which are rounded one after the other, and the balance."""
         who, token = self.accounts[account], self.token.address if is_in_tokens else ZERO_ADDRESS
-        claims = [task for task, pot in self.pots.items() if pot.token == token and who.address in pot.parts]
-        if not claims and not self.balances[token, who.address]:
-            return
-        paid = self.world.withdraw(who, *claims, token=token).event.amount_wei
-        owed = self.balances.pop((token, who.address), 0)
-        assert paid == owed + sum(self.pots[task].claim(who.address) for task in claims)
+        for task, pot in self.pots.items():
+            # When the last part is claimed, those who have none find nothing left.
+            if pot.token == token and who.address in pot.parts and sum(pot.parts.values()):
+                score = SCORES[self.miners.index(who)]
+                paid = self.world.claim(who, task, score=score, token=token).event.amount_wei
+                assert paid == pot.claim(who.address)
+        if owed := self.balances.pop((token, who.address), 0):
+            assert self.world.withdraw(who, token=token).event.amount_wei == owed
 
-    @rule(seconds=st.sampled_from([60, 110, 310]))
+    @rule(seconds=st.sampled_from([60, 110, 310, 1000]))
     def pass_time(self, seconds: int) -> None:
         self.world.at(self.world.now() + seconds)
 
@@ -322,7 +362,8 @@ class Money(RuleBasedStateMachine):
             assert held(deployment.escrow) == sum(pot.escrowed for pot in pots)
             assert held(deployment.rewards) == owed + sum(pot.remaining for pot in pots)
         undivided = sum(pot.undivided for pot in self.pots.values())
-        assert self.world.balance(deployment.stakes) == self.stakes.total() + self.credits.total() + undivided
+        miners = self.stakes.total() + self.requested.total() + self.credits.total()
+        assert self.world.balance(deployment.stakes) == miners + undivided
         assert self.world.balance(deployment.publisher) == 0
 
     def teardown(self) -> None:
@@ -332,6 +373,11 @@ class Money(RuleBasedStateMachine):
             assert views.rewards.balance_of(account.address) == self.balances[ZERO_ADDRESS, account.address]
             assert views.stakes.stake_of(account.address) == self.stakes[account.address]
             assert views.stakes.credit_of(account.address) == self.credits[account.address]
+            assert views.stakes.get_withdrawal(account.address).amount_wei == self.requested[account.address]
+        for task in sorted(self.pots, key=lambda task: self.pots[task].latest_end):
+            self.world.at(max(self.world.now(), self.pots[task].latest_end) + 1)
+            for miner in self.pots[task].cohort:
+                self.released(task, miner)
         self.world.at(self.world.now() + DELAY)
         for task, pot in self.pots.items():
             match views.escrow.get_task(task).status:
@@ -343,9 +389,11 @@ class Money(RuleBasedStateMachine):
             for (culprit, offence), waiting in pot.waiting.items():
                 for miner in list(waiting):
                     self.divide(task, culprit, offence, miner)
+        self.world.at(self.world.now() + DELAY)
+        self.world.tester.mine_block()
         for miner in range(4):
             self.request_withdrawal(miner, 4)
-        self.world.at(self.world.now() + 10 * DELAY)
+        self.world.at(self.world.now() + DELAY)
         for account in range(5):
             self.withdraw(account, is_in_tokens=False)
             self.withdraw(account, is_in_tokens=True)

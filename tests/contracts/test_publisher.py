@@ -1,5 +1,6 @@
 """BlockPublisher: who may publish what with whose votes, and equivocation."""
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -170,7 +171,7 @@ def test_a_block_is_published_until_the_deadline(drawn: World) -> None:
     snapshot = drawn.tester.take_snapshot()
     drawn.at(drawn.deadline + 1)
     refused(drawn, candidate, drawn.votes(candidate), "DeadlinePast")
-    drawn.tester.revert_to_snapshot(snapshot)
+    drawn.go_back(snapshot)
     drawn.at(drawn.deadline)
     drawn.publish_block(candidate)
 
@@ -329,7 +330,7 @@ def test_votes_are_sent_in_the_compact_form(drawn: World) -> None:
         seen |= {int(compact_signature(vote)[1], 16) >> 255 for vote in votes}
         snapshot = drawn.tester.take_snapshot()
         drawn.publish_block(candidate)
-        drawn.tester.revert_to_snapshot(snapshot)
+        drawn.go_back(snapshot)
         if seen == {0, 1}:
             return
     raise AssertionError("24 signatures of one parity")
@@ -451,24 +452,54 @@ def test_no_more_than_the_recorded_stake_is_taken(drawn: World) -> None:
     assert drawn.views.stakes.stake_of(drawn.aggregator.address) == 7
 
 
-def test_a_requested_withdrawal_does_not_save_the_stake(drawn: World) -> None:
-    stakes = drawn.as_(drawn.aggregator).stakes
-    stakes.request_withdrawal(stakes.stake_of(drawn.aggregator.address))
-    report(drawn, two_candidates(drawn))
-    assert stakes.get_withdrawal(drawn.aggregator.address).amount_wei == 0
-    assert stakes.available_stake(drawn.aggregator.address) == 0
+def test_evidence_counts_until_the_latest_end(drawn: World) -> None:
+    """Later the stake may back another task, whose members count on it."""
+    proof, stakes = two_candidates(drawn), drawn.views.stakes
+    end = stakes.get_hold(drawn.aggregator.address).held_until_s
+    snapshot = drawn.tester.take_snapshot()
+    drawn.at(end + 1)
+    with pytest.raises(Reverted, match="EvidenceTooLate") as error:
+        report(drawn, proof)
+    assert error.value.arguments == (end, end + 1)
+    drawn.go_back(snapshot)
+    drawn.at(end)
+    assert taken(report(drawn, proof)) == STAKES[drawn.cohort.index(drawn.aggregator)]
 
 
-def test_what_is_left_is_taken_when_another_task_took_the_rest(drawn: World) -> None:
-    """One stake backs several tasks."""
-    drawn.publish("second", reward=1)
+def test_each_task_takes_what_it_recorded(drawn: World) -> None:
+    """Whatever the other took of the same account."""
+    second = (7, 8, 9, 10)
+    drawn.publish("second", reward=1, min_stake_wei=0)
+    drawn.deposit(drawn.cohort, second)
     drawn.close_and_draw(drawn.cohort, "second")
-    before = [drawn.views.stakes.stake_of(miner.address) for miner in drawn.cohort]
-    lost = [taken(report(drawn, two_candidates(drawn, task))) for task in (TASK, "second")]
-    for task in (TASK, "second"):
-        assert drawn.views.stakes.stake_of(drawn.aggregator_of(task).address) == 0
-    left = [drawn.views.stakes.stake_of(miner.address) for miner in drawn.cohort]
-    assert sum(lost) == sum(before) - sum(left)
+    expected = Counter({miner.address: a + b for miner, a, b in zip(drawn.cohort, STAKES, second, strict=True)})
+    for task, recorded in ((TASK, STAKES), ("second", second)):
+        culprit = drawn.aggregator_of(task)
+        amount = taken(report(drawn, two_candidates(drawn, task)))
+        assert amount == recorded[drawn.cohort.index(culprit)]
+        expected[culprit.address] -= amount
+        assert drawn.views.stakes.stake_of(culprit.address) == expected[culprit.address]
+        assert drawn.views.stakes.get_hold(culprit.address).recorded_wei == expected[culprit.address]
+
+
+def test_accomplices_do_not_take_a_recorded_stake(drawn: World) -> None:
+    """A culprit convicts itself in a task of its own first, where the others are its friends: that saves it nothing."""
+    culprit, friends = drawn.aggregator, drawn.miners[6:8]
+    cohort = sorted([culprit, *friends], key=lambda miner: number(miner.address))
+    drawn.publish("sham", min_stake_wei=0)
+    applications = [drawn.application(miner, "sham", stake_wei=0) for miner in cohort]
+    stakes = drawn.as_(drawn.publisher).stakes
+    with pytest.raises(Reverted, match="CohortWithoutStake"):
+        stakes.close_registration("sham", applications)
+    drawn.deposit([culprit], [1])
+    applications = [drawn.application(miner, "sham") for miner in cohort]
+    assert [registration.stake_wei for registration, _ in applications].count(0) == 2
+    stakes.close_registration("sham", applications)
+    drawn.tester.mine_block()
+    stakes.draw_aggregator("sham")
+    assert drawn.aggregator_of("sham") == culprit
+    assert taken(report(drawn, two_candidates(drawn, "sham"))) == 1
+    assert taken(report(drawn, two_candidates(drawn))) == STAKES[drawn.cohort.index(culprit)]
 
 
 def test_what_is_no_equivocation(drawn: World) -> None:

@@ -1,7 +1,7 @@
 """RewardDistribution: every path of the money after a block, to the wei and to the second."""
 
+from collections import Counter
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import replace
 from itertools import permutations
 from typing import Any
@@ -11,7 +11,6 @@ from eth_account.signers.local import LocalAccount
 
 from contracts.bindings import (
     ZERO_ADDRESS,
-    Claim,
     Distributed,
     Outcome,
     RewardClaimed,
@@ -21,7 +20,7 @@ from contracts.bindings import (
     Status,
     task_key,
 )
-from contracts.contributions import Place
+from contracts.contributions import Opening, Place
 from contracts.messages import accuracy_commit, score_commit
 from contracts.sending import Reverted
 from tests.contracts.tokens import ANSWER_FALSE, SEND, behave, funded
@@ -58,15 +57,17 @@ def balances(world: World) -> dict[str, int]:
     return {account: amount for account, amount in found.items() if amount}
 
 
-def payments(world: World, *order: LocalAccount, token: str = ZERO_ADDRESS) -> dict[str, int]:
-    """What everybody is paid that has something to withdraw, in this order or that of addresses; afterwards all is gone."""
-    paid = {}
-    is_met = world.views.rewards.get_settlement(TASK).outcome is Outcome.MET
-    for account in (world.publisher, *(order or world.cohort)):
-        with suppress(Reverted):
-            is_claiming = is_met and world.views.publisher.place_of(TASK, account.address)
-            claimed = [TASK] if is_claiming else []
-            paid[account.address] = world.withdraw(account, *claimed, token=token).event.amount_wei
+def payments(world: World, *order: LocalAccount, scores: Mapping[str, int] | None = None) -> dict[str, int]:
+    """What everybody is paid for its claim, in this order or that of addresses, and of its balance."""
+    paid: Counter[str] = Counter()
+    scores = scores or world.scores()
+    for miner in order or world.cohort:
+        score = scores[miner.address]
+        if world.views.rewards.claimable(TASK, world.miners.index(miner), score):
+            paid[miner.address] += world.claim(miner, score=score).event.amount_wei
+    for account in balances(world):
+        owner = next(one for one in (world.publisher, *world.miners) if one.address == account)
+        paid[account] += world.withdraw(owner).event.amount_wei
     return {account: amount for account, amount in paid.items() if amount}
 
 
@@ -120,10 +121,10 @@ def test_an_unmet_requirement_pays_the_publisher_back(drawn: World) -> None:
     assert not any(isinstance(event, Distributed) for event in distributed.events)
     assert balances(drawn) == {drawn.publisher.address: REWARD}
     assert drawn.views.escrow.get_task(TASK).status is Status.SETTLED
-    for miner in drawn.cohort:
-        assert drawn.views.rewards.claimable(TASK, drawn.cohort.index(miner)) == 0
+    for i, miner in enumerate(drawn.cohort):
+        assert drawn.views.rewards.claimable(TASK, i, drawn.scores()[miner.address]) == 0
         with pytest.raises(Reverted, match="NotDistributed"):
-            drawn.withdraw(miner, TASK)
+            drawn.claim(miner)
     with pytest.raises(Reverted, match="AlreadyDistributed"):
         drawn.as_(drawn.stranger).rewards.distribute(TASK)
     assert drawn.withdraw(drawn.publisher).event.amount_wei == REWARD
@@ -164,14 +165,14 @@ def test_the_windows_of_publisher_and_aggregator_do_not_overlap(published: World
         aggregator.reveal_accuracy(TASK, ACCURACY, SALT)
     publisher.reveal_accuracy(TASK, ACCURACY, SALT)
 
-    published.tester.revert_to_snapshot(snapshot)
+    published.go_back(snapshot)
     published.at(end + 1)
     with pytest.raises(Reverted, match="RevealTooLate"):
         publisher.reveal_accuracy(TASK, ACCURACY, SALT)
     published.at(silence_end(published))
     aggregator.reveal_accuracy(TASK, ACCURACY, SALT)
 
-    published.tester.revert_to_snapshot(snapshot)
+    published.go_back(snapshot)
     published.at(silence_end(published) + 1)
     for rewards in (publisher, aggregator):
         with pytest.raises(Reverted, match="RevealTooLate"):
@@ -203,7 +204,7 @@ def test_nothing_is_revealed_before_a_block(drawn: World) -> None:
         drawn.reveal_accuracy()
     rewards = drawn.as_(drawn.stranger).rewards
     with pytest.raises(Reverted, match="NoBlock"):
-        rewards.reveal_score(TASK, 1000, SALT, Place(0, SPEC, ()))
+        rewards.reveal_score(TASK, Opening(1000, SALT, Place(0, SPEC, ())))
     for call in (rewards.distribute, rewards.open_scores, rewards.get_settlement):
         with pytest.raises(Reverted, match="NoBlock"):
             call(TASK)
@@ -266,7 +267,7 @@ def test_after_silence_the_window_is_fixed_whoever_acts_first(published: World) 
     end = silence_end(published) + SCORE_WINDOW
     published.at(silence_end(published) + 1)
     second = published.cohort[1]
-    mined = published.as_(second).rewards.reveal_score(TASK, 1111, salt_of(second), published.place(second))
+    mined = published.as_(second).rewards.reveal_score(TASK, published.opening(second))
     assert ScoresOpened(mined.event.task_key, end) in mined.events
     published.at(end)
     published.reveal_score(published.cohort[2])
@@ -346,15 +347,16 @@ def test_no_order_of_claims_moves_more_than_a_wei_for_each_claim(paid: World) ->
 
 def test_what_can_be_claimed_is_what_is_paid(paid: World) -> None:
     for i, miner in enumerate(paid.cohort):
-        announced = paid.views.rewards.claimable(TASK, i)
-        mined = paid.withdraw(miner, TASK)
-        assert RewardClaimed(task_key(TASK), miner.address, announced) in mined.events
-        share = SHARE if miner.address == paid.views.publisher.get_block_meta(TASK).aggregator else 0
-        assert mined.event.amount_wei == announced + share
-        assert paid.views.rewards.claimable(TASK, i) == 0
-        found = paid.views.rewards.get_score(TASK, i)
-        assert found == Score(True, paid.scores()[miner.address], True)
-    assert paid.views.rewards.claimable(TASK, 4) == 0
+        score = paid.scores()[miner.address]
+        announced = paid.views.rewards.claimable(TASK, i, score)
+        event = paid.claim(miner).event
+        assert event == RewardClaimed(task_key(TASK), miner.address, miner.address, ZERO_ADDRESS, announced)
+        assert announced > 0
+        assert paid.views.rewards.claimable(TASK, i, score) == 0
+        assert paid.views.rewards.get_score(TASK, i) == Score(True, score, True)
+    assert paid.views.rewards.claimable(TASK, 4, 1000) == 0
+    assert paid.withdraw(paid.aggregator).event.amount_wei == SHARE
+    assert all_is_paid(paid)
 
 
 def test_an_unrevealed_score_earns_nothing(opened: World) -> None:
@@ -370,7 +372,7 @@ def test_an_unrevealed_score_earns_nothing(opened: World) -> None:
     scores = {miner.address: opened.scores()[miner.address] for miner in opened.cohort[1:3]}
     silent = next(miner for miner in (opened.cohort[0], opened.cohort[3]) if miner != opened.aggregator)
     assert opened.views.rewards.get_score(TASK, opened.cohort.index(silent)) == Score(False, 0, False)
-    assert opened.withdraw(silent, TASK).event.amount_wei == 0
+    assert opened.claim(silent).event.amount_wei == 0
     assert opened.views.rewards.get_score(TASK, opened.cohort.index(silent)) == Score(False, 0, True)
     assert payments(opened) == expected_payments(REWARD, scores, opened.aggregator.address)
     assert all_is_paid(opened)
@@ -395,7 +397,8 @@ def test_zero_scores_share_equally_among_those_who_revealed(drawn: World, reveal
     drawn.at(drawn.now() + SCORE_WINDOW + 1)
     assert drawn.distribute().parts == revealing
     equal = {miner.address: 1 for miner in chosen}
-    assert payments(drawn) == expected_payments(REWARD, equal, drawn.aggregator.address)
+    zero = {miner.address: 0 for miner in drawn.cohort}
+    assert payments(drawn, scores=zero) == expected_payments(REWARD, equal, drawn.aggregator.address)
     assert all_is_paid(drawn)
 
 
@@ -409,8 +412,11 @@ def test_a_reward_smaller_than_the_cohort_leaves_as_well(empty: World) -> None:
     empty.distribute()
     # The first claim is rounded down to nothing, and counts; so the last takes what is left.
     second, last = empty.cohort[2], empty.cohort[3]
-    assert empty.views.rewards.claimable(TASK, 2) == empty.views.rewards.claimable(TASK, 3) == 0
-    assert payments(empty, second, last) == {last.address: 1}
+    scores = empty.scores()
+    for i, miner in ((2, second), (3, last)):
+        assert empty.views.rewards.claimable(TASK, i, scores[miner.address]) == 0
+    assert empty.claim(second).event.amount_wei == 0
+    assert payments(empty) == {last.address: 1}
     assert all_is_paid(empty)
 
 
@@ -432,7 +438,7 @@ def test_a_score_is_revealed_until_the_window_ends(opened: World) -> None:
 def test_a_score_is_revealed_once(opened: World) -> None:
     assert opened.views.rewards.get_score(TASK, 0) == Score(False, 0, False)
     miner = opened.cohort[0]
-    event = opened.as_(miner).rewards.reveal_score(TASK, 1000, salt_of(miner), opened.place(miner)).event
+    event = opened.as_(miner).rewards.reveal_score(TASK, opened.opening(miner)).event
     assert (event.miner, event.position, event.score) == (miner.address, 0, 1000)
     assert opened.views.rewards.get_score(TASK, 0) == Score(True, 1000, False)
     assert not opened.views.rewards.get_score(TASK, 1).is_revealed
@@ -441,21 +447,26 @@ def test_a_score_is_revealed_once(opened: World) -> None:
     assert refused.value.arguments == (TASK, miner.address)
 
 
+def wrong_openings(own: Opening, other: Opening) -> list[Opening]:
+    """What looks like the opening of one's own commitment and is not; `other` is another participant's."""
+    place = own.place
+    places = [
+        replace(place, position=place.position ^ 1),
+        replace(place, position=place.position + 4),
+        replace(place, proof=place.proof[1:]),
+        replace(place, proof=()),
+        replace(place, proof=(*place.proof, SPEC)),
+        other.place,
+    ]
+    values = [replace(own, score=own.score + 1), replace(own, salt=other.salt), other]
+    return [*values, *(replace(own, place=wrong) for wrong in places)]
+
+
 def test_a_score_is_the_committed_one_and_ones_own(opened: World) -> None:
     first, second, *_ = opened.cohort
-    own, other = opened.place(first), opened.place(second)
-    wrong = [
-        (1001, salt_of(first), own),
-        (1000, salt_of(second), own),
-        (1111, salt_of(second), other),
-        (1000, salt_of(first), other),
-        (1000, salt_of(first), replace(own, position=4)),
-        (1000, salt_of(first), replace(own, proof=own.proof[1:])),
-        (1000, salt_of(first), replace(own, proof=())),
-    ]
-    for score, salt, place in wrong:
+    for opening in wrong_openings(opened.opening(first), opened.opening(second)):
         with pytest.raises(Reverted, match="NotParticipant") as refused:
-            opened.as_(first).rewards.reveal_score(TASK, score, salt, place)
+            opened.as_(first).rewards.reveal_score(TASK, opening)
         assert refused.value.arguments == (TASK, first.address)
     opened.reveal_score(first)
 
@@ -472,17 +483,16 @@ def test_only_participants_reveal_scores_and_claim(drawn: World) -> None:
     )
     drawn.reveal_accuracy()
     present = next(miner for miner in drawn.others if miner != absent)
-    place = drawn.place(present)
     outsiders = (absent, drawn.publisher, drawn.stranger, drawn.miners[4])
     for account in outsiders:
         assert drawn.views.publisher.place_of(TASK, account.address) is None
         with pytest.raises(Reverted, match="NotParticipant"):
-            drawn.as_(account).rewards.reveal_score(TASK, 1000, salt_of(account), place)
+            drawn.as_(account).rewards.reveal_score(TASK, drawn.opening(present))
     drawn.at(drawn.now() + SCORE_WINDOW + 1)
     drawn.distribute()
     for account in outsiders:
         with pytest.raises(Reverted, match="NotParticipant") as refused:
-            drawn.as_(account).rewards.withdraw_to(claims=[Claim(TASK, place)])
+            drawn.as_(account).rewards.claim_to(TASK, drawn.opening(present))
         assert refused.value.arguments == (TASK, account.address)
 
 
@@ -501,8 +511,8 @@ def test_a_score_is_at_most_the_maximum(empty: World, max_score: int, is_valid: 
 
 @pytest.mark.parametrize("count", [4, 6])
 def test_the_largest_scores_and_reward_fit(empty: World, count: int) -> None:
-    """62 bits a score, four to a word, beside the flag that it is paid; 88 bits of reward."""
-    most, reward, miners = 2**62 - 1, 2**88 - 1, empty.miners[:count]
+    """64 bits a score, 72 their sum; 88 bits of reward."""
+    most, reward, miners = 2**64 - 1, 2**88 - 1, empty.miners[:count]
     empty.form(miners, max_score=most, reward=reward)
     scores = {miner.address: most - i for i, miner in enumerate(miners)}
     commits = tuple(score_commit(scores[miner.address], salt_of(miner), TASK, miner.address) for miner in miners)
@@ -514,7 +524,7 @@ def test_the_largest_scores_and_reward_fit(empty: World, count: int) -> None:
         empty.reveal_score(miner, scores[miner.address])
     assert [empty.views.rewards.get_score(TASK, i).score for i in range(count)] == list(scores.values())
     empty.distribute()
-    assert payments(empty, *miners) == expected_payments(reward, scores, empty.aggregator.address)
+    assert payments(empty, *miners, scores=scores) == expected_payments(reward, scores, empty.aggregator.address)
     assert all_is_paid(empty)
     assert [empty.views.rewards.get_score(TASK, i) for i in range(count)] == [
         Score(True, score, True) for score in scores.values()
@@ -527,63 +537,71 @@ def test_a_reward_is_distributed_once(paid: World) -> None:
     assert refused.value.arguments == (TASK,)
 
 
-# Withdrawals
+# Claims and withdrawals
 
 
-def test_everyone_withdraws_its_own_once(paid: World) -> None:
+def test_everyone_claims_its_own_once(paid: World) -> None:
     miner = paid.others[0]
-    own, balance = paid.place(miner), paid.balance(paid.deployment.rewards)
-    amount = paid.withdraw(miner, TASK).event.amount_wei
+    balance = paid.balance(paid.deployment.rewards)
+    amount = paid.claim(miner).event.amount_wei
     assert paid.balance(paid.deployment.rewards) == balance - amount
     with pytest.raises(Reverted, match="AlreadyClaimed") as refused:
-        paid.withdraw(miner, TASK)
+        paid.claim(miner)
     assert refused.value.arguments == (TASK, miner.address)
     for account in (miner, paid.stranger):
         with pytest.raises(Reverted, match="NothingToWithdraw") as refused:
             paid.withdraw(account)
         assert refused.value.arguments == (account.address,)
-    other = paid.others[1]
-    with pytest.raises(Reverted, match="AlreadyClaimed"):
-        paid.withdraw(other, TASK, TASK)
+
+
+def test_a_balance_is_withdrawn_once_and_apart_from_claims(paid: World) -> None:
+    aggregator = paid.aggregator
+    assert paid.withdraw(aggregator).event.amount_wei == SHARE
+    with pytest.raises(Reverted, match="NothingToWithdraw"):
+        paid.withdraw(aggregator)
+    assert not paid.views.rewards.get_score(TASK, paid.cohort.index(aggregator)).is_claimed
+    paid.claim(aggregator)
+
+
+def test_a_claim_opens_the_committed_score_again(paid: World) -> None:
+    """Scores are not stored: a larger one, or another salt, would take what is the others'."""
+    miner, other = paid.others[:2]
+    for opening in wrong_openings(paid.opening(miner), paid.opening(other)):
+        with pytest.raises(Reverted, match="NotParticipant") as refused:
+            paid.as_(miner).rewards.claim_to(TASK, opening)
+        assert refused.value.arguments == (TASK, miner.address)
     with pytest.raises(Reverted, match="NotParticipant"):
-        paid.as_(other).rewards.withdraw_to(claims=[Claim(TASK, own)])
-
-
-def test_the_place_of_a_claim_is_proved(paid: World) -> None:
-    miner = paid.others[0]
-    own = paid.place(miner)
-    for place in (
-        replace(own, position=own.position ^ 1),
-        replace(own, position=own.position + 4),
-        replace(own, score_commit=SPEC),
-        replace(own, proof=own.proof[:1]),
-        replace(own, proof=(*own.proof, SPEC)),
-    ):
-        with pytest.raises(Reverted, match="NotParticipant"):
-            paid.as_(miner).rewards.withdraw_to(claims=[Claim(TASK, place)])
+        paid.as_(other).rewards.claim_to(TASK, paid.opening(miner))
+    paid.claim(miner)
 
 
 def test_nothing_is_claimed_before_the_distribution(opened: World) -> None:
     opened.reveal_scores()
     with pytest.raises(Reverted, match="NotDistributed") as refused:
-        opened.withdraw(opened.cohort[0], TASK)
-    assert refused.value.arguments == (TASK,)
+        opened.claim(opened.cohort[0])
+    assert refused.value.arguments == (TASK, ZERO_ADDRESS)
 
 
 def test_a_payment_goes_where_its_owner_says(paid: World) -> None:
     miner, elsewhere = paid.others[0], "0x" + "5" * 40
-    announced = paid.views.rewards.claimable(TASK, paid.cohort.index(miner))
+    announced = paid.views.rewards.claimable(TASK, paid.cohort.index(miner), paid.scores()[miner.address])
     with pytest.raises(Reverted, match="InvalidRecipient") as refused:
-        paid.withdraw(miner, TASK, recipient=ZERO_ADDRESS)
+        paid.claim(miner, recipient=ZERO_ADDRESS)
     assert refused.value.arguments == (ZERO_ADDRESS,)
-    event = paid.withdraw(miner, TASK, recipient=elsewhere).event
-    assert (event.account, event.recipient, event.amount_wei) == (miner.address, elsewhere, announced)
+    claimed = paid.claim(miner, recipient=elsewhere).event
+    assert (claimed.miner, claimed.recipient, claimed.amount_wei) == (miner.address, elsewhere, announced)
     assert paid.balance(elsewhere) == announced
+    with pytest.raises(Reverted, match="InvalidRecipient"):
+        paid.withdraw(paid.aggregator, recipient=ZERO_ADDRESS)
+    withdrawn = paid.withdraw(paid.aggregator, recipient=elsewhere).event
+    assert (withdrawn.account, withdrawn.recipient) == (paid.aggregator.address, elsewhere)
+    assert paid.balance(elsewhere) == announced + SHARE
 
 
 def settle(world: World, task_id: str, **terms: Any) -> None:
     """One more task of the same cohort, up to its distribution in equal parts."""
     world.publish(task_id, **terms)
+    world.deposit(world.cohort, [10] * 4)
     world.close_and_draw(world.cohort, task_id)
     candidate = world.candidate(task_id, aggregator=world.aggregator_of(task_id).address)
     voters = [miner for miner in world.cohort if miner.address != candidate.aggregator]
@@ -593,19 +611,29 @@ def settle(world: World, task_id: str, **terms: Any) -> None:
     world.distribute(task_id)
 
 
-def test_parts_of_several_tasks_are_paid_at_once(paid: World) -> None:
+def test_parts_of_two_tasks_are_claimed_one_after_the_other(paid: World) -> None:
     settle(paid, "second", reward=400, aggregator_share_ppm=0)
-    settle(paid, "third", reward=800, aggregator_share_ppm=0)
     miner = paid.others[0]
-    tasks = (TASK, "second", "third")
-    announced = [paid.views.rewards.claimable(task, paid.cohort.index(miner)) for task in tasks]
-    assert announced[1:] == [100, 200]
-    mined = paid.withdraw(miner, *tasks)
-    claimed = [event for event in mined.events if isinstance(event, RewardClaimed)]
-    assert [(event.task_key, event.amount_wei) for event in claimed] == list(
-        zip(map(task_key, tasks), announced, strict=True)
-    )
-    assert mined.event.amount_wei == sum(announced)
+    position, score = paid.cohort.index(miner), paid.scores()[miner.address]
+    announced = {task: paid.views.rewards.claimable(task, position, score) for task in (TASK, "second")}
+    assert announced["second"] == 100
+    with pytest.raises(Reverted, match="NotParticipant"):
+        paid.as_(miner).rewards.claim_to("second", paid.opening(miner, TASK))
+    for task, amount in announced.items():
+        event = paid.claim(miner, task).event
+        assert (event.task_key, event.amount_wei) == (task_key(task), amount)
+        with pytest.raises(Reverted, match="AlreadyClaimed"):
+            paid.claim(miner, task)
+
+
+def test_shares_of_two_tasks_are_one_balance(paid: World) -> None:
+    settle(paid, "second", reward=4000)
+    first, second = paid.aggregator, paid.aggregator_of("second")
+    owed = Counter({first.address: SHARE})
+    owed[second.address] += 400
+    assert balances(paid) == owed
+    for aggregator in {first.address: first, second.address: second}.values():
+        assert paid.withdraw(aggregator).event.amount_wei == owed[aggregator.address]
 
 
 # Rewards in tokens
@@ -620,11 +648,12 @@ def test_a_reward_in_tokens_is_paid_in_tokens(paid: World) -> None:
     aggregator = paid.aggregator_of("in-tokens")
     assert paid.views.rewards.balance_of(aggregator.address, token.address) == 400
     for i, miner in enumerate(paid.cohort):
-        announced = paid.views.rewards.claimable("in-tokens", i)
-        mined = paid.withdraw(miner, "in-tokens", token=token.address)
-        assert (mined.event.token, mined.event.recipient) == (token.address, miner.address)
-        assert mined.event.amount_wei == announced + (400 if miner == aggregator else 0)
-        assert token.balance_of(miner.address) == mined.event.amount_wei
+        announced = paid.views.rewards.claimable("in-tokens", i, paid.scores()[miner.address], token.address)
+        event = paid.claim(miner, "in-tokens", token=token.address).event
+        assert (event.token, event.recipient, event.amount_wei) == (token.address, miner.address, announced)
+        assert token.balance_of(miner.address) == announced > 0
+    withdrawn = paid.withdraw(aggregator, token=token.address).event
+    assert (withdrawn.token, withdrawn.amount_wei) == (token.address, 400)
     assert token.balance_of(paid.deployment.rewards) == token.balance_of(paid.deployment.escrow) == 0
     assert paid.balance(paid.deployment.rewards) == before
 
@@ -641,18 +670,20 @@ def test_an_unmet_reward_in_tokens_goes_back_in_tokens(empty: World) -> None:
     assert token.balance_of(empty.publisher.address) == REWARD
 
 
-def test_claims_of_one_withdrawal_are_in_one_token(paid: World) -> None:
+def test_a_claim_in_another_token_than_the_tasks_finds_nothing(paid: World) -> None:
     token = funded(paid)
     settle(paid, "in-tokens", token=token.address)
     miner = paid.others[0]
-    with pytest.raises(Reverted, match="WrongToken") as refused:
-        paid.withdraw(miner, TASK, "in-tokens")
-    assert refused.value.arguments == ("in-tokens", token.address)
-    with pytest.raises(Reverted, match="WrongToken") as refused:
-        paid.withdraw(miner, TASK, "in-tokens", token=token.address)
-    assert refused.value.arguments == (TASK, ZERO_ADDRESS)
-    paid.withdraw(miner, TASK)
-    paid.withdraw(miner, "in-tokens", token=token.address)
+    for task, wrong in ((TASK, token.address), ("in-tokens", ZERO_ADDRESS), (TASK, funded(paid).address)):
+        score = paid.scores()[miner.address]
+        assert paid.views.rewards.claimable(task, paid.cohort.index(miner), score, wrong) == 0
+        with pytest.raises(Reverted, match="NotDistributed") as refused:
+            paid.claim(miner, task, token=wrong)
+        assert refused.value.arguments == (task, wrong)
+    paid.claim(miner, TASK)
+    paid.claim(miner, "in-tokens", token=token.address)
+    with pytest.raises(Reverted, match="NothingToWithdraw"):
+        paid.withdraw(paid.aggregator, token=funded(paid).address)
 
 
 def test_a_token_that_stops_stops_only_what_it_pays(paid: World) -> None:
@@ -662,11 +693,11 @@ def test_a_token_that_stops_stops_only_what_it_pays(paid: World) -> None:
     miner = paid.others[0]
     behave(paid, token, ANSWER_FALSE)
     with pytest.raises(Reverted, match="SafeERC20FailedOperation") as refused:
-        paid.withdraw(miner, "in-tokens", token=token.address)
+        paid.claim(miner, "in-tokens", token=token.address)
     assert refused.value.arguments == (token.address,)
-    paid.withdraw(miner, TASK)
+    paid.claim(miner, TASK)
     behave(paid, token, SEND)
-    assert paid.withdraw(miner, "in-tokens", token=token.address).event.amount_wei > 0
+    assert paid.claim(miner, "in-tokens", token=token.address).event.amount_wei > 0
 
 
 def test_a_token_that_refuses_the_distribution_is_asked_again(empty: World) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import pytest
 from eth_utils import keccak
 
-from contracts.bindings import ZERO_ADDRESS, CohortOnChain, Draw, Offence, Slash, StakeSlashed, Status, Withdrawal
+from contracts.bindings import ZERO_ADDRESS, CohortOnChain, Draw, Hold, Offence, Slash, StakeSlashed, Status, Withdrawal
 from contracts.messages import Domain, Registration, draw_seed, struct_hash, type_string
 from contracts.sending import Reverted
 from tests.contracts.world import (
@@ -68,9 +68,10 @@ def test_a_requested_withdrawal_is_paid_after_the_delay(empty: World) -> None:
     stakes.deposit_stake(amount_wei=10)
     withdrawable_at = stakes.request_withdrawal(4).event.withdrawable_at_s
     assert withdrawable_at == empty.now() + DELAY
-    assert stakes.get_withdrawal(miner.address) == Withdrawal(4, withdrawable_at, 0)
-    assert (stakes.stake_of(miner.address), stakes.available_stake(miner.address)) == (10, 6)
-
+    assert stakes.get_withdrawal(miner.address) == Withdrawal(4, withdrawable_at)
+    # It has left the stake, and waits.
+    assert stakes.stake_of(miner.address) == stakes.available_stake(miner.address) == 6
+    assert empty.balance(empty.deployment.stakes) == 10
     empty.at(withdrawable_at - 1)
     with pytest.raises(Reverted, match="WithdrawalTooEarly"):
         stakes.withdraw_stake()
@@ -88,9 +89,12 @@ def test_a_request_replaces_the_one_before_and_zero_cancels(empty: World) -> Non
     stakes.deposit_stake(amount_wei=10)
     stakes.request_withdrawal(4)
     stakes.request_withdrawal(10)
-    assert stakes.available_stake(miner.address) == 0
+    assert stakes.stake_of(miner.address) == 0
+    with pytest.raises(Reverted, match="InsufficientStake") as refused:
+        stakes.request_withdrawal(11)
+    assert refused.value.arguments == (miner.address, 10, 11)
     stakes.request_withdrawal(0)
-    assert stakes.available_stake(miner.address) == 10
+    assert stakes.stake_of(miner.address) == stakes.available_stake(miner.address) == 10
     empty.at(empty.now() + 2 * DELAY)
     with pytest.raises(Reverted, match="NothingToWithdraw"):
         stakes.withdraw_stake()
@@ -115,7 +119,21 @@ def test_a_stake_is_withdrawn_where_its_owner_says(empty: World) -> None:
     assert empty.balance(elsewhere) == 10
 
 
-# Locks
+# Holds
+
+
+def latest_end(world: World, task_id: str = TASK) -> int:
+    """The last second in which anything about a task can matter."""
+    terms = world.views.escrow.get_task(task_id).terms
+    return terms.deadline_s + PUBLISHER_WINDOW + AGGREGATOR_WINDOW + SCORE_WINDOW
+
+
+def another(world: World, task_id: str = "another", *, stake: int = 15, **terms: int) -> None:
+    """A task of the same cohort that records this much more of everybody's stake."""
+    world.publish(task_id, **terms)
+    world.deposit(world.cohort, [stake] * 4)
+    applications = [world.application(miner, task_id, stake_wei=stake) for miner in world.cohort]
+    world.as_(world.publisher).stakes.close_registration(task_id, applications)
 
 
 def test_an_application_holds_no_stake(locked: World) -> None:
@@ -127,25 +145,164 @@ def test_an_application_holds_no_stake(locked: World) -> None:
     assert locked.as_(miner).stakes.withdraw_stake().event.amount_wei == 40
 
 
-def test_the_stake_of_the_cohort_is_held_until_the_latest_possible_end(drawn: World) -> None:
-    end = drawn.deadline + PUBLISHER_WINDOW + AGGREGATOR_WINDOW + SCORE_WINDOW
+def test_a_recorded_stake_is_held_until_the_latest_end(drawn: World) -> None:
+    miner, end = drawn.cohort[0], latest_end(drawn)
+    stakes = drawn.as_(miner).stakes
+    assert stakes.get_hold(miner.address) == Hold(40, end)
+    assert (stakes.stake_of(miner.address), stakes.available_stake(miner.address)) == (40, 0)
+    drawn.at(end)
+    with pytest.raises(Reverted, match="InsufficientStake") as refused:
+        stakes.request_withdrawal(1)
+    assert refused.value.arguments == (miner.address, 0, 1)
+    drawn.at(end + 1)
+    stakes.request_withdrawal(40)
+    assert stakes.get_hold(miner.address) == Hold(0, end)
+
+
+def test_what_is_not_recorded_stays_free(drawn: World) -> None:
     miner = drawn.cohort[0]
-    drawn.as_(miner).stakes.request_withdrawal(5)
-    assert drawn.views.stakes.get_withdrawal(miner.address).locked_until_s == end
-    # The delay is longer than this task; a second, later one shows that the longest lock counts.
-    drawn.publish("longer", deadline_s=drawn.now() + 3 * DELAY)
-    drawn.close(drawn.cohort, "longer")
-    longer = drawn.views.stakes.get_withdrawal(miner.address).locked_until_s
-    assert longer == drawn.views.escrow.get_task("longer").terms.deadline_s + 600
-    drawn.publish("shorter")
-    drawn.close(drawn.cohort, "shorter")
-    assert drawn.views.stakes.get_withdrawal(miner.address).locked_until_s == longer
-    drawn.at(longer)
-    with pytest.raises(Reverted, match="StakeLocked") as refused:
-        drawn.as_(miner).stakes.withdraw_stake()
-    assert refused.value.arguments == (longer, longer)
-    drawn.at(longer + 1)
-    drawn.as_(miner).stakes.withdraw_stake()
+    stakes = drawn.as_(miner).stakes
+    stakes.deposit_stake(amount_wei=5)
+    assert stakes.available_stake(miner.address) == 5
+    with pytest.raises(Reverted, match="InsufficientStake") as refused:
+        stakes.request_withdrawal(6)
+    assert refused.value.arguments == (miner.address, 5, 6)
+    stakes.request_withdrawal(5)
+    assert (stakes.stake_of(miner.address), stakes.available_stake(miner.address)) == (40, 0)
+
+
+def test_a_stake_backs_one_task(drawn: World) -> None:
+    """What one task recorded, another can neither record nor take."""
+    drawn.publish("another")
+    drawn.deposit(drawn.cohort, [15] * 4)
+    applications = [drawn.application(miner, "another") for miner in drawn.cohort]
+    applications[0] = drawn.application(drawn.cohort[0], "another", stake_wei=16)
+    stakes = drawn.as_(drawn.publisher).stakes
+    with pytest.raises(Reverted, match="InsufficientStake") as refused:
+        stakes.close_registration("another", applications)
+    assert refused.value.arguments == (drawn.cohort[0].address, 15, 16)
+    applications[0] = drawn.application(drawn.cohort[0], "another")
+    stakes.close_registration("another", applications)
+    assert stakes.get_cohort("another").stakes_wei == (15,) * 4
+    assert [stakes.get_hold(miner.address).recorded_wei for miner in drawn.cohort] == [55, 25, 45, 35]
+    assert all(stakes.available_stake(miner.address) == 0 for miner in drawn.cohort)
+
+
+def test_the_longest_task_holds_all(drawn: World) -> None:
+    end = latest_end(drawn)
+    another(drawn, deadline_s=drawn.deadline + 500)
+    assert {drawn.views.stakes.get_hold(miner.address).held_until_s for miner in drawn.cohort} == {end + 500}
+    another(drawn, "shorter", deadline_s=drawn.deadline - 500)
+    assert drawn.views.stakes.get_hold(drawn.cohort[0].address) == Hold(70, end + 500)
+    drawn.at(end + 1)
+    drawn.tester.mine_block()
+    assert drawn.views.stakes.available_stake(drawn.cohort[0].address) == 0
+    drawn.at(end + 501)
+    drawn.tester.mine_block()
+    assert drawn.views.stakes.available_stake(drawn.cohort[0].address) == 70
+
+
+# Releases
+
+
+def test_a_finished_task_gives_back_what_it_recorded_while_another_holds(drawn: World) -> None:
+    another(drawn, deadline_s=drawn.deadline + 5000)
+    miner, end, anyone = drawn.cohort[0], latest_end(drawn), drawn.as_(drawn.stranger).stakes
+    drawn.at(end)
+    with pytest.raises(Reverted, match="StakeHeld") as refused:
+        anyone.release_stake(TASK, miner.address)
+    assert refused.value.arguments == (end, end)
+    drawn.at(end + 1)
+    event = anyone.release_stake(TASK, miner.address).event
+    assert (event.miner, event.amount_wei) == (miner.address, 40)
+    assert anyone.get_hold(miner.address) == Hold(15, end + 5000)
+    stakes = drawn.as_(miner).stakes
+    with pytest.raises(Reverted, match="InsufficientStake") as refused:
+        stakes.request_withdrawal(41)
+    assert refused.value.arguments == (miner.address, 40, 41)
+    stakes.request_withdrawal(40)
+    with pytest.raises(Reverted, match="StakeHeld"):
+        anyone.release_stake("another", miner.address)
+
+
+def test_a_stake_is_released_once(drawn: World) -> None:
+    another(drawn, deadline_s=drawn.deadline + 5000, stake=100)
+    miner, anyone = drawn.cohort[0], drawn.as_(drawn.stranger).stakes
+    drawn.at(latest_end(drawn) + 1)
+    anyone.release_stake(TASK, miner.address)
+    with pytest.raises(Reverted, match="NotEntitled") as refused:
+        anyone.release_stake(TASK, miner.address)
+    assert refused.value.arguments == (TASK, 0)
+    assert anyone.get_hold(miner.address).recorded_wei == 100
+    # Each member has its own release.
+    assert anyone.release_stake(TASK, drawn.cohort[1].address).event.amount_wei == 10
+
+
+def test_a_release_frees_nothing_that_a_later_task_recorded(drawn: World) -> None:
+    """When nothing was held in between, the old task's stake is free already, and may be in the new task's."""
+    miner, anyone = drawn.cohort[0], drawn.as_(drawn.stranger).stakes
+    drawn.at(latest_end(drawn) + 1)
+    drawn.publish("later")
+    pairs = zip(drawn.cohort, STAKES, strict=True)
+    applications = [drawn.application(one, "later", stake_wei=stake) for one, stake in pairs]
+    drawn.as_(drawn.publisher).stakes.close_registration("later", applications)
+    with pytest.raises(Reverted, match="NotEntitled") as refused:
+        anyone.release_stake(TASK, miner.address)
+    assert refused.value.arguments == (TASK, 0)
+    assert anyone.get_hold(miner.address).recorded_wei == 40
+    assert anyone.available_stake(miner.address) == 0
+    # Nor after a third task prolonged the hold; only what the second recorded is released then.
+    another(drawn, "third", deadline_s=latest_end(drawn, "later") + 5000)
+    drawn.at(latest_end(drawn, "later") + 1)
+    with pytest.raises(Reverted, match="NotEntitled"):
+        anyone.release_stake(TASK, miner.address)
+    assert anyone.release_stake("later", miner.address).event.amount_wei == 40
+    assert anyone.get_hold(miner.address).recorded_wei == 15
+
+
+def test_a_task_that_begins_in_the_last_second_of_a_hold_prolongs_it(drawn: World) -> None:
+    """Then the old record still counts, and its release frees it; a second later it would not."""
+    miner, end = drawn.cohort[0], latest_end(drawn)
+    drawn.at(end - 6)
+    drawn.publish("next", deadline_s=end + 5000)
+    drawn.deposit(drawn.cohort, [15] * 4)
+    applications = [drawn.application(one, "next", stake_wei=15) for one in drawn.cohort]
+    drawn.at(end)
+    drawn.as_(drawn.publisher).stakes.close_registration("next", applications)
+    assert drawn.views.stakes.get_hold(miner.address).recorded_wei == 55
+    assert drawn.as_(drawn.stranger).stakes.release_stake(TASK, miner.address).event.amount_wei == 40
+    assert drawn.views.stakes.get_hold(miner.address).recorded_wei == 15
+
+
+def test_what_silence_cost_is_not_released(drawn: World) -> None:
+    another(drawn, deadline_s=drawn.deadline + 5000)
+    former, anyone = drawn.aggregator, drawn.as_(drawn.stranger).stakes
+    recorded = STAKES[drawn.cohort.index(former)]
+    penalty = recorded * PENALTY_PPM // 1_000_000
+    drawn.at(anyone.get_draw(TASK).turn_end_s + 1)
+    anyone.replace_aggregator(TASK)
+    assert anyone.get_hold(former.address).recorded_wei == recorded + 15 - penalty
+    drawn.at(latest_end(drawn) + 1)
+    assert anyone.release_stake(TASK, former.address).event.amount_wei == recorded - penalty
+    assert anyone.get_hold(former.address).recorded_wei == 15
+    assert anyone.available_stake(former.address) == recorded - penalty
+
+
+def test_nothing_is_released_that_is_free_or_was_never_recorded(drawn: World) -> None:
+    anyone, words = drawn.as_(drawn.stranger).stakes, list(drawn.cohort_on_chain.words)
+    drawn.at(latest_end(drawn) + 1)
+    # The tester names a refusal as of the last block.
+    drawn.tester.mine_block()
+    # No task holds anything: all is available.
+    for position in (0, 4):
+        with pytest.raises(Reverted, match="NotEntitled") as refused:
+            anyone._transact(object, "releaseStake", TASK, words, position)
+        assert refused.value.arguments == (TASK, position)
+    for task_id, brought in ((TASK, words[:3]), ("nobody-knows", []), ("nobody-knows", words)):
+        with pytest.raises(Reverted, match="WrongCohort"):
+            anyone._transact(object, "releaseStake", task_id, brought, 0)
+    with pytest.raises(ValueError, match=f"{drawn.miners[4].address} is not in the cohort of {TASK}"):
+        anyone.release_stake(TASK, drawn.miners[4].address)
 
 
 # The cohort
@@ -163,9 +320,9 @@ def word(address: str, stake: int) -> str:
 def test_closing_records_the_cohort_and_its_stakes(locked: World) -> None:
     chosen = tuple(miner.address for miner in locked.cohort)
     assert locked.views.stakes.get_cohort(TASK) == CohortOnChain()
+    registrations = tuple(struct_hash(locked.application(miner)[0]) for miner in locked.cohort)
     closed = locked.close(locked.cohort)
     words = tuple(map(word, chosen, STAKES))
-    registrations = tuple(struct_hash(locked.application(miner)[0]) for miner in locked.cohort)
     assert (closed.event.cohort, closed.event.registrations) == (words, registrations)
     assert closed.event.seed_block == closed.block_number + 1
     assert locked.views.stakes.get_cohort(TASK) == CohortOnChain(chosen, STAKES, registrations, words)
@@ -184,6 +341,7 @@ def test_closing_records_the_cohort_and_its_stakes(locked: World) -> None:
         {"round_number": 1},
         {"encryption_key": "0x03" + "ab" * 32},
         {"dataset_proof_sha256": "0x" + "ab" * 32},
+        {"stake_wei": 29},
     ],
 )
 def test_an_application_is_signed_for_exactly_what_it_says(locked: World, changes: dict) -> None:
@@ -216,6 +374,30 @@ def test_nobody_applies_for_another_or_elsewhere(locked: World) -> None:
     locked.as_(locked.publisher).stakes.close_registration(TASK, usual)
 
 
+def test_a_miner_signs_how_much_it_puts_behind_a_task(locked: World) -> None:
+    signed = (25, 10, 11, 20)
+    applications = [
+        locked.application(miner, stake_wei=stake) for miner, stake in zip(locked.cohort, signed, strict=True)
+    ]
+    stakes = locked.as_(locked.publisher).stakes
+    stakes.close_registration(TASK, applications)
+    assert stakes.get_cohort(TASK).stakes_wei == signed
+    assert [stakes.available_stake(miner.address) for miner in locked.cohort] == [15, 0, 19, 0]
+
+
+@pytest.mark.parametrize(("signed", "is_enough"), [(9, False), (10, True), (40, True), (41, False)])
+def test_what_is_signed_is_at_least_the_minimum_and_at_most_there(locked: World, signed: int, is_enough: bool) -> None:
+    first, *rest = locked.cohort
+    applications = [locked.application(first, stake_wei=signed), *map(locked.application, rest)]
+    stakes = locked.as_(locked.publisher).stakes
+    if is_enough:
+        stakes.close_registration(TASK, applications)
+        return
+    with pytest.raises(Reverted, match="InsufficientStake") as refused:
+        stakes.close_registration(TASK, applications)
+    assert refused.value.arguments == ((first.address, 9, 10) if signed == 9 else (first.address, 40, 41))
+
+
 def test_stake_below_the_minimum_is_not_chosen(locked: World) -> None:
     poor = locked.miners[5]
     assert locked.views.stakes.stake_of(poor.address) == 5
@@ -225,9 +407,10 @@ def test_stake_below_the_minimum_is_not_chosen(locked: World) -> None:
 
 
 def test_stake_about_to_be_withdrawn_does_not_count(locked: World) -> None:
+    applications = [locked.application(miner) for miner in locked.cohort]
     locked.as_(locked.cohort[1]).stakes.request_withdrawal(1)
     with pytest.raises(Reverted, match="InsufficientStake") as refused:
-        locked.close(locked.cohort)
+        locked.as_(locked.publisher).stakes.close_registration(TASK, applications)
     assert refused.value.arguments == (locked.cohort[1].address, 9, 10)
     locked.as_(locked.cohort[0]).stakes.request_withdrawal(30)
     locked.as_(locked.cohort[1]).stakes.request_withdrawal(0)
@@ -331,6 +514,8 @@ def test_many_draws_follow_the_recomputation(locked: World) -> None:
     for i in range(6):
         task = f"task-{i}"
         locked.publish(task, reward=1)
+        if i:
+            locked.deposit(locked.cohort, STAKES)
         locked.close(locked.cohort, task)
         locked.tester.mine_block()
         event = locked.as_(locked.stranger).stakes.draw_aggregator(task).event
@@ -468,7 +653,7 @@ def test_only_the_aggregator_resigns_once_and_in_time(drawn: World) -> None:
     with pytest.raises(Reverted, match="TurnOver") as refused:
         drawn.as_(former).stakes.resign_aggregator(TASK)
     assert refused.value.arguments == (end, end + 1)
-    drawn.tester.revert_to_snapshot(snapshot)
+    drawn.go_back(snapshot)
     drawn.at(end)
     drawn.as_(former).stakes.resign_aggregator(TASK)
     with pytest.raises(Reverted, match="NotTheTurn"):
@@ -610,20 +795,48 @@ def test_the_penalty_is_what_the_terms_say(empty: World, penalty_ppm: int) -> No
     assert empty.views.stakes.stake_of(former.address) == 10 - 10 * penalty_ppm // 1_000_000
 
 
-def test_silence_takes_no_more_than_is_left(drawn: World) -> None:
-    """And what is taken is taken out of a requested withdrawal too."""
+def test_silence_takes_nothing_out_of_a_withdrawal(locked: World) -> None:
+    """What was taken out of the stake before the task recorded it backs nothing."""
+    miners = locked.cohort
+    for miner, stake in zip(miners, STAKES, strict=True):
+        locked.as_(miner).stakes.request_withdrawal(stake - 10)
+    locked.close_and_draw(miners)
+    former = locked.aggregator
+    locked.at(locked.views.stakes.get_draw(TASK).turn_end_s + 1)
+    mined = locked.as_(locked.stranger).stakes.replace_aggregator(TASK)
+    assert [event.amount_wei for event in slashed(mined.events)] == [10 * PENALTY_PPM // 1_000_000]
+    waiting = STAKES[miners.index(former)] - 10
+    assert locked.views.stakes.get_withdrawal(former.address).amount_wei == waiting
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+def test_silence_is_punished_until_the_latest_end(drawn: World, is_late: bool) -> None:
+    """After it the stake may back another task; the turn is ended all the same."""
     former = drawn.aggregator
-    stake = STAKES[drawn.cohort.index(former)]
-    drawn.as_(former).stakes.request_withdrawal(stake)
-    drawn.at(drawn.deadline + PUBLISHER_WINDOW + AGGREGATOR_WINDOW + SCORE_WINDOW + DELAY)
-    drawn.as_(former).stakes.withdraw_stake()
-    drawn.as_(former).stakes.deposit_stake(amount_wei=2)
-    drawn.as_(former).stakes.request_withdrawal(2)
+    drawn.at(latest_end(drawn) + is_late)
     mined = drawn.as_(drawn.stranger).stakes.replace_aggregator(TASK)
-    taken = min(2, stake * PENALTY_PPM // 1_000_000)
-    assert [event.amount_wei for event in slashed(mined.events)] == [taken]
-    assert drawn.views.stakes.stake_of(former.address) == 2 - taken
-    assert drawn.views.stakes.get_withdrawal(former.address).amount_wei == 2 - taken
+    assert [event.aggregator for event in slashed(mined.events)] == ([] if is_late else [former.address])
+    assert mined.event.former == former.address
+
+
+@pytest.mark.parametrize("seconds", [PUBLISH_WINDOW - 1, PUBLISH_WINDOW])
+def test_a_turn_that_the_deadline_cut_short_costs_nothing(locked: World, seconds: int) -> None:
+    """A publisher that draws late would else take the stakes of miners that cannot react in time."""
+    locked.at(locked.deadline - seconds - 2)
+    locked.close_and_draw(locked.cohort)
+    assert locked.now() == locked.deadline - seconds
+    locked.at(locked.deadline + 1)
+    mined = locked.as_(locked.stranger).stakes.replace_aggregator(TASK)
+    assert len(slashed(mined.events)) == (seconds == PUBLISH_WINDOW)
+
+
+def test_only_turns_cut_short_are_spared(drawn: World) -> None:
+    """Turns end 400 and 800 seconds after the draw, and at the deadline."""
+    lost = []
+    while drawn.views.stakes.aggregator_of(TASK):
+        drawn.at(drawn.views.stakes.get_draw(TASK).turn_end_s + 1)
+        lost.append(len(slashed(drawn.as_(drawn.stranger).stakes.replace_aggregator(TASK).events)))
+    assert lost == [1, 1, 0]
 
 
 def test_the_next_turn_brings_the_cohort_along(drawn: World) -> None:

@@ -18,19 +18,19 @@ from web3 import EthereumTesterProvider, Web3
 
 from contracts.bindings import (
     ZERO_ADDRESS,
-    Claim,
     CohortOnChain,
     Contracts,
     Deployment,
     Distributed,
     Mined,
     RegistrationClosed,
+    RewardClaimed,
     Terms,
     Withdrawn,
     connect,
     deploy,
 )
-from contracts.contributions import Place
+from contracts.contributions import Opening, Place
 from contracts.messages import (
     Address,
     Attestation,
@@ -174,13 +174,14 @@ class World:
     def application(
         self, miner: LocalAccount, task_id: TaskId = TASK, /, domain: Domain | None = None, **changes: object
     ) -> tuple[Registration, Bytes]:
-        """The signed Registration of a miner. Changes are made before it is signed."""
+        """The signed Registration of a miner, for all its available stake. Changes are made before it is signed."""
         usual = Registration(
             task_id=task_id,
             round_number=0,
             miner=miner.address,
             encryption_key="0x02" + salt_of(miner).hex(),
             dataset_proof_sha256="0x" + keccak(text=f"samples of {miner.address}").hex(),
+            stake_wei=self.views.stakes.available_stake(miner.address),
         )
         registration = usual.model_copy(update=changes)
         return registration, sign(registration, domain or self.domain, miner.key)
@@ -250,9 +251,13 @@ class World:
     def reveal_accuracy(self, accuracy_ppm: int = ACCURACY) -> None:
         self.as_(self.publisher).rewards.reveal_accuracy(TASK, accuracy_ppm, SALT)
 
-    def reveal_score(self, miner: LocalAccount, score: int | None = None) -> None:
+    def opening(self, miner: LocalAccount, task_id: TaskId = TASK, *, score: int | None = None) -> Opening:
+        """Of a miner's commitment in the block; to the usual score unless another is given."""
         score = self.scores()[miner.address] if score is None else score
-        self.as_(miner).rewards.reveal_score(TASK, score, salt_of(miner), self.place(miner))
+        return Opening(score, salt_of(miner), self.place(miner, task_id))
+
+    def reveal_score(self, miner: LocalAccount, score: int | None = None) -> None:
+        self.as_(miner).rewards.reveal_score(TASK, self.opening(miner, score=score))
 
     def reveal_scores(self) -> None:
         for miner in self.cohort:
@@ -263,12 +268,24 @@ class World:
         events = self.as_(self.stranger).rewards.distribute(task_id).events
         return next(event for event in events if isinstance(event, Distributed))
 
+    def claim(
+        self,
+        miner: LocalAccount,
+        task_id: TaskId = TASK,
+        *,
+        score: int | None = None,
+        token: Address = ZERO_ADDRESS,
+        recipient: Address | None = None,
+    ) -> Mined[RewardClaimed]:
+        """The miner's part of a task's reward; score as in `opening`."""
+        opening = self.opening(miner, task_id, score=score)
+        return self.as_(miner).rewards.claim_to(task_id, opening, recipient, token=token)
+
     def withdraw(
-        self, account: LocalAccount, *claimed: TaskId, token: Address = ZERO_ADDRESS, recipient: Address | None = None
+        self, account: LocalAccount, *, token: Address = ZERO_ADDRESS, recipient: Address | None = None
     ) -> Mined[Withdrawn]:
-        """The account's balance, and its parts of these tasks."""
-        claims = [Claim(task_id, self.place(account, task_id)) for task_id in claimed]
-        return self.as_(account).rewards.withdraw_to(recipient, claims, token=token)
+        """The account's balance: refunds and shares, not its claims."""
+        return self.as_(account).rewards.withdraw_to(recipient, token=token)
 
     # Stages
 
