@@ -4,15 +4,17 @@
 #              bench-crypto: the cryptography beside its peers; bench-gas: what a task costs on chain;
 #              bench-stream: 25 million coordinates through the disk
 # make fuzz    set up, then compare ten million random coordinates with an independent implementation
+# make contracts-deep   10 000 random histories of the contracts, and their fuzz tests 20 000 times each
 # Each sets up what it needs in the project's own virtual environment, .venv; a second call finds it ready.
 
 PYTHON ?= python3.11
 VENV := .venv
 READY := $(VENV)/ready
 SHELL := /bin/bash
+FORGE := cd contracts && node_modules/@foundry-rs/forge-linux-amd64/bin/forge
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: round test bench bench-model bench-crypto bench-gas bench-stream fuzz contracts clean
+.PHONY: round test bench bench-model bench-crypto bench-gas bench-stream fuzz contracts contracts-deep clean
 .DEFAULT_GOAL := round
 
 round: $(READY)
@@ -23,6 +25,7 @@ test: $(READY) contracts/node_modules/ready
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/pytest
+	$(FORGE) test
 
 bench: $(READY)
 	$(VENV)/bin/healchain bench --out build/bench.json
@@ -45,6 +48,9 @@ fuzz: $(READY)
 # Recompile the contracts after a change of their sources; ABI and bytecode are committed.
 contracts: contracts/node_modules/ready
 	node contracts/compile.mjs
+
+contracts-deep: contracts/node_modules/ready
+	export FOUNDRY_PROFILE=deep; $(FORGE) test --match-test 'invariant_|testFuzz_'
 
 clean:
 	rm -rf $(VENV) build contracts/node_modules

@@ -47,7 +47,7 @@ contract DrawTest is World {
         uint256 total = 0;
         for (uint256 i = 0; i < cohort.length; i++) total += stakeIn(cohort[i]);
         bytes32 known = blockhash(vm.getBlockNumber() - 1);
-        uint256 point = uint256(keccak256(abi.encodePacked(keccak256(bytes(id)), known))) % total;
+        uint256 point = uint256(keccak256(abi.encodePacked(id, known))) % total;
         uint256 upTo = 0;
         for (uint256 i = 0; i < cohort.length; i++) {
             upTo += stakeIn(cohort[i]);
@@ -134,7 +134,7 @@ contract DrawTest is World {
         bytes32[] memory cohort = close("t", keys);
         (uint40 seedBlock,,,,) = registry.getDraw(keccak256("t"));
         vm.roll(seedBlock + 1);
-        bytes32 seed = keccak256(abi.encodePacked(keccak256("t"), blockhash(seedBlock)));
+        bytes32 seed = keccak256(abi.encodePacked("t", blockhash(seedBlock)));
         uint16[3] memory waits = [1, 100, 256];
         for (uint256 i = 0; i < 3; i++) {
             uint256 state = vm.snapshotState();

@@ -6,6 +6,9 @@ interface Vm {
     function addr(uint256 key) external pure returns (address);
     function sign(uint256 key, bytes32 digest) external pure returns (uint8 v, bytes32 r, bytes32 s);
     function signCompact(uint256 key, bytes32 digest) external pure returns (bytes32 r, bytes32 vs);
+    /// @dev 2 is a measurement of coverage.
+    function isContext(uint8 context) external view returns (bool);
+    function getCode(string calldata path) external view returns (bytes memory);
     function warp(uint256 timestamp) external;
     function roll(uint256 number) external;
     function chainId(uint256 id) external;

@@ -182,7 +182,7 @@ contract Handler is Checks {
         forbid(isLied || r.turns.length > 0, "a second draw, or with another cohort");
         forbid(vm.getBlockNumber() > seedBlock + 256, "a seed that nobody can know");
         (, r.seed,,,) = registry.getDraw(r.key);
-        forbid(r.seed != keccak256(abi.encodePacked(r.key, blockhash(seedBlock))), "another seed");
+        forbid(r.seed != keccak256(abi.encodePacked(r.id, blockhash(seedBlock))), "another seed");
         r.turns.push(registry.aggregatorOf(r.key));
     }
 
@@ -256,8 +256,10 @@ contract Handler is Checks {
         if (records.length == 0) return;
         Record storage r = pick(t);
         if (r.who.length == 0) return;
-        uint256 key = r.who[who % r.who.length];
-        address culprit = vm.addr(key);
+        // Mostly one that had a turn.
+        bool isAnyone = who % 4 == 0 || r.turns.length == 0;
+        address culprit = isAnyone ? vm.addr(r.who[who / 4 % r.who.length]) : r.turns[who / 4 % r.turns.length];
+        uint256 key = keyOf[culprit];
         (, Candidate memory a) = proposal(r, trick);
         (, Candidate memory b) = proposal(r, trick);
         (a.aggregator, b.aggregator) = (culprit, culprit);
