@@ -4,13 +4,14 @@ pragma solidity ^0.8.28;
 import {BlockPublisher, Candidate, Vote} from "../src/BlockPublisher.sol";
 import {accountOf} from "../src/Cohort.sol";
 import {HealChainEscrow} from "../src/HealChainEscrow.sol";
-import {Claim, Place, RewardDistribution} from "../src/RewardDistribution.sol";
+import {Opening, RewardDistribution} from "../src/RewardDistribution.sol";
 import {Application, StakeRegistry} from "../src/StakeRegistry.sol";
-import {MAX_SCORE, NotAscending, Terms, WrongStatus} from "../src/Task.sol";
+import {NotAscending, Terms, WrongStatus} from "../src/Task.sol";
 import {Hostile} from "./Hostile.sol";
 import {MannerToken} from "./Tokens.sol";
 import {vm} from "./Vm.sol";
 import {World} from "./World.sol";
+import {NaiveHolds} from "./naive/NaiveHolds.sol";
 import {NaivePool, Token} from "./naive/NaivePool.sol";
 import {NaiveStakes} from "./naive/NaiveStakes.sol";
 import {NaiveTask} from "./naive/NaiveTask.sol";
@@ -22,6 +23,7 @@ contract AttacksTest is World {
     NaiveVotes private ballot;
     NaivePool private pool;
     NaiveStakes private stakes;
+    NaiveHolds private holds;
     bytes32[] private cohort;
     Candidate private c;
 
@@ -32,6 +34,7 @@ contract AttacksTest is World {
         ballot = new NaiveVotes();
         pool = new NaivePool();
         stakes = new NaiveStakes();
+        holds = new NaiveHolds();
         vm.deal(publisher, 2000);
         vm.prank(publisher);
         naive.publishTask{value: 1000}("t");
@@ -131,26 +134,26 @@ contract AttacksTest is World {
         scores[2] = 1_000_001;
         published(scores);
         reveal("t");
-        bytes32[] memory proof = proofOf(c.participants, c.scoreCommits, 1);
-        bytes memory data = abi.encodeCall(rewards.revealScore, ("t", scores[1], SALT, 1, proof));
-        refused(c.participants[1], address(rewards), data, RewardDistribution.ScoreTooLarge.selector);
-        proof = proofOf(c.participants, c.scoreCommits, 2);
-        data = abi.encodeCall(rewards.revealScore, ("t", scores[2], SALT, 2, proof));
-        refused(c.participants[2], address(rewards), data, RewardDistribution.ScoreTooLarge.selector);
+        bytes4 why = RewardDistribution.ScoreTooLarge.selector;
+        for (uint256 i = 1; i <= 2; i++) {
+            bytes memory data = abi.encodeCall(rewards.revealScore, ("t", openingOf(c, i, scores[i])));
+            refused(c.participants[i], address(rewards), data, why);
+        }
         revealScore(c, 0, 10);
         pass(3 hours + 1);
         rewards.distribute("t");
-        vm.assertEq(rewards.claimable(keccak256("t"), 0), 900, "all to the honest one");
+        vm.assertEq(rewards.claimable(keccak256("t"), address(0), 0, 10), 900, "all to the honest one");
     }
 
     /// @dev All five at the largest bound: sums and products stay within their words.
     function test_largestScoresAndReward() public {
         Terms memory t = terms();
-        t.maxScore = MAX_SCORE;
+        t.maxScore = type(uint64).max;
         publish("t", address(0), type(uint88).max, t);
-        (Candidate memory made,) = blockOf("t", same(MAX_SCORE, 5));
-        settle(made, same(MAX_SCORE, 5));
-        for (uint256 i = 0; i < 5; i++) withdraw(made.participants[i], address(0), only(claimOf(made, i)));
+        (Candidate memory made,) = blockOf("t", same(type(uint64).max, 5));
+        settle(made, same(type(uint64).max, 5));
+        for (uint256 i = 0; i < 5; i++) claim(made, i, type(uint64).max);
+        withdraw(made.aggregator, address(0));
         vm.assertEq(address(rewards).balance, 0, "all of it");
     }
 
@@ -178,19 +181,15 @@ contract AttacksTest is World {
             string memory id = vm.toString(manner);
             (Candidate memory made,) = block_(id, 1000, same(1, 5));
             settle(made, same(1, 5));
-            for (uint256 i = 0; i < 5; i++) {
-                Claim[] memory claims = only(claimOf(made, i));
-                if (i == 0) {
-                    // Paid to the hostile one: only this call fails, and can be made again to another recipient.
-                    vm.prank(made.participants[i]);
-                    (bool ok,) = address(rewards).call{gas: 3_000_000}(
-                        abi.encodeCall(rewards.withdrawTo, (address(0), address(hostile), claims))
-                    );
-                    vm.assertTrue(ok == (manner == 2 || manner == 4), "harms its own payment only");
-                    if (ok) continue;
-                }
-                withdraw(made.participants[i], address(0), claims);
-            }
+            withdraw(made.aggregator, address(0));
+            // Paid to the hostile one: only this call fails, and can be made again to another recipient.
+            Opening memory opened = openingOf(made, 0, 1);
+            vm.prank(made.participants[0]);
+            (bool ok,) = address(rewards).call{gas: 3_000_000}(
+                abi.encodeCall(rewards.claimTo, (id, address(0), address(hostile), opened))
+            );
+            vm.assertTrue(ok == (manner == 2 || manner == 4), "harms its own payment only");
+            for (uint256 i = ok ? 1 : 0; i < 5; i++) claim(made, i, 1);
             vm.assertEq(address(rewards).balance, 0, "everybody is paid");
         }
     }
@@ -212,8 +211,8 @@ contract AttacksTest is World {
         reveal("t");
         rewards.distribute("t");
         vm.assertEq(rewards.balanceOf(address(0), publisher), 1000, "refunded");
-        bytes memory claim = abi.encodeCall(rewards.withdrawTo, (address(0), miner(0), only(claimOf(c, 0))));
-        refused(miner(0), address(rewards), claim, RewardDistribution.NotDistributed.selector);
+        bytes memory data = abi.encodeCall(rewards.claimTo, ("t", address(0), miner(0), openingOf(c, 0, 1)));
+        refused(miner(0), address(rewards), data, RewardDistribution.NotDistributed.selector);
     }
 
     // An insider withdraws before it is punished
@@ -228,20 +227,69 @@ contract AttacksTest is World {
     }
 
     function test_withdrawBeforeTheSlash() public {
-        // Asked long before, so that the delay is over.
+        // Asked long before, so that the delay is over: what was asked for backs no task, the rest does not leave.
         for (uint256 i = 0; i < 5; i++) {
             accepted(miner(i), address(registry), abi.encodeCall(registry.requestWithdrawal, (9 ether)));
         }
         pass(DELAY_S);
         drawn();
-        bytes memory withdrawal = abi.encodeCall(registry.withdrawStake, (c.aggregator));
-        refused(c.aggregator, address(registry), withdrawal, StakeRegistry.StakeLocked.selector);
+        bytes memory request = abi.encodeCall(registry.requestWithdrawal, (9 ether + 1));
+        refused(c.aggregator, address(registry), request, StakeRegistry.InsufficientStake.selector);
+        accepted(c.aggregator, address(registry), abi.encodeCall(registry.withdrawStake, (c.aggregator)));
         Candidate memory other = c;
         other.modelUri = "s3://models/other";
         Vote memory first = signed(keyOf[c.aggregator], blocks.candidateHash(c));
         Vote memory second = signed(keyOf[c.aggregator], blocks.candidateHash(other));
         blocks.reportEquivocation(c, first, other, second, cohort);
-        vm.assertEq(registry.stakeOf(c.aggregator), 9 ether, "what the task recorded is taken");
+        vm.assertEq(registry.stakeOf(c.aggregator), 0, "what the task recorded is taken");
+        StakeRegistry.Offence offence = StakeRegistry.Offence.Equivocation;
+        vm.assertEq(registry.getSlash(keccak256("t"), placeIn(cohort), offence).amount, 1 ether, "all of it");
+    }
+
+    /// @dev An old request is kept until a task holds the stake, and then taken.
+    function test_naive_requestBacksATaskToo() public {
+        vm.deal(miner(0), 5);
+        vm.startPrank(miner(0));
+        holds.deposit{value: 5}();
+        holds.request(5);
+        holds.hold("t", miner(0), 5, time() + 10);
+        holds.withdraw();
+        vm.stopPrank();
+        vm.assertEq(holds.recordedOf(miner(0)), 5, "recorded");
+        vm.assertEq(holds.stakeOf(miner(0)), 0, "and gone");
+    }
+
+    function test_requestBacksNoTask() public {
+        publish("t", 1);
+        Application[] memory all = applicationsOf("t", keys);
+        accepted(miner(0), address(registry), abi.encodeCall(registry.requestWithdrawal, (1)));
+        bytes memory closing = abi.encodeCall(registry.closeRegistration, ("t", all));
+        refused(publisher, address(registry), closing, StakeRegistry.InsufficientStake.selector);
+    }
+
+    // What an old task recorded is given back out of what a new one did
+
+    function test_naive_releaseOfAnOldTask() public {
+        vm.deal(miner(0), 5);
+        vm.prank(miner(0));
+        holds.deposit{value: 5}();
+        holds.hold("old", miner(0), 5, time() + 10);
+        vm.warp(time() + 11);
+        holds.hold("new", miner(0), 5, time() + 10);
+        holds.release("old", miner(0));
+        holds.hold("another", miner(0), 5, time() + 10);
+        vm.assertEq(holds.stakeOf(miner(0)), 5, "one stake behind two tasks");
+    }
+
+    function test_releaseOfAnOldTask() public {
+        publish("old", 1);
+        bytes32[] memory members = close("old", keys);
+        pass(10 days + 6 hours + 1);
+        drawn();
+        bytes memory release = abi.encodeCall(registry.releaseStake, ("old", members, placeIn(members)));
+        refused(c.aggregator, address(registry), release, StakeRegistry.NotEntitled.selector);
+        bytes memory request = abi.encodeCall(registry.requestWithdrawal, (1));
+        refused(c.aggregator, address(registry), request, StakeRegistry.InsufficientStake.selector);
     }
 
     // An insider lets accomplices take its stake before evidence does
@@ -460,8 +508,29 @@ contract AttacksTest is World {
         accepted(c.aggregator, address(blocks), publication(votesOf(c, keys)));
         reveal("t");
         rewards.distribute("t");
-        bytes memory withdrawal = abi.encodeCall(rewards.withdrawTo, (address(0), self, new Claim[](0)));
+        bytes memory withdrawal = abi.encodeCall(rewards.withdrawTo, (address(0), self));
         payOnce(hostile, address(rewards), withdrawal, 1000);
+    }
+
+    /// @dev Claims too belong to members; the contract that is paid may call back for a balance of its own, in the same call.
+    function test_reentrancyOfClaims() public {
+        Hostile hostile = new Hostile();
+        publisher = address(hostile);
+        drawn();
+        c.correct = 1;
+        accepted(c.aggregator, address(blocks), publication(votesOf(c, keys)));
+        reveal("t");
+        rewards.distribute("t");
+        restock(10 ether);
+        (Candidate memory made,) = block_("u", 1000, same(1, 5));
+        settle(made, same(1, 5));
+        hostile.behave(Hostile.Manner.Reenter, abi.encodeCall(rewards.withdrawTo, (address(0), address(hostile))));
+        Opening memory opened = openingOf(made, 0, 1);
+        bytes memory data = abi.encodeCall(rewards.claimTo, ("u", address(0), address(hostile), opened));
+        accepted(made.participants[0], address(rewards), data);
+        vm.assertEq(address(hostile).balance, 180, "the claim alone");
+        vm.assertEq(hostile.reentered(), 0, "called back");
+        vm.assertEq(rewards.balanceOf(address(0), address(hostile)), 1000, "its balance is kept");
     }
 
     /// @dev Credits belong to members, which have keys; the contract is the recipient, and calls back for the member's sake.
@@ -548,31 +617,34 @@ contract AttacksTest is World {
         published();
         settle(c, same(1, 5));
         address first = c.participants[0];
-        Claim memory claim = claimOf(c, 0);
         uint256[5] memory positions = [uint256(1), 4, 5, 256, type(uint256).max];
         for (uint256 i = 0; i < 5; i++) {
-            Claim memory other = claimOf(c, 0);
-            other.place.position = positions[i];
+            Opening memory other = openingOf(c, 0, 1);
+            other.position = positions[i];
             refusedClaim(first, other);
         }
-        // An inner node of the tree under this name, with what is left of the proof.
-        bytes32[] memory shorter = new bytes32[](2);
-        (shorter[0], shorter[1]) = (claim.place.proof[1], claim.place.proof[2]);
-        refusedClaim(first, Claim("t", Place(0, claim.place.proof[0], shorter)));
-        // The root itself, the empty proof, and a proof that is too long.
-        refusedClaim(first, Claim("t", Place(0, blocks.getBlockMeta(keccak256("t")).contributionsRoot, new bytes32[](0))));
-        bytes32[] memory longer = new bytes32[](4);
-        for (uint256 i = 0; i < 3; i++) longer[i] = claim.place.proof[i];
-        refusedClaim(first, Claim("t", Place(0, claim.place.scoreCommit, longer)));
-        // Another's place, and another's commitment.
-        refusedClaim(first, claimOf(c, 1));
-        refusedClaim(outsider, claim);
-        claim.place.scoreCommit = c.scoreCommits[1];
-        refusedClaim(first, claim);
+        // A shorter proof, from a leaf to an inner node; none at all; and one that is too long.
+        Opening memory opened = openingOf(c, 0, 1);
+        bytes32[] memory proof = opened.proof;
+        opened.proof = new bytes32[](2);
+        (opened.proof[0], opened.proof[1]) = (proof[1], proof[2]);
+        refusedClaim(first, opened);
+        opened.proof = new bytes32[](0);
+        refusedClaim(first, opened);
+        opened.proof = new bytes32[](4);
+        for (uint256 i = 0; i < 3; i++) opened.proof[i] = proof[i];
+        refusedClaim(first, opened);
+        // Another's place, another's name, another score and another salt.
+        refusedClaim(first, openingOf(c, 1, 1));
+        refusedClaim(outsider, openingOf(c, 0, 1));
+        refusedClaim(first, openingOf(c, 0, 2));
+        opened = openingOf(c, 0, 1);
+        opened.salt = 0;
+        refusedClaim(first, opened);
     }
 
-    function refusedClaim(address who, Claim memory claim) private {
-        bytes memory data = abi.encodeCall(rewards.withdrawTo, (address(0), who, only(claim)));
+    function refusedClaim(address who, Opening memory opened) private {
+        bytes memory data = abi.encodeCall(rewards.claimTo, ("t", address(0), who, opened));
         refused(who, address(rewards), data, RewardDistribution.NotParticipant.selector);
     }
 
@@ -585,35 +657,66 @@ contract AttacksTest is World {
         vm.assertEq(address(this).balance - before, 20, "paid twice");
     }
 
-    function test_sameClaimTwiceInOneCall() public {
+    function test_sameClaimTwice() public {
         published();
         settle(c, same(1, 5));
-        Claim[] memory claims = new Claim[](2);
-        claims[0] = claims[1] = claimOf(c, 0);
-        bytes memory data = abi.encodeCall(rewards.withdrawTo, (address(0), miner(0), claims));
+        bytes memory data = abi.encodeCall(rewards.claimTo, ("t", address(0), miner(0), openingOf(c, 0, 1)));
+        accepted(miner(0), address(rewards), data);
         refused(miner(0), address(rewards), data, RewardDistribution.AlreadyClaimed.selector);
     }
 
-    /// @dev A task rewarded in a worthless token cannot be claimed in ether, alone or beside a claim in ether.
-    function test_claimAcrossTokens() public {
-        MannerToken token = new MannerToken();
-        token.mint(publisher, 1e18);
+    function test_naive_claimInAnotherToken() public {
+        (MannerToken good, MannerToken poor) = (new MannerToken(), new MannerToken());
+        good.mint(address(pool), 1000);
+        poor.mint(address(this), 1000);
+        poor.approve(address(pool), 1000);
+        pool.fund(Token(address(poor)), "t", miner(0), 1000);
+        vm.prank(miner(0));
+        pool.claimIn(Token(address(good)), "t");
+        vm.assertEq(good.balanceOf(miner(0)), 1000, "others' tokens");
+    }
+
+    /// @dev A task rewarded in a worthless token has no pool in ether or in another token; nor is a balance of one in another.
+    function test_claimInAnotherToken() public {
+        (MannerToken good, MannerToken poor) = (new MannerToken(), new MannerToken());
+        good.mint(address(rewards), 1e18);
+        vm.deal(address(rewards), 1e18);
+        poor.mint(publisher, 1e18);
         vm.prank(publisher);
-        token.approve(address(escrow), 1e18);
-        publish("worthless", address(token), 1e18, terms());
-        (Candidate memory cheap,) = blockOf("worthless", same(1, 5));
+        poor.approve(address(escrow), 1e18);
+        publish("t", address(poor), 1e18, terms());
+        (Candidate memory cheap,) = blockOf("t", same(1, 5));
         settle(cheap, same(1, 5));
-        restock(10 ether);
-        published();
-        settle(c, same(1, 5));
-        Claim[] memory claims = new Claim[](2);
-        (claims[0], claims[1]) = (claimOf(c, 0), claimOf(cheap, 0));
-        bytes4 why = RewardDistribution.WrongToken.selector;
-        refused(miner(0), address(rewards), abi.encodeCall(rewards.withdrawTo, (address(0), miner(0), claims)), why);
-        claims = only(claims[1]);
-        refused(miner(0), address(rewards), abi.encodeCall(rewards.withdrawTo, (address(0), miner(0), claims)), why);
-        why = RewardDistribution.NothingToWithdraw.selector;
-        bytes memory balance = abi.encodeCall(rewards.withdrawTo, (address(0), outsider, new Claim[](0)));
-        refused(outsider, address(rewards), balance, why);
+        address[2] memory tokens = [address(0), address(good)];
+        for (uint256 i = 0; i < 2; i++) {
+            bytes memory data = abi.encodeCall(rewards.claimTo, ("t", tokens[i], miner(0), openingOf(cheap, 0, 1)));
+            refused(miner(0), address(rewards), data, RewardDistribution.NotDistributed.selector);
+            vm.assertEq(rewards.claimable(keccak256("t"), tokens[i], 0, 1), 0, "no pool");
+            data = abi.encodeCall(rewards.withdrawTo, (tokens[i], cheap.aggregator));
+            refused(cheap.aggregator, address(rewards), data, RewardDistribution.NothingToWithdraw.selector);
+        }
+        vm.assertEq(claim(cheap, 0, 1), 0.18 ether, "in the worthless one");
+    }
+
+    // A score that was not revealed counts at the claim
+
+    function test_naive_claimOfAnUnrevealedScore() public {
+        // A pool of 1000 for one revealed score of 10, beside 4000 of other tasks.
+        vm.deal(address(pool), 5000);
+        vm.prank(miner(1));
+        pool.claimByScore(1000, 50, 10);
+        vm.assertEq(miner(1).balance, 5000, "the pool, and others'");
+    }
+
+    function test_claimOfAnUnrevealedScore() public {
+        uint256[] memory scores = same(10, 5);
+        scores[1] = 1_000_000;
+        published(scores);
+        reveal("t");
+        revealScore(c, 0, 10);
+        pass(3 hours + 1);
+        rewards.distribute("t");
+        vm.assertEq(claim(c, 1, 1_000_000), 0, "not revealed");
+        vm.assertEq(claim(c, 0, 10), 900, "all to the one that revealed");
     }
 }

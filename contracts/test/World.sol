@@ -4,7 +4,7 @@ pragma solidity ^0.8.28;
 import {BlockMeta, BlockPublisher, Candidate, Vote} from "../src/BlockPublisher.sol";
 import {accountOf, contributionLeaf, memberWord} from "../src/Cohort.sol";
 import {HealChainEscrow} from "../src/HealChainEscrow.sol";
-import {Claim, Outcome, Place, RewardDistribution, Settlement} from "../src/RewardDistribution.sol";
+import {Opening, Outcome, RewardDistribution, Settlement} from "../src/RewardDistribution.sol";
 import {Application, StakeRegistry} from "../src/StakeRegistry.sol";
 import {PPM, Status, Task, Terms, taskKeyOf} from "../src/Task.sol";
 import {vm} from "./Vm.sol";
@@ -130,8 +130,13 @@ abstract contract World {
         escrow.publishTask{value: value}(id, commitOf(ACCURACY_PPM), keccak256("spec"), token, reward, t);
     }
 
-    function applicationOf(string memory id, uint256 key) internal view returns (Application memory a) {
-        a = Application(vm.addr(key), keccak256("key"), keccak256("proof"), 0, 0);
+    /// @dev All of the available stake.
+    function applicationOf(string memory id, uint256 key) internal view returns (Application memory) {
+        return applicationOf(id, key, uint88(registry.availableStake(vm.addr(key))));
+    }
+
+    function applicationOf(string memory id, uint256 key, uint88 stake) internal view returns (Application memory a) {
+        a = Application(vm.addr(key), keccak256("key"), keccak256("proof"), stake, 0, 0);
         bytes32 struct_ = keccak256(
             abi.encode(
                 registry.REGISTRATION_TYPEHASH(),
@@ -139,7 +144,8 @@ abstract contract World {
                 uint32(0),
                 a.miner,
                 a.encryptionKeyHash,
-                a.datasetProofSha256
+                a.datasetProofSha256,
+                uint96(stake)
             )
         );
         (a.r, a.vs) = vm.signCompact(key, digestOf(struct_));
@@ -150,19 +156,20 @@ abstract contract World {
         for (uint256 i = 0; i < who.length; i++) all[i] = applicationOf(id, who[i]);
     }
 
-    function cohortOf(uint256[] memory who) internal view returns (bytes32[] memory cohort) {
-        cohort = new bytes32[](who.length);
-        for (uint256 i = 0; i < who.length; i++) {
-            address miner = vm.addr(who[i]);
-            cohort[i] = memberWord(miner, uint96(registry.availableStake(miner)));
-        }
+    /// @dev The words that registration records of these applications.
+    function cohortOf(Application[] memory applications) internal pure returns (bytes32[] memory cohort) {
+        cohort = new bytes32[](applications.length);
+        for (uint256 i = 0; i < cohort.length; i++) cohort[i] = memberWord(applications[i].miner, applications[i].stake);
     }
 
     function close(string memory id, uint256[] memory who) internal returns (bytes32[] memory cohort) {
-        cohort = cohortOf(who);
-        Application[] memory applications = applicationsOf(id, who);
+        return close(id, applicationsOf(id, who));
+    }
+
+    function close(string memory id, Application[] memory applications) internal returns (bytes32[] memory) {
         vm.prank(publisher);
         registry.closeRegistration(id, applications);
+        return cohortOf(applications);
     }
 
     /// @dev The aggregator's turn begins.
@@ -264,10 +271,13 @@ abstract contract World {
         rewards.revealAccuracy(id, ACCURACY_PPM, SALT);
     }
 
+    function openingOf(Candidate memory c, uint256 position, uint256 score) internal pure returns (Opening memory) {
+        return Opening(score, SALT, position, proofOf(c.participants, c.scoreCommits, position));
+    }
+
     function revealScore(Candidate memory c, uint256 position, uint256 score) internal {
-        bytes32[] memory proof = proofOf(c.participants, c.scoreCommits, position);
         vm.prank(c.participants[position]);
-        rewards.revealScore(c.taskID, score, SALT, position, proof);
+        rewards.revealScore(c.taskID, openingOf(c, position, score));
     }
 
     /// @dev Everybody reveals and the reward is there to be claimed.
@@ -277,21 +287,21 @@ abstract contract World {
         rewards.distribute(c.taskID);
     }
 
-    function claimOf(Candidate memory c, uint256 position) internal pure returns (Claim memory) {
-        bytes32[] memory proof = proofOf(c.participants, c.scoreCommits, position);
-        return Claim(c.taskID, Place(position, c.scoreCommits[position], proof));
-    }
-
-    function only(Claim memory claim) internal pure returns (Claim[] memory claims) {
-        claims = new Claim[](1);
-        claims[0] = claim;
-    }
-
-    /// @dev What the account gets.
-    function withdraw(address account, address token, Claim[] memory claims) internal returns (uint256) {
+    /// @dev What the participant gets.
+    function claim(Candidate memory c, uint256 position, uint256 score) internal returns (uint256) {
+        address token = escrow.getTask(keccak256(bytes(c.taskID))).token;
+        address account = c.participants[position];
         uint256 before = held(token, account);
         vm.prank(account);
-        rewards.withdrawTo(token, account, claims);
+        rewards.claimTo(c.taskID, token, account, openingOf(c, position, score));
+        return held(token, account) - before;
+    }
+
+    /// @dev What the account gets of its balance.
+    function withdraw(address account, address token) internal returns (uint256) {
+        uint256 before = held(token, account);
+        vm.prank(account);
+        rewards.withdrawTo(token, account);
         return held(token, account) - before;
     }
 
