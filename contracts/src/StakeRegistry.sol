@@ -178,7 +178,7 @@ contract StakeRegistry is ReentrancyGuardTransient {
 
     /// @notice Takes part of the sender's available stake out of it; it is paid out after the delay. Replaces an earlier request,
     /// whose amount goes back into the stake first; zero cancels it.
-    /// @dev Emits {WithdrawalRequested}. Reverts with {InsufficientStake}.
+    /// @dev Emits {WithdrawalRequested}. Reverts with {InsufficientStake}, or SafeCastOverflowedUintDowncast above 2^88 - 1 wei.
     /// @param amount Wei, at most what is available then.
     function requestWithdrawal(uint256 amount) external {
         Account storage account = _accounts[msg.sender];
@@ -187,7 +187,7 @@ contract StakeRegistry is ReentrancyGuardTransient {
         if (amount > available) revert InsufficientStake(msg.sender, available, amount);
 
         uint40 withdrawableAt = (block.timestamp + withdrawalDelay_s).toUint40();
-        account.stake = uint88(uint256(account.stake) + withdrawal.amount - amount);
+        account.stake = (uint256(account.stake) + withdrawal.amount - amount).toUint88();
         withdrawal.amount = uint88(amount);
         withdrawal.withdrawableAt = withdrawableAt;
         emit WithdrawalRequested(msg.sender, amount, withdrawableAt);
