@@ -247,7 +247,7 @@ contract StakesTest is World {
         for (uint256 i = 0; i < 5; i++) deposit(vm.addr(keys[i]), stake);
         uint40 first = publishFor("t", 1 days);
         bytes32[] memory cohort = close("t", stakesOf("t", a));
-        uint40 end = publishFor("u", 1 days + 1 + longer);
+        uint40 end = publishFor("u", 1 days + 1 + uint256(longer));
         close("u", stakesOf("u", b));
         holdIs(uint256(a) + b, end);
         vm.warp(first + 1);
