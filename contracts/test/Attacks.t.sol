@@ -10,7 +10,8 @@ import {NotAscending, Terms, WrongStatus} from "../src/Task.sol";
 import {Hostile} from "./Hostile.sol";
 import {MannerToken} from "./Tokens.sol";
 import {vm} from "./Vm.sol";
-import {Claim, World} from "./World.sol";
+import {World} from "./World.sol";
+import {NaiveHolds} from "./naive/NaiveHolds.sol";
 import {NaivePool, Token} from "./naive/NaivePool.sol";
 import {NaiveStakes} from "./naive/NaiveStakes.sol";
 import {NaiveTask} from "./naive/NaiveTask.sol";
@@ -22,6 +23,7 @@ contract AttacksTest is World {
     NaiveVotes private ballot;
     NaivePool private pool;
     NaiveStakes private stakes;
+    NaiveHolds private holds;
     bytes32[] private cohort;
     Candidate private c;
 
@@ -32,6 +34,7 @@ contract AttacksTest is World {
         ballot = new NaiveVotes();
         pool = new NaivePool();
         stakes = new NaiveStakes();
+        holds = new NaiveHolds();
         vm.deal(publisher, 2000);
         vm.prank(publisher);
         naive.publishTask{value: 1000}("t");
@@ -131,12 +134,11 @@ contract AttacksTest is World {
         scores[2] = 1_000_001;
         published(scores);
         reveal("t");
-        bytes32[] memory proof = proofOf(c.participants, c.scoreCommits, 1);
-        bytes memory data = abi.encodeCall(rewards.revealScore, ("t", Opening(scores[1], SALT, 1, proof)));
-        refused(c.participants[1], address(rewards), data, RewardDistribution.ScoreTooLarge.selector);
-        proof = proofOf(c.participants, c.scoreCommits, 2);
-        data = abi.encodeCall(rewards.revealScore, ("t", Opening(scores[2], SALT, 2, proof)));
-        refused(c.participants[2], address(rewards), data, RewardDistribution.ScoreTooLarge.selector);
+        bytes4 why = RewardDistribution.ScoreTooLarge.selector;
+        for (uint256 i = 1; i <= 2; i++) {
+            bytes memory data = abi.encodeCall(rewards.revealScore, ("t", openingOf(c, i, scores[i])));
+            refused(c.participants[i], address(rewards), data, why);
+        }
         revealScore(c, 0, 10);
         pass(3 hours + 1);
         rewards.distribute("t");
@@ -150,7 +152,8 @@ contract AttacksTest is World {
         publish("t", address(0), type(uint88).max, t);
         (Candidate memory made,) = blockOf("t", same(type(uint64).max, 5));
         settle(made, same(type(uint64).max, 5));
-        for (uint256 i = 0; i < 5; i++) withdraw(made.participants[i], address(0), only(claimOf(made, i)));
+        for (uint256 i = 0; i < 5; i++) claim(made, i, type(uint64).max);
+        withdraw(made.aggregator, address(0));
         vm.assertEq(address(rewards).balance, 0, "all of it");
     }
 
@@ -178,19 +181,15 @@ contract AttacksTest is World {
             string memory id = vm.toString(manner);
             (Candidate memory made,) = block_(id, 1000, same(1, 5));
             settle(made, same(1, 5));
-            for (uint256 i = 0; i < 5; i++) {
-                Claim[] memory claims = only(claimOf(made, i));
-                if (i == 0) {
-                    // Paid to the hostile one: only this call fails, and can be made again to another recipient.
-                    vm.prank(made.participants[i]);
-                    (bool ok,) = address(rewards).call{gas: 3_000_000}(
-                        abi.encodeCall(rewards.claimTo, (id, address(0), address(hostile), claims[0].opening))
-                    );
-                    vm.assertTrue(ok == (manner == 2 || manner == 4), "harms its own payment only");
-                    if (ok) claims = new Claim[](0);
-                }
-                withdraw(made.participants[i], address(0), claims);
-            }
+            withdraw(made.aggregator, address(0));
+            // Paid to the hostile one: only this call fails, and can be made again to another recipient.
+            Opening memory opened = openingOf(made, 0, 1);
+            vm.prank(made.participants[0]);
+            (bool ok,) = address(rewards).call{gas: 3_000_000}(
+                abi.encodeCall(rewards.claimTo, (id, address(0), address(hostile), opened))
+            );
+            vm.assertTrue(ok == (manner == 2 || manner == 4), "harms its own payment only");
+            for (uint256 i = ok ? 1 : 0; i < 5; i++) claim(made, i, 1);
             vm.assertEq(address(rewards).balance, 0, "everybody is paid");
         }
     }
@@ -212,8 +211,8 @@ contract AttacksTest is World {
         reveal("t");
         rewards.distribute("t");
         vm.assertEq(rewards.balanceOf(address(0), publisher), 1000, "refunded");
-        bytes memory claim = abi.encodeCall(rewards.claimTo, ("t", address(0), miner(0), claimOf(c, 0).opening));
-        refused(miner(0), address(rewards), claim, RewardDistribution.NotDistributed.selector);
+        bytes memory data = abi.encodeCall(rewards.claimTo, ("t", address(0), miner(0), openingOf(c, 0, 1)));
+        refused(miner(0), address(rewards), data, RewardDistribution.NotDistributed.selector);
     }
 
     // An insider withdraws before it is punished
@@ -228,15 +227,69 @@ contract AttacksTest is World {
     }
 
     function test_withdrawBeforeTheSlash() public {
+        // Asked long before, so that the delay is over: what was asked for backs no task, the rest does not leave.
+        for (uint256 i = 0; i < 5; i++) {
+            accepted(miner(i), address(registry), abi.encodeCall(registry.requestWithdrawal, (9 ether)));
+        }
+        pass(DELAY_S);
         drawn();
-        bytes memory request = abi.encodeCall(registry.requestWithdrawal, (1));
+        bytes memory request = abi.encodeCall(registry.requestWithdrawal, (9 ether + 1));
         refused(c.aggregator, address(registry), request, StakeRegistry.InsufficientStake.selector);
+        accepted(c.aggregator, address(registry), abi.encodeCall(registry.withdrawStake, (c.aggregator)));
         Candidate memory other = c;
         other.modelUri = "s3://models/other";
         Vote memory first = signed(keyOf[c.aggregator], blocks.candidateHash(c));
         Vote memory second = signed(keyOf[c.aggregator], blocks.candidateHash(other));
         blocks.reportEquivocation(c, first, other, second, cohort);
         vm.assertEq(registry.stakeOf(c.aggregator), 0, "what the task recorded is taken");
+        StakeRegistry.Offence offence = StakeRegistry.Offence.Equivocation;
+        vm.assertEq(registry.getSlash(keccak256("t"), placeIn(cohort), offence).amount, 1 ether, "all of it");
+    }
+
+    /// @dev An old request is kept until a task holds the stake, and then taken.
+    function test_naive_requestBacksATaskToo() public {
+        vm.deal(miner(0), 5);
+        vm.startPrank(miner(0));
+        holds.deposit{value: 5}();
+        holds.request(5);
+        holds.hold("t", miner(0), 5, time() + 10);
+        holds.withdraw();
+        vm.stopPrank();
+        vm.assertEq(holds.recordedOf(miner(0)), 5, "recorded");
+        vm.assertEq(holds.stakeOf(miner(0)), 0, "and gone");
+    }
+
+    function test_requestBacksNoTask() public {
+        publish("t", 1);
+        Application[] memory all = applicationsOf("t", keys);
+        accepted(miner(0), address(registry), abi.encodeCall(registry.requestWithdrawal, (1)));
+        bytes memory closing = abi.encodeCall(registry.closeRegistration, ("t", all));
+        refused(publisher, address(registry), closing, StakeRegistry.InsufficientStake.selector);
+    }
+
+    // What an old task recorded is given back out of what a new one did
+
+    function test_naive_releaseOfAnOldTask() public {
+        vm.deal(miner(0), 5);
+        vm.prank(miner(0));
+        holds.deposit{value: 5}();
+        holds.hold("old", miner(0), 5, time() + 10);
+        vm.warp(time() + 11);
+        holds.hold("new", miner(0), 5, time() + 10);
+        holds.release("old", miner(0));
+        holds.hold("another", miner(0), 5, time() + 10);
+        vm.assertEq(holds.stakeOf(miner(0)), 5, "one stake behind two tasks");
+    }
+
+    function test_releaseOfAnOldTask() public {
+        publish("old", 1);
+        bytes32[] memory members = close("old", keys);
+        pass(10 days + 6 hours + 1);
+        drawn();
+        bytes memory release = abi.encodeCall(registry.releaseStake, ("old", members, placeIn(members)));
+        refused(c.aggregator, address(registry), release, StakeRegistry.NotEntitled.selector);
+        bytes memory request = abi.encodeCall(registry.requestWithdrawal, (1));
+        refused(c.aggregator, address(registry), request, StakeRegistry.InsufficientStake.selector);
     }
 
     // An insider lets accomplices take its stake before evidence does
@@ -254,7 +307,7 @@ contract AttacksTest is World {
         publish("own", address(0), 1, t);
     }
 
-    function twoCandidates(string memory id, uint256 key) private returns (Candidate memory, Vote memory, Candidate memory, Vote memory) {
+    function twoCandidates(string memory id, uint256 key) private view returns (Candidate memory, Vote memory, Candidate memory, Vote memory) {
         Candidate memory a = candidateOf(id, three(keys[0], keys[1], keys[2]), same(1, 3));
         Candidate memory b = candidateOf(id, three(keys[0], keys[1], keys[2]), same(2, 3));
         a.aggregator = b.aggregator = vm.addr(key);
@@ -459,6 +512,27 @@ contract AttacksTest is World {
         payOnce(hostile, address(rewards), withdrawal, 1000);
     }
 
+    /// @dev Claims too belong to members; the contract that is paid may call back for a balance of its own, in the same call.
+    function test_reentrancyOfClaims() public {
+        Hostile hostile = new Hostile();
+        publisher = address(hostile);
+        drawn();
+        c.correct = 1;
+        accepted(c.aggregator, address(blocks), publication(votesOf(c, keys)));
+        reveal("t");
+        rewards.distribute("t");
+        restock(10 ether);
+        (Candidate memory made,) = block_("u", 1000, same(1, 5));
+        settle(made, same(1, 5));
+        hostile.behave(Hostile.Manner.Reenter, abi.encodeCall(rewards.withdrawTo, (address(0), address(hostile))));
+        Opening memory opened = openingOf(made, 0, 1);
+        bytes memory data = abi.encodeCall(rewards.claimTo, ("u", address(0), address(hostile), opened));
+        accepted(made.participants[0], address(rewards), data);
+        vm.assertEq(address(hostile).balance, 180, "the claim alone");
+        vm.assertEq(hostile.reentered(), 0, "called back");
+        vm.assertEq(rewards.balanceOf(address(0), address(hostile)), 1000, "its balance is kept");
+    }
+
     /// @dev Credits belong to members, which have keys; the contract is the recipient, and calls back for the member's sake.
     function test_reentrancyOfCredits() public {
         drawn();
@@ -543,35 +617,34 @@ contract AttacksTest is World {
         published();
         settle(c, same(1, 5));
         address first = c.participants[0];
-        Claim memory claim = claimOf(c, 0);
         uint256[5] memory positions = [uint256(1), 4, 5, 256, type(uint256).max];
         for (uint256 i = 0; i < 5; i++) {
-            Claim memory other = claimOf(c, 0);
-            other.opening.position = positions[i];
+            Opening memory other = openingOf(c, 0, 1);
+            other.position = positions[i];
             refusedClaim(first, other);
         }
-        // Less of the proof, none, and more.
-        refusedClaim(first, shortened(claim, 2));
-        refusedClaim(first, shortened(claim, 0));
-        refusedClaim(first, shortened(claim, 4));
-        // Another's place, by either of them; another score, another salt.
-        refusedClaim(first, claimOf(c, 1));
-        refusedClaim(outsider, claim);
-        claim.opening.score = 2;
-        refusedClaim(first, claim);
-        claim = claimOf(c, 0);
-        claim.opening.salt = 0;
-        refusedClaim(first, claim);
+        // A shorter proof, from a leaf to an inner node; none at all; and one that is too long.
+        Opening memory opened = openingOf(c, 0, 1);
+        bytes32[] memory proof = opened.proof;
+        opened.proof = new bytes32[](2);
+        (opened.proof[0], opened.proof[1]) = (proof[1], proof[2]);
+        refusedClaim(first, opened);
+        opened.proof = new bytes32[](0);
+        refusedClaim(first, opened);
+        opened.proof = new bytes32[](4);
+        for (uint256 i = 0; i < 3; i++) opened.proof[i] = proof[i];
+        refusedClaim(first, opened);
+        // Another's place, another's name, another score and another salt.
+        refusedClaim(first, openingOf(c, 1, 1));
+        refusedClaim(outsider, openingOf(c, 0, 1));
+        refusedClaim(first, openingOf(c, 0, 2));
+        opened = openingOf(c, 0, 1);
+        opened.salt = 0;
+        refusedClaim(first, opened);
     }
 
-    function shortened(Claim memory claim, uint256 count) private pure returns (Claim memory other) {
-        bytes32[] memory proof = new bytes32[](count);
-        for (uint256 i = 0; i < count && i < claim.opening.proof.length; i++) proof[i] = claim.opening.proof[i];
-        return Claim(claim.taskID, Opening(claim.opening.score, claim.opening.salt, claim.opening.position, proof));
-    }
-
-    function refusedClaim(address who, Claim memory claim) private {
-        bytes memory data = abi.encodeCall(rewards.claimTo, (claim.taskID, address(0), who, claim.opening));
+    function refusedClaim(address who, Opening memory opened) private {
+        bytes memory data = abi.encodeCall(rewards.claimTo, ("t", address(0), who, opened));
         refused(who, address(rewards), data, RewardDistribution.NotParticipant.selector);
     }
 
@@ -587,30 +660,63 @@ contract AttacksTest is World {
     function test_sameClaimTwice() public {
         published();
         settle(c, same(1, 5));
-        bytes memory data = abi.encodeCall(rewards.claimTo, ("t", address(0), miner(0), claimOf(c, 0).opening));
+        bytes memory data = abi.encodeCall(rewards.claimTo, ("t", address(0), miner(0), openingOf(c, 0, 1)));
         accepted(miner(0), address(rewards), data);
         refused(miner(0), address(rewards), data, RewardDistribution.AlreadyClaimed.selector);
     }
 
-    /// @dev A task rewarded in a worthless token cannot be claimed in ether, nor one in ether in the token.
-    function test_claimAcrossTokens() public {
-        MannerToken token = new MannerToken();
-        token.mint(publisher, 1e18);
+    function test_naive_claimInAnotherToken() public {
+        (MannerToken good, MannerToken poor) = (new MannerToken(), new MannerToken());
+        good.mint(address(pool), 1000);
+        poor.mint(address(this), 1000);
+        poor.approve(address(pool), 1000);
+        pool.fund(Token(address(poor)), "t", miner(0), 1000);
+        vm.prank(miner(0));
+        pool.claimIn(Token(address(good)), "t");
+        vm.assertEq(good.balanceOf(miner(0)), 1000, "others' tokens");
+    }
+
+    /// @dev A task rewarded in a worthless token has no pool in ether or in another token; nor is a balance of one in another.
+    function test_claimInAnotherToken() public {
+        (MannerToken good, MannerToken poor) = (new MannerToken(), new MannerToken());
+        good.mint(address(rewards), 1e18);
+        vm.deal(address(rewards), 1e18);
+        poor.mint(publisher, 1e18);
         vm.prank(publisher);
-        token.approve(address(escrow), 1e18);
-        publish("worthless", address(token), 1e18, terms());
-        (Candidate memory cheap,) = blockOf("worthless", same(1, 5));
+        poor.approve(address(escrow), 1e18);
+        publish("t", address(poor), 1e18, terms());
+        (Candidate memory cheap,) = blockOf("t", same(1, 5));
         settle(cheap, same(1, 5));
-        restock(10 ether);
-        published();
-        settle(c, same(1, 5));
-        bytes4 why = RewardDistribution.NotDistributed.selector;
-        Opening memory place = claimOf(cheap, 0).opening;
-        refused(miner(0), address(rewards), abi.encodeCall(rewards.claimTo, ("worthless", address(0), miner(0), place)), why);
-        place = claimOf(c, 0).opening;
-        refused(miner(0), address(rewards), abi.encodeCall(rewards.claimTo, ("t", address(token), miner(0), place)), why);
-        why = RewardDistribution.NothingToWithdraw.selector;
-        bytes memory balance = abi.encodeCall(rewards.withdrawTo, (address(0), outsider));
-        refused(outsider, address(rewards), balance, why);
+        address[2] memory tokens = [address(0), address(good)];
+        for (uint256 i = 0; i < 2; i++) {
+            bytes memory data = abi.encodeCall(rewards.claimTo, ("t", tokens[i], miner(0), openingOf(cheap, 0, 1)));
+            refused(miner(0), address(rewards), data, RewardDistribution.NotDistributed.selector);
+            vm.assertEq(rewards.claimable(keccak256("t"), tokens[i], 0, 1), 0, "no pool");
+            data = abi.encodeCall(rewards.withdrawTo, (tokens[i], cheap.aggregator));
+            refused(cheap.aggregator, address(rewards), data, RewardDistribution.NothingToWithdraw.selector);
+        }
+        vm.assertEq(claim(cheap, 0, 1), 0.18 ether, "in the worthless one");
+    }
+
+    // A score that was not revealed counts at the claim
+
+    function test_naive_claimOfAnUnrevealedScore() public {
+        // A pool of 1000 for one revealed score of 10, beside 4000 of other tasks.
+        vm.deal(address(pool), 5000);
+        vm.prank(miner(1));
+        pool.claimByScore(1000, 50, 10);
+        vm.assertEq(miner(1).balance, 5000, "the pool, and others'");
+    }
+
+    function test_claimOfAnUnrevealedScore() public {
+        uint256[] memory scores = same(10, 5);
+        scores[1] = 1_000_000;
+        published(scores);
+        reveal("t");
+        revealScore(c, 0, 10);
+        pass(3 hours + 1);
+        rewards.distribute("t");
+        vm.assertEq(claim(c, 1, 1_000_000), 0, "not revealed");
+        vm.assertEq(claim(c, 0, 10), 900, "all to the one that revealed");
     }
 }

@@ -94,7 +94,7 @@ contract DrawTest is World {
     function test_namesAreWorthNothing() public {
         hireAttacker();
         uint256 wins = 0;
-        bytes32[] memory cohort = cohortOf(keys);
+        bytes32[] memory cohort = cohortOf(applicationsOf("any", keys));
         for (uint256 i = 0; i < DRAWS; i++) {
             pass(11 days);
             uint256 j = 0;
@@ -113,7 +113,7 @@ contract DrawTest is World {
         for (uint256 i = 0; i < DRAWS; i++) {
             pass(11 days);
             string memory id = vm.toString(i);
-            bytes32[] memory cohort = cohortOf(keys);
+            bytes32[] memory cohort = cohortOf(applicationsOf("any", keys));
             for (uint256 j = 1; j <= 30 && guess(id, cohort) != attacker; j++) cohort[1] = bytes32(uint256(cohort[1]) + 1);
             uint256 more = stakeIn(cohort[1]) - registry.stakeOf(attacker);
             if (more > 0) {

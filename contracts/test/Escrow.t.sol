@@ -51,7 +51,7 @@ contract EscrowTest is World {
     }
 
     function test_termsOutsideTheirBounds() public {
-        for (uint256 i = 0; i < 20; i++) {
+        for (uint256 i = 0; i < 19; i++) {
             Terms memory t = terms();
             if (i == 0) t.deadline = uint40(time() + 366 days + 1);
             if (i == 1) t.minMiners = 2;
@@ -69,11 +69,10 @@ contract EscrowTest is World {
             if (i == 13) t.scoreRevealWindow_s = 0;
             if (i == 14) t.scoreRevealWindow_s = 90 days + 1;
             if (i == 15) t.maxScore = 0;
-            if (i == 16) t.maxMiners = 0;
-            if (i == 17) t.minMiners = 0;
+            if (i == 16) t.minMiners = 0;
             bytes4 why = HealChainEscrow.InvalidTerms.selector;
-            if (i == 18) (t.deadline, why) = (uint40(time()), DeadlinePast.selector);
-            if (i == 19) (t.deadline, why) = (0, DeadlinePast.selector);
+            if (i == 17) (t.deadline, why) = (uint40(time()), DeadlinePast.selector);
+            if (i == 18) (t.deadline, why) = (0, DeadlinePast.selector);
             refused(publisher, address(escrow), 1, publication("t", address(0), 1, t), why);
         }
         bytes memory uncommitted = abi.encodeCall(escrow.publishTask, ("t", 0, 0, address(0), 1, terms()));

@@ -7,7 +7,7 @@ import {Opening, Outcome, RewardDistribution, Settlement} from "../src/RewardDis
 import {OnlyContract, Terms} from "../src/Task.sol";
 import {MannerToken} from "./Tokens.sol";
 import {vm} from "./Vm.sol";
-import {Claim, World} from "./World.sol";
+import {World} from "./World.sol";
 
 contract RewardsTest is World {
     bytes32 private constant KEY = keccak256("t");
@@ -37,21 +37,21 @@ contract RewardsTest is World {
     }
 
     function scoreOf(uint256 position, uint256 score) private view returns (bytes memory) {
-        bytes32[] memory proof = proofOf(c.participants, c.scoreCommits, position);
-        return abi.encodeCall(rewards.revealScore, ("t", Opening(score, SALT, position, proof)));
+        return abi.encodeCall(rewards.revealScore, ("t", openingOf(c, position, score)));
     }
 
-    function claiming(address token, Claim[] memory claims) private view returns (bytes memory) {
-        if (claims.length == 0) return abi.encodeCall(rewards.withdrawTo, (token, address(0xCAFE)));
-        return abi.encodeCall(rewards.claimTo, (claims[0].taskID, token, address(0xCAFE), claims[0].opening));
+    function claiming(address token, Opening memory opened) private view returns (bytes memory) {
+        return abi.encodeCall(rewards.claimTo, ("t", token, address(0xCAFE), opened));
     }
 
     function outcomeIs(Outcome expected) private view {
         vm.assertEq(uint256(rewards.getSettlement("t").outcome), uint256(expected), "outcome");
     }
 
-    function claimAll() private returns (uint256 sum) {
-        for (uint256 i = 0; i < 5; i++) sum += withdraw(c.participants[i], address(0), only(claimOf(c, i)));
+    /// @dev What the five and the aggregator get.
+    function takeAll(uint256 score) private returns (uint256 sum) {
+        for (uint256 i = 0; i < 5; i++) sum += claim(c, i, score);
+        sum += withdraw(c.aggregator, address(0));
     }
 
     // The requirement
@@ -108,7 +108,7 @@ contract RewardsTest is World {
         vm.warp(s.scoreRevealEnd + 1);
         no(c.participants[1], scoreOf(1, 1), RewardDistribution.RevealTooLate.selector);
         accepted(outsider, address(rewards), distributing());
-        vm.assertEq(withdraw(c.participants[0], address(0), only(claimOf(c, 0))), 1000, "all to the one who revealed");
+        vm.assertEq(claim(c, 0, 1), 1000, "all to the one who revealed");
     }
 
     function test_theFirstScoreAfterSilenceOpensTheScores() public {
@@ -132,8 +132,8 @@ contract RewardsTest is World {
         no(publisher, opening(950_001, SALT), RewardDistribution.AccuracyAlreadyRevealed.selector);
         accepted(outsider, address(rewards), distributing());
         no(outsider, distributing(), RewardDistribution.AlreadyDistributed.selector);
-        no(c.participants[0], claiming(address(0), only(claimOf(c, 0))), RewardDistribution.NotDistributed.selector);
-        vm.assertEq(withdraw(publisher, address(0), new Claim[](0)), 1000, "refund");
+        no(c.participants[0], claiming(address(0), openingOf(c, 0, 1)), RewardDistribution.NotDistributed.selector);
+        vm.assertEq(withdraw(publisher, address(0)), 1000, "refund");
     }
 
     /// @dev correct / total is compared with the requirement without rounding.
@@ -200,7 +200,7 @@ contract RewardsTest is World {
     function test_allRevealedEndsTheWindow() public {
         blockWith(same(1, 5));
         settle(c, same(1, 5));
-        vm.assertEq(claimAll(), 1000, "everybody");
+        vm.assertEq(takeAll(1), 1000, "everybody");
     }
 
     function test_zeroScoresShareEqually() public {
@@ -213,7 +213,7 @@ contract RewardsTest is World {
         vm.assertEq(rewards.claimable(KEY, address(0), 0, 0), 0, "not revealed");
         vm.assertEq(rewards.claimable(KEY, address(0), 1, 0), 450, "half of the pool");
         vm.assertEq(rewards.claimable(KEY, address(0), 9, 0), 0, "no such place");
-        claimAll();
+        vm.assertEq(takeAll(0), 1000, "pool and share");
         vm.assertEq(address(rewards).balance, 0, "left behind");
     }
 
@@ -224,16 +224,58 @@ contract RewardsTest is World {
         vm.assertEq(rewards.claimable(KEY, address(0), 0, 7), 0, "before the distribution");
         rewards.distribute("t");
         vm.assertEq(rewards.claimable(KEY, address(0), 3, 7), 180, "a fifth of the pool");
-        vm.assertEq(claimAll(), 1000, "pool and share");
+        vm.assertEq(takeAll(7), 1000, "pool and share");
     }
 
-    function test_aClaimIsRemembered() public {
-        blockWith(same(3, 5));
-        settle(c, same(3, 5));
-        withdraw(c.participants[3], address(0), only(claimOf(c, 3)));
-        (bool isRevealed, bool isClaimed) = rewards.isRevealed(KEY, 3);
-        vm.assertTrue(isRevealed && isClaimed, "kept");
-        vm.assertEq(rewards.claimable(KEY, address(0), 3, 3), 0, "paid");
+    /// @dev The bits of reveals and claims at the first, the last and the next to the last place of the largest cohort.
+    function test_everyPlaceHasItsOwnBits() public {
+        hire(195, 1 ether);
+        uint256[] memory scores = same(1, 200);
+        blockWith(scores);
+        reveal("t");
+        uint256[3] memory places = [uint256(0), 198, 199];
+        for (uint256 k = 0; k < 3; k++) revealScore(c, places[k], 1);
+        pass(3 hours + 1);
+        rewards.distribute("t");
+        for (uint256 k = 0; k < 3; k++) {
+            vm.assertEq(claim(c, places[k], 1), 300, "a third of the pool");
+            no(c.participants[places[k]], claiming(address(0), openingOf(c, places[k], 1)), k == 2
+                ? RewardDistribution.NotDistributed.selector
+                : RewardDistribution.AlreadyClaimed.selector);
+        }
+        uint256 count = 0;
+        for (uint256 i = 0; i < 256; i++) {
+            (bool isRevealed, bool isClaimed) = rewards.isRevealed(KEY, i);
+            vm.assertTrue(isRevealed == isClaimed, "another place");
+            if (isClaimed) count++;
+        }
+        vm.assertEq(count, 3, "three bits");
+    }
+
+    /// @dev Nobody revealed: all may claim, the score that the commitment holds may even be above the bound.
+    function test_claimsAmongAllNeedTheCommitmentOnly() public {
+        uint256[] memory scores = same(7, 5);
+        scores[2] = type(uint256).max;
+        blockWith(scores);
+        reveal("t");
+        no(c.participants[2], scoreOf(2, scores[2]), RewardDistribution.ScoreTooLarge.selector);
+        pass(3 hours + 1);
+        rewards.distribute("t");
+        no(c.participants[2], claiming(address(0), openingOf(c, 2, 7)), RewardDistribution.NotParticipant.selector);
+        vm.assertEq(claim(c, 2, scores[2]), 180, "a fifth");
+        no(c.participants[2], claiming(address(0), openingOf(c, 2, scores[2])), RewardDistribution.AlreadyClaimed.selector);
+        no(c.participants[1], scoreOf(1, 7), RewardDistribution.RevealTooLate.selector);
+    }
+
+    /// @dev One revealed: the others' claims are worth nothing, and do not touch the pool.
+    function test_claimsWithoutARevealGetNothing() public {
+        blockWith(same(7, 5));
+        reveal("t");
+        revealScore(c, 4, 7);
+        pass(3 hours + 1);
+        rewards.distribute("t");
+        for (uint256 i = 0; i < 4; i++) vm.assertEq(claim(c, i, 7), 0, "not revealed");
+        vm.assertEq(claim(c, 4, 7), 900, "all of the pool");
     }
 
     // Claims
@@ -241,32 +283,50 @@ contract RewardsTest is World {
     function test_claimsThatAreRefused() public {
         blockWith(same(1, 5));
         address first = c.participants[0];
-        Claim[] memory claims = only(claimOf(c, 0));
-        no(first, claiming(address(0), claims), RewardDistribution.NotDistributed.selector);
+        bytes memory claim_ = claiming(address(0), openingOf(c, 0, 1));
+        no(first, claim_, RewardDistribution.NotDistributed.selector);
         reveal("t");
-        no(first, claiming(address(0), claims), RewardDistribution.NotDistributed.selector);
+        no(first, claim_, RewardDistribution.NotDistributed.selector);
         for (uint256 i = 0; i < 5; i++) revealScore(c, i, 1);
         rewards.distribute("t");
-        no(outsider, claiming(address(0), claims), RewardDistribution.NotParticipant.selector);
-        no(c.participants[1], claiming(address(0), claims), RewardDistribution.NotParticipant.selector);
-        no(outsider, claiming(address(0), new Claim[](0)), RewardDistribution.NothingToWithdraw.selector);
-        no(first, claiming(address(0x7), claims), RewardDistribution.NotDistributed.selector);
-        bytes memory toZero = abi.encodeCall(rewards.claimTo, ("t", address(0), address(0), claims[0].opening));
+        no(outsider, claim_, RewardDistribution.NotParticipant.selector);
+        no(c.participants[1], claim_, RewardDistribution.NotParticipant.selector);
+        no(first, claiming(address(0), openingOf(c, 0, 2)), RewardDistribution.NotParticipant.selector);
+        no(first, claiming(address(0x7), openingOf(c, 0, 1)), RewardDistribution.NotDistributed.selector);
+        bytes memory toZero = abi.encodeCall(rewards.claimTo, ("t", address(0), address(0), openingOf(c, 0, 1)));
         no(first, toZero, InvalidRecipient.selector);
-        accepted(first, address(rewards), claiming(address(0), claims));
-        no(first, claiming(address(0), claims), RewardDistribution.AlreadyClaimed.selector);
+        accepted(first, address(rewards), claim_);
+        no(first, claim_, RewardDistribution.AlreadyClaimed.selector);
+        vm.assertEq(rewards.claimable(KEY, address(0), 0, 1), 0, "paid");
+        bytes memory withdrawal = abi.encodeCall(rewards.withdrawTo, (address(0), outsider));
+        no(outsider, withdrawal, RewardDistribution.NothingToWithdraw.selector);
     }
 
-    function test_severalTasksAndTheBalance() public {
-        blockWith(same(1, 5));
-        settle(c, same(1, 5));
-        restock(10 ether);
-        (Candidate memory second,) = block_("u", 500, same(1, 5));
-        settle(second, same(1, 5));
-        Claim[] memory claims = new Claim[](2);
-        (claims[0], claims[1]) = (claimOf(c, 0), claimOf(second, 0));
-        uint256 more = rewards.balanceOf(address(0), c.participants[0]);
-        vm.assertEq(withdraw(c.participants[0], address(0), claims), 180 + 90 + more, "paid");
+    /// @dev Balances of all tasks come at once, in one token at a time.
+    function test_theBalanceOfAllTasks() public {
+        MannerToken token = new MannerToken();
+        token.mint(publisher, 1000);
+        vm.prank(publisher);
+        token.approve(address(escrow), 1000);
+        uint256 shares = 0;
+        for (uint256 k = 0; k < 3; k++) {
+            string memory id = vm.toString(k);
+            publish(id, k == 2 ? address(token) : address(0), 1000, terms());
+            (Candidate memory made,) = blockOf(id, same(1, 5));
+            settle(made, same(1, 5));
+            restock(10 ether);
+            if (k < 2) shares += made.aggregator == vm.addr(keys[0]) ? 100 : 0;
+            else vm.assertEq(withdraw(made.aggregator, address(token)), 100, "in tokens");
+        }
+        uint256 paid = 0;
+        for (uint256 i = 0; i < 5; i++) {
+            address who = vm.addr(keys[i]);
+            uint256 owed = rewards.balanceOf(address(0), who);
+            if (owed > 0) vm.assertEq(withdraw(who, address(0)), owed, "in ether");
+            if (i == 0) vm.assertEq(owed, shares, "of both tasks");
+            paid += owed;
+        }
+        vm.assertEq(paid, 200, "both shares");
     }
 
     function test_tokensThatRefuseForAWhile() public {
@@ -283,7 +343,7 @@ contract RewardsTest is World {
         token.behave(MannerToken.Manner.Good);
         rewards.distribute("t");
         token.behave(MannerToken.Manner.False);
-        bytes memory claim = claiming(address(token), only(claimOf(made, 0)));
+        bytes memory claim = claiming(address(token), openingOf(made, 0, 1));
         no(made.participants[0], claim, bytes4(keccak256("SafeERC20FailedOperation(address)")));
         vm.assertEq(rewards.claimable(KEY, address(token), 0, 1), 180, "kept");
         token.behave(MannerToken.Manner.Silent);

@@ -34,12 +34,32 @@ contract StakesTest is World {
         refused(miner, address(registry), tooMuch, StakeRegistry.InsufficientStake.selector);
         accepted(miner, address(registry), abi.encodeCall(registry.requestWithdrawal, (4 ether)));
         vm.assertEq(registry.availableStake(miner), 6 ether, "available");
-        vm.assertEq(registry.stakeOf(miner), 6 ether, "stake");
+        vm.assertEq(registry.stakeOf(miner), 6 ether, "out of the stake at once");
         pass(DELAY_S - 1);
-        accepted(miner, address(registry), abi.encodeCall(registry.requestWithdrawal, (3 ether)));
+        // What was requested counts again for a request that replaces it.
+        refused(miner, address(registry), tooMuch, StakeRegistry.InsufficientStake.selector);
+        accepted(miner, address(registry), abi.encodeCall(registry.requestWithdrawal, (7 ether)));
         (uint256 amount, uint40 withdrawableAt) = registry.getWithdrawal(miner);
-        vm.assertEq(amount, 3 ether, "replaced");
+        vm.assertEq(amount, 7 ether, "replaced");
         vm.assertEq(withdrawableAt, time() + DELAY_S, "waits anew");
+        vm.assertEq(registry.stakeOf(miner), 3 ether, "the rest");
+        accepted(miner, address(registry), abi.encodeCall(registry.requestWithdrawal, (0)));
+        vm.assertEq(registry.stakeOf(miner), 10 ether, "cancelled");
+        pass(DELAY_S);
+        bytes memory withdrawal = abi.encodeCall(registry.withdrawStake, (miner));
+        refused(miner, address(registry), withdrawal, StakeRegistry.NothingToWithdraw.selector);
+    }
+
+    /// @dev A cancelled request does not overflow the stake's word, as a deposit does not.
+    function test_aCancelledRequestNeverShortensTheStake() public {
+        deposit(miner, 2 ** 88 - 1 - 10 ether);
+        accepted(miner, address(registry), abi.encodeCall(registry.requestWithdrawal, (2 ** 88 - 1)));
+        deposit(miner, 5);
+        bytes memory cancel = abi.encodeCall(registry.requestWithdrawal, (0));
+        refused(miner, address(registry), cancel, SafeCast.SafeCastOverflowedUintDowncast.selector);
+        vm.assertEq(registry.stakeOf(miner), 5, "stake");
+        accepted(miner, address(registry), abi.encodeCall(registry.requestWithdrawal, (5)));
+        vm.assertEq(registry.stakeOf(miner), 2 ** 88 - 1, "all but five");
     }
 
     function test_withdrawalAfterTheDelay() public {
@@ -61,46 +81,183 @@ contract StakesTest is World {
         refused(miner, address(registry), abi.encodeCall(registry.withdrawCredit, (miner)), StakeRegistry.NothingToWithdraw.selector);
     }
 
-    function test_aCohortHoldsStakesToTheLatestEnd() public {
-        publish("t", 1);
-        uint40 end = uint40(time() + 10 days + 6 hours);
-        bytes32[] memory cohort = close("t", keys);
-        // A task that ends earlier does not shorten it.
-        Terms memory t = terms();
-        t.deadline = uint40(time() + 1 days);
-        publish("u", address(0), 1, t);
-        restock(1);
-        bytes32[] memory second = close("u", keys);
-        (uint256 recorded, uint40 heldUntil) = registry.getHold(miner);
-        vm.assertEq(heldUntil, end, "held");
-        vm.assertEq(recorded, 10 ether + 1, "recorded");
-        bytes memory release = abi.encodeCall(registry.releaseStake, ("u", second, 0));
-        vm.warp(t.deadline + 6 hours);
-        call(release, StakeRegistry.StakeHeld.selector);
-        vm.warp(t.deadline + 6 hours + 1);
-        call(abi.encodeCall(registry.releaseStake, ("u", cohort, 0)), StakeRegistry.WrongCohort.selector);
-        call(abi.encodeCall(registry.releaseStake, ("u", second, 5)), StakeRegistry.NotEntitled.selector);
-        accepted(outsider, address(registry), release);
-        call(release, StakeRegistry.NotEntitled.selector);
-        vm.assertEq(registry.availableStake(miner), 1, "given back");
-        vm.warp(end);
-        bytes memory request = abi.encodeCall(registry.requestWithdrawal, (10 ether));
-        refused(miner, address(registry), request, StakeRegistry.InsufficientStake.selector);
-        vm.warp(end + 1);
-        // Nothing is held any more, and there is nothing to release.
-        call(abi.encodeCall(registry.releaseStake, ("t", cohort, 0)), StakeRegistry.NotEntitled.selector);
-        accepted(miner, address(registry), request);
+    // Holds
+
+    function holdIs(uint256 recorded, uint256 heldUntil) private view {
+        (uint256 amount, uint40 until) = registry.getHold(miner);
+        vm.assertEq(amount, recorded, "recorded");
+        vm.assertEq(until, heldUntil, "held until");
+        vm.assertEq(registry.availableStake(miner), registry.stakeOf(miner) - recorded, "available");
     }
 
-    /// @dev What an earlier hold recorded cannot be released out of a later one.
-    function test_anOldTaskReleasesNothingOfANewOne() public {
-        publish("t", 1);
-        bytes32[] memory cohort = close("t", keys);
-        pass(11 days);
+    function stakesOf(string memory id, uint88 stake) private view returns (Application[] memory all) {
+        all = new Application[](5);
+        for (uint256 i = 0; i < 5; i++) all[i] = applicationOf(id, keys[i], stake);
+    }
+
+    function publishFor(string memory id, uint256 seconds_) private returns (uint40 end) {
+        Terms memory t = terms();
+        t.deadline = uint40(time() + seconds_);
+        publish(id, address(0), 1, t);
+        return t.deadline + 6 hours;
+    }
+
+    function releasing(string memory id, bytes32[] memory cohort, uint256 position) private view returns (bytes memory) {
+        return abi.encodeCall(registry.releaseStake, (id, cohort, position));
+    }
+
+    function test_aCohortHoldsStakesToTheLatestEnd() public {
+        uint40 end = publishFor("t", 10 days);
+        close("t", stakesOf("t", 6 ether));
+        holdIs(6 ether, end);
+        // A task that ends earlier does not shorten it, and records of what is left.
+        publishFor("u", 1 days);
+        close("u", stakesOf("u", 3 ether));
+        holdIs(9 ether, end);
+        bytes memory tooMuch = abi.encodeCall(registry.requestWithdrawal, (1 ether + 1));
+        refused(miner, address(registry), tooMuch, StakeRegistry.InsufficientStake.selector);
+        vm.warp(end);
+        refused(miner, address(registry), tooMuch, StakeRegistry.InsufficientStake.selector);
+        vm.warp(end + 1);
+        holdIs(0, end);
+        accepted(miner, address(registry), abi.encodeCall(registry.requestWithdrawal, (10 ether)));
+    }
+
+    /// @dev What no task holds leaves after the delay, whatever is held; a request made before backs no task.
+    function test_onlyAvailableStakeLeavesWhileOtherIsHeld() public {
+        accepted(miner, address(registry), abi.encodeCall(registry.requestWithdrawal, (4 ether)));
+        uint40 end = publishFor("t", 10 days);
+        Application[] memory all = stakesOf("t", 6 ether + 1);
+        bytes memory closing_ = abi.encodeCall(registry.closeRegistration, ("t", all));
+        refused(publisher, address(registry), closing_, StakeRegistry.InsufficientStake.selector);
+        close("t", stakesOf("t", 5 ether));
+        pass(DELAY_S);
+        accepted(miner, address(registry), abi.encodeCall(registry.withdrawStake, (miner)));
+        vm.assertEq(miner.balance, 4 ether, "paid");
+        holdIs(5 ether, end);
+        // A request replaced while stake is held never reaches into it.
+        accepted(miner, address(registry), abi.encodeCall(registry.requestWithdrawal, (1 ether)));
+        bytes memory more = abi.encodeCall(registry.requestWithdrawal, (1 ether + 1));
+        refused(miner, address(registry), more, StakeRegistry.InsufficientStake.selector);
+        accepted(miner, address(registry), abi.encodeCall(registry.requestWithdrawal, (0)));
+        holdIs(5 ether, end);
+    }
+
+    function test_theSignedStakeIsRecordedExactly() public {
+        Terms memory t = terms();
+        t.minStake = 2 ether;
+        publish("t", address(0), 1, t);
+        bytes4 why = StakeRegistry.InsufficientStake.selector;
+        refused(publisher, address(registry), closing(stakesOf("t", 2 ether - 1)), why);
+        refused(publisher, address(registry), closing(stakesOf("t", 10 ether + 1)), why);
+        Application[] memory all = stakesOf("t", 3 ether);
+        all[4].stake = 4 ether;
+        refused(publisher, address(registry), closing(all), StakeRegistry.InvalidApplication.selector);
+        all[4] = applicationOf("t", keys[4], 2 ether);
+        bytes32[] memory cohort = close("t", all);
+        (,, bytes32 cohortHash,,) = registry.getDraw(KEY);
+        vm.assertEq(cohortHash, keccak256(abi.encodePacked(cohort)), "the stakes that were signed");
+        (uint256 recorded,) = registry.getHold(vm.addr(keys[4]));
+        vm.assertEq(recorded, 2 ether, "recorded");
+        // The rest backs another task.
         publish("u", 1);
-        close("u", keys);
-        call(abi.encodeCall(registry.releaseStake, ("t", cohort, 0)), StakeRegistry.NotEntitled.selector);
-        vm.assertEq(registry.availableStake(miner), 0, "held");
+        close("u", stakesOf("u", 7 ether));
+        holdIs(10 ether, time() + 10 days + 6 hours);
+    }
+
+    function test_releaseAfterTheLatestEndOnlyAndOnce() public {
+        uint40 shortEnd = publishFor("t", 1 days);
+        bytes32[] memory cohort = close("t", stakesOf("t", 4 ether));
+        uint40 end = publishFor("u", 10 days);
+        close("u", stakesOf("u", 5 ether));
+        vm.warp(shortEnd);
+        call(releasing("t", cohort, 0), StakeRegistry.StakeHeld.selector);
+        vm.warp(shortEnd + 1);
+        call(releasing("u", cohort, 0), StakeRegistry.WrongCohort.selector);
+        call(releasing("unknown", new bytes32[](0), 0), StakeRegistry.WrongCohort.selector);
+        call(releasing("t", cohort, 5), StakeRegistry.NotEntitled.selector);
+        call(releasing("t", cohort, 256), StakeRegistry.NotEntitled.selector);
+        holdIs(9 ether, end);
+        accepted(outsider, address(registry), releasing("t", cohort, 0));
+        holdIs(5 ether, end);
+        call(releasing("t", cohort, 0), StakeRegistry.NotEntitled.selector);
+        accepted(outsider, address(registry), releasing("t", cohort, 4));
+        vm.warp(end + 1);
+        // All of it is free already.
+        call(releasing("t", cohort, 1), StakeRegistry.NotEntitled.selector);
+        holdIs(0, end);
+    }
+
+    /// @dev Old and new period: a task that ended before the period frees nothing of it, however the stake was taken in between.
+    function test_aReleaseOfAnOldPeriodFreesNothingOfANewOne() public {
+        uint40 oldEnd = publishFor("t", 1 days);
+        bytes32[] memory cohort = close("t", stakesOf("t", 4 ether));
+        vm.warp(oldEnd + 1);
+        uint40 end = publishFor("u", 1 days);
+        bytes32[] memory second = close("u", stakesOf("u", 10 ether));
+        for (uint256 i = 0; i < 5; i++) call(releasing("t", cohort, i), StakeRegistry.NotEntitled.selector);
+        holdIs(10 ether, end);
+        vm.warp(end + 1);
+        call(releasing("u", second, 0), StakeRegistry.NotEntitled.selector);
+        // A third one begins in the last second of a period: it belongs to it, and is released from it.
+        publishFor("v", 1 days);
+        bytes32[] memory third = close("v", stakesOf("v", 3 ether));
+        vm.warp(end + 1 days + 6 hours + 1);
+        uint40 last = publishFor("w", 1 days);
+        close("w", stakesOf("w", 2 ether));
+        holdIs(5 ether, last);
+        vm.warp(time() + 1);
+        accepted(outsider, address(registry), releasing("v", third, 0));
+        holdIs(2 ether, last);
+    }
+
+    /// @dev What a slash took is not given back a second time.
+    function test_aReleaseAfterASlash() public {
+        publishFor("t", 3 days);
+        publisherDraws("t", 4 ether);
+        address first = aggregatorOf("t");
+        bytes32[] memory cohort = cohortOf(stakesOf("t", 4 ether));
+        pass(1 days + 1);
+        accepted(outsider, address(registry), abi.encodeCall(registry.replaceAggregator, ("t", cohort)));
+        publishFor("u", 10 days);
+        close("u", stakesOf("u", 5 ether));
+        accepted(address(blocks), address(registry), abi.encodeCall(registry.slashEquivocation, ("t", first, cohort)));
+        vm.assertEq(registry.stakeOf(first), 6 ether, "all that was recorded");
+        (uint256 recorded,) = registry.getHold(first);
+        vm.assertEq(recorded, 5 ether, "the other task's");
+        pass(3 days);
+        accepted(outsider, address(registry), releasing("t", cohort, place(cohort, first)));
+        (recorded,) = registry.getHold(first);
+        vm.assertEq(recorded, 5 ether, "nothing was left to release");
+        vm.assertEq(registry.availableStake(first), 1 ether, "available");
+    }
+
+    function publisherDraws(string memory id, uint88 stake) private {
+        bytes32[] memory cohort = close(id, stakesOf(id, stake));
+        mine(2);
+        registry.drawAggregator(id, cohort);
+    }
+
+    /// @dev For any stakes and lengths of two overlapping tasks: the two are recorded, and the first alone is released.
+    function testFuzz_twoHolds(uint88 stake, uint88 a, uint88 b, uint24 longer) public {
+        stake = uint88(stake % 1e26 + 1);
+        a = uint88(a % (uint256(stake) + 1));
+        b = uint88(b % (uint256(stake) - a + 1));
+        vm.assume(a > 0 && b > 0);
+        for (uint256 i = 0; i < 5; i++) deposit(vm.addr(keys[i]), stake);
+        uint40 first = publishFor("t", 1 days);
+        bytes32[] memory cohort = close("t", stakesOf("t", a));
+        uint40 end = publishFor("u", 1 days + 1 + uint256(longer));
+        close("u", stakesOf("u", b));
+        holdIs(uint256(a) + b, end);
+        vm.warp(first + 1);
+        accepted(outsider, address(registry), releasing("t", cohort, 0));
+        holdIs(b, end);
+        uint256 most = registry.stakeOf(miner) - b;
+        bytes memory tooMuch = abi.encodeCall(registry.requestWithdrawal, (most + 1));
+        refused(miner, address(registry), tooMuch, StakeRegistry.InsufficientStake.selector);
+        accepted(miner, address(registry), abi.encodeCall(registry.requestWithdrawal, (most)));
+        holdIs(b, end);
     }
 
     // Cohort
@@ -145,24 +302,11 @@ contract StakesTest is World {
         all = applicationsOf("t", four);
         all[3].encryptionKeyHash = 0;
         refused(publisher, address(registry), closing(all), StakeRegistry.InvalidApplication.selector);
+        all = applicationsOf("t", four);
         accepted(miner, address(registry), abi.encodeCall(registry.requestWithdrawal, (1)));
-        refused(publisher, address(registry), closing(applicationsOf("t", four)), StakeRegistry.InsufficientStake.selector);
-        accepted(miner, address(registry), abi.encodeCall(registry.requestWithdrawal, (0)));
-        accepted(publisher, address(registry), closing(applicationsOf("t", four)));
-    }
-
-    /// @dev A member backs a task with what it signed for: a part of its stake, and no more than is available.
-    function test_aStakeIsWhatWasSignedFor() public {
-        publish("t", 1);
-        Application[] memory all = applicationsOf("t", keys);
-        all[0] = applicationOf("t", keys[0], 10 ether + 1);
         refused(publisher, address(registry), closing(all), StakeRegistry.InsufficientStake.selector);
-        all[0] = applicationOf("t", keys[0], 3 ether);
-        all[0].stake = 2 ether;
-        refused(publisher, address(registry), closing(all), StakeRegistry.InvalidApplication.selector);
-        all[0].stake = 3 ether;
+        accepted(miner, address(registry), abi.encodeCall(registry.requestWithdrawal, (0)));
         accepted(publisher, address(registry), closing(all));
-        vm.assertEq(registry.availableStake(miner), 7 ether, "the rest");
     }
 
     function test_thePublisherIsNotAMinerOfItsTask() public {
@@ -404,6 +548,7 @@ contract StakesTest is World {
         vm.assertEq(outsider.balance, sum, "paid");
     }
 
+    /// @dev What a task recorded cannot be requested, and a slash leaves nothing of it.
     function test_aRequestDoesNotSaveAStake() public {
         publish("t", 1);
         bytes32[] memory cohort = draw("t", keys);
@@ -411,7 +556,8 @@ contract StakesTest is World {
         bytes memory request = abi.encodeCall(registry.requestWithdrawal, (1));
         refused(first, address(registry), request, StakeRegistry.InsufficientStake.selector);
         accepted(address(blocks), address(registry), abi.encodeCall(registry.slashEquivocation, ("t", first, cohort)));
-        vm.assertEq(registry.stakeOf(first), 0, "stake");
+        (uint256 requested,) = registry.getWithdrawal(first);
+        vm.assertEq(requested, 0, "request");
         vm.assertEq(registry.availableStake(first), 0, "available");
     }
 

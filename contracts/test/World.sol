@@ -9,12 +9,6 @@ import {Application, StakeRegistry} from "../src/StakeRegistry.sol";
 import {PPM, Status, Task, Terms, taskKeyOf} from "../src/Task.sol";
 import {vm} from "./Vm.sol";
 
-/// @dev A participant's opened place in a task.
-struct Claim {
-    string taskID;
-    Opening opening;
-}
-
 /// @title A deployment, people with keys, and the steps of a task.
 /// @notice Steps are done by who may do them; a test that wants somebody else writes the call itself.
 abstract contract World {
@@ -32,8 +26,6 @@ abstract contract World {
     /// @dev Keys of the miners, in the ascending order of their addresses.
     uint256[] internal keys;
     mapping(address account => uint256) internal keyOf;
-    /// @dev The score of every commitment in a candidate.
-    mapping(bytes32 scoreCommit => uint256) internal committed;
 
     receive() external payable {}
 
@@ -138,8 +130,8 @@ abstract contract World {
         escrow.publishTask{value: value}(id, commitOf(ACCURACY_PPM), keccak256("spec"), token, reward, t);
     }
 
-    /// @dev For all the stake that is available.
-    function applicationOf(string memory id, uint256 key) internal view returns (Application memory a) {
+    /// @dev All of the available stake.
+    function applicationOf(string memory id, uint256 key) internal view returns (Application memory) {
         return applicationOf(id, key, uint88(registry.availableStake(vm.addr(key))));
     }
 
@@ -153,7 +145,7 @@ abstract contract World {
                 a.miner,
                 a.encryptionKeyHash,
                 a.datasetProofSha256,
-                a.stake
+                uint96(stake)
             )
         );
         (a.r, a.vs) = vm.signCompact(key, digestOf(struct_));
@@ -164,19 +156,20 @@ abstract contract World {
         for (uint256 i = 0; i < who.length; i++) all[i] = applicationOf(id, who[i]);
     }
 
-    function cohortOf(uint256[] memory who) internal view returns (bytes32[] memory cohort) {
-        cohort = new bytes32[](who.length);
-        for (uint256 i = 0; i < who.length; i++) {
-            address miner = vm.addr(who[i]);
-            cohort[i] = memberWord(miner, uint96(registry.availableStake(miner)));
-        }
+    /// @dev The words that registration records of these applications.
+    function cohortOf(Application[] memory applications) internal pure returns (bytes32[] memory cohort) {
+        cohort = new bytes32[](applications.length);
+        for (uint256 i = 0; i < cohort.length; i++) cohort[i] = memberWord(applications[i].miner, applications[i].stake);
     }
 
     function close(string memory id, uint256[] memory who) internal returns (bytes32[] memory cohort) {
-        cohort = cohortOf(who);
-        Application[] memory applications = applicationsOf(id, who);
+        return close(id, applicationsOf(id, who));
+    }
+
+    function close(string memory id, Application[] memory applications) internal returns (bytes32[] memory) {
         vm.prank(publisher);
         registry.closeRegistration(id, applications);
+        return cohortOf(applications);
     }
 
     /// @dev The aggregator's turn begins.
@@ -197,6 +190,7 @@ abstract contract World {
     /// @dev A candidate with an accuracy of 95 %; each participant commits to its score.
     function candidateOf(string memory id, uint256[] memory who, uint256[] memory scores)
         internal
+        view
         returns (Candidate memory c)
     {
         c.taskID = id;
@@ -211,7 +205,6 @@ abstract contract World {
         for (uint256 i = 0; i < who.length; i++) {
             c.participants[i] = vm.addr(who[i]);
             c.scoreCommits[i] = scoreCommit(id, c.participants[i], scores[i]);
-            committed[c.scoreCommits[i]] = scores[i];
         }
     }
 
@@ -278,10 +271,13 @@ abstract contract World {
         rewards.revealAccuracy(id, ACCURACY_PPM, SALT);
     }
 
+    function openingOf(Candidate memory c, uint256 position, uint256 score) internal pure returns (Opening memory) {
+        return Opening(score, SALT, position, proofOf(c.participants, c.scoreCommits, position));
+    }
+
     function revealScore(Candidate memory c, uint256 position, uint256 score) internal {
-        bytes32[] memory proof = proofOf(c.participants, c.scoreCommits, position);
         vm.prank(c.participants[position]);
-        rewards.revealScore(c.taskID, Opening(score, SALT, position, proof));
+        rewards.revealScore(c.taskID, openingOf(c, position, score));
     }
 
     /// @dev Everybody reveals and the reward is there to be claimed.
@@ -291,27 +287,21 @@ abstract contract World {
         rewards.distribute(c.taskID);
     }
 
-    function claimOf(Candidate memory c, uint256 position) internal view returns (Claim memory) {
-        bytes32[] memory proof = proofOf(c.participants, c.scoreCommits, position);
-        return Claim(c.taskID, Opening(committed[c.scoreCommits[position]], SALT, position, proof));
-    }
-
-    function only(Claim memory claim) internal pure returns (Claim[] memory claims) {
-        claims = new Claim[](1);
-        claims[0] = claim;
-    }
-
-    /// @dev What the account gets for its claims and its balance.
-    function withdraw(address account, address token, Claim[] memory claims) internal returns (uint256) {
+    /// @dev What the participant gets.
+    function claim(Candidate memory c, uint256 position, uint256 score) internal returns (uint256) {
+        address token = escrow.getTask(keccak256(bytes(c.taskID))).token;
+        address account = c.participants[position];
         uint256 before = held(token, account);
-        for (uint256 i = 0; i < claims.length; i++) {
-            vm.prank(account);
-            rewards.claimTo(claims[i].taskID, token, account, claims[i].opening);
-        }
-        if (rewards.balanceOf(token, account) > 0) {
-            vm.prank(account);
-            rewards.withdrawTo(token, account);
-        }
+        vm.prank(account);
+        rewards.claimTo(c.taskID, token, account, openingOf(c, position, score));
+        return held(token, account) - before;
+    }
+
+    /// @dev What the account gets of its balance.
+    function withdraw(address account, address token) internal returns (uint256) {
+        uint256 before = held(token, account);
+        vm.prank(account);
+        rewards.withdrawTo(token, account);
         return held(token, account) - before;
     }
 

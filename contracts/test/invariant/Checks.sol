@@ -38,7 +38,7 @@ abstract contract Checks is Records {
         }
     }
 
-    /// @notice 3. StakeRegistry holds all stakes, all credits and what is taken but not credited yet.
+    /// @notice 3. StakeRegistry holds all stakes, requested withdrawals, credits and what is taken but not credited yet.
     function checkRegistrySolvency() external view {
         uint256 sum = donated[address(registry)][address(0)] + unallocated;
         for (uint256 i = 0; i < people.length; i++) {
@@ -48,16 +48,16 @@ abstract contract Checks is Records {
         vm.assertEq(address(registry).balance, sum, "registry solvency");
     }
 
-    /// @notice 4. A stake is what was deposited, less requests, withdrawals and slashes; tasks record no more.
+    /// @notice 4. A stake is what was deposited, less requested and paid withdrawals and slashes; what is recorded is within it.
     function checkStakeConservation() external view {
         for (uint256 i = 0; i < people.length; i++) {
             address who = people[i];
             uint256 stake = registry.stakeOf(who);
             (uint256 requested,) = registry.getWithdrawal(who);
+            (uint256 recorded,) = registry.getHold(who);
             vm.assertEq(stake + requested + withdrawn[who] + slashed[who], deposited[who], "stake conservation");
-            (uint256 recorded, uint40 until) = registry.getHold(who);
             vm.assertLe(recorded, stake, "recorded within the stake");
-            vm.assertEq(until, heldUntil[who], "held until the latest end");
+            vm.assertEq(registry.availableStake(who), stake - recorded, "available");
         }
     }
 
@@ -143,13 +143,18 @@ abstract contract Checks is Records {
             Settlement memory s = rewards.getSettlement(r.id);
             uint256 parts = 0;
             for (uint256 i = 0; i < r.scores.length; i++) {
-                (bool isRevealed, bool isClaimed) = rewards.isRevealed(r.key, i);
-                if (isClaimed || (r.revealed > 0 && !isRevealed)) continue;
-                parts += r.scoreSum > 0 ? r.scores[i] : 1;
+                if (r.claimedBits >> i & 1 == 0) parts += partsOf(r, i);
             }
             vm.assertEq(parts, s.remainingParts, "parts of a pool");
             if (parts == 0) vm.assertEq(s.remaining, 0, "left in an empty pool");
         }
+    }
+
+    /// @dev What a participant's claim weighs: its score, or one.
+    function partsOf(Record storage r, uint256 position) internal view returns (uint256) {
+        if (r.revealed == 0) return 1;
+        if (r.revealedBits >> position & 1 == 0) return 0;
+        return r.scoreSum == 0 ? 1 : r.scores[position];
     }
 
     /// @notice 12. Nothing forbidden succeeded: acts of strangers, invented votes, early withdrawals, second payments, calls back.
@@ -158,14 +163,48 @@ abstract contract Checks is Records {
         vm.assertEq(hostile.reentered(), 0, "a call back succeeded");
     }
 
-    /// @notice 14. What a task recorded and has not taken is there until its latest end, for all tasks together.
+    /// @notice 14. What tasks recorded since none held anything, less what was taken or released, is what the registry says: a
+    /// release of an old period frees nothing of a new one. The part of tasks that are not over is there in any case.
     function checkRecordedStakes() external view {
+        for (uint256 i = 0; i < people.length; i++) {
+            Hold[] storage all = holds[people[i]];
+            uint256 sum = 0;
+            uint256 needed = 0;
+            uint256 end = 0;
+            for (uint256 k = 0; k < all.length; k++) {
+                uint256 amount = all[k].isReleased ? 0 : neededBy(records[all[k].task], people[i]);
+                sum += amount;
+                if (time() <= all[k].end) needed += amount;
+                if (all[k].end > end) end = all[k].end;
+            }
+            (uint256 recorded, uint40 heldUntil) = registry.getHold(people[i]);
+            vm.assertEq(recorded, isHeld(people[i]) ? sum : 0, "recorded, task by task");
+            vm.assertEq(heldUntil, end, "held until the latest end");
+            vm.assertLe(needed, registry.stakeOf(people[i]), "recorded stakes are there");
+        }
+    }
+
+    /// @notice 15. The same from the tasks' side, without periods: whatever a task that is not over recorded, it can still take.
+    function checkEveryTaskCanTake() external view {
         for (uint256 i = 0; i < people.length; i++) {
             uint256 needed = 0;
             for (uint256 t = 0; t < records.length; t++) {
                 if (time() <= latestEnd(records[t].terms)) needed += neededBy(records[t], people[i]);
             }
-            vm.assertLe(needed, registry.stakeOf(people[i]), "recorded stakes are there");
+            (uint256 recorded,) = registry.getHold(people[i]);
+            vm.assertLe(needed, recorded, "held for tasks that are not over");
+        }
+    }
+
+    /// @notice 16. The bits of reveals and claims are those of who did it, and no others.
+    function checkBits() external view {
+        for (uint256 t = 0; t < records.length; t++) {
+            Record storage r = records[t];
+            for (uint256 i = 0; i <= r.scores.length; i++) {
+                (bool isRevealed, bool isClaimed) = rewards.isRevealed(r.key, i);
+                vm.assertTrue(isRevealed == (r.revealedBits >> i & 1 != 0), "revealed");
+                vm.assertTrue(isClaimed == (r.claimedBits >> i & 1 != 0), "claimed");
+            }
         }
     }
 

@@ -88,13 +88,19 @@ contract Handler is Checks {
         if (ok) deposited[miner] += amount;
     }
 
+    /// @dev What no task holds, and what an earlier request took out.
     function requestWithdrawal(uint256 who, uint256 amount) external act {
         address miner = people[who % people.length];
-        (uint256 most,) = registry.getWithdrawal(miner);
-        most += registry.availableStake(miner);
-        amount = bound(amount, 0, most + 1);
+        (uint256 earlier,) = registry.getWithdrawal(miner);
+        uint256 stake = registry.stakeOf(miner);
+        uint256 most = registry.availableStake(miner) + earlier;
+        amount = amount % 4 == 0 ? 0 : bound(amount >> 2, 0, most + 1);
         bool ok = try_(miner, address(registry), 0, abi.encodeCall(StakeRegistry.requestWithdrawal, (amount)));
         forbid(ok != (amount <= most), "a request beyond what is available");
+        if (!ok) return;
+        (uint256 requested, uint40 withdrawableAt) = registry.getWithdrawal(miner);
+        forbid(requested != amount || withdrawableAt != time() + DELAY_S, "another request");
+        forbid(registry.stakeOf(miner) + amount != stake + earlier, "a request that changed what is there");
     }
 
     function withdrawStake(uint256 who, uint256 to) external act {
@@ -102,11 +108,41 @@ contract Handler is Checks {
         (uint256 amount, uint40 allowedAt) = registry.getWithdrawal(miner);
         // Some wait as long as they have to.
         if (to >> 8 & 1 == 0 && amount > 0 && allowedAt > time()) vm.warp(allowedAt);
+        uint256 stake = registry.stakeOf(miner);
         bytes memory call = abi.encodeCall(StakeRegistry.withdrawStake, (recipientOf(miner, to)));
-        if (!try_(miner, address(registry), 0, call)) return;
+        bool ok = try_(miner, address(registry), 0, call);
+        bool isOwed = amount > 0 && time() >= allowedAt;
+        forbid(ok && !isOwed, "a stake left before its time");
+        forbid(!ok && isOwed && recipientOf(miner, to) == miner && miner != address(hostile), "a withdrawal was refused");
+        if (!ok) return;
         withdrawn[miner] += amount;
-        forbid(time() < allowedAt, "a stake left before its time");
+        forbid(registry.stakeOf(miner) != stake, "paid out of the stake");
         forbid(try_(miner, address(registry), 0, call), "a stake left twice");
+    }
+
+    /// @dev Of any task, at any time, also with another cohort: it succeeds if and only if this is due.
+    function releaseStake(uint256 t, uint256 position, uint256 trick) external act {
+        if (records.length == 0) return;
+        Record storage r = pick(t);
+        position %= MINERS + 1;
+        // Some wait for the end.
+        if (trick >> 8 & 3 == 0 && time() <= latestEnd(r.terms)) vm.warp(latestEnd(r.terms) + 1);
+        bytes32[] memory cohort = trick % 8 == 1 ? new bytes32[](1) : r.cohort;
+        address miner = position < r.cohort.length ? accountOf(r.cohort[position]) : address(0);
+        (bool isDue, uint256 i) = dueHold(t % records.length, miner);
+        bytes memory call = abi.encodeCall(StakeRegistry.releaseStake, (r.id, cohort, position));
+        bool ok = try_(outsider, address(registry), 0, call);
+        forbid(ok != (isDue && trick % 8 != 1), "a release too early, twice, of another period, or refused");
+        if (!ok) return;
+        holds[miner][i].isReleased = true;
+        forbid(try_(outsider, address(registry), 0, call), "released twice");
+    }
+
+    function dueHold(uint256 task, address miner) private view returns (bool isDue, uint256 i) {
+        Hold[] storage all = holds[miner];
+        while (i < all.length && all[i].task != task) i++;
+        if (i == all.length) return (false, i);
+        isDue = time() > all[i].end && !all[i].isReleased && isHeld(miner);
     }
 
     function withdrawCredit(uint256 who, uint256 to) external act {
@@ -114,15 +150,6 @@ contract Handler is Checks {
         bytes memory call = abi.encodeCall(StakeRegistry.withdrawCredit, (recipientOf(miner, to)));
         if (!try_(miner, address(registry), 0, call)) return;
         forbid(registry.creditOf(miner) != 0 || try_(miner, address(registry), 0, call), "a credit left twice");
-    }
-
-    function releaseStake(uint256 t, uint256 position) external act {
-        if (records.length == 0) return;
-        Record storage r = pick(t);
-        bytes memory call = abi.encodeCall(StakeRegistry.releaseStake, (r.id, r.cohort, position % MINERS));
-        if (!try_(outsider, address(registry), 0, call)) return;
-        forbid(time() <= latestEnd(r.terms), "a stake released too early");
-        forbid(try_(outsider, address(registry), 0, call), "a stake released twice");
     }
 
     // From publication to the draw
@@ -157,26 +184,43 @@ contract Handler is Checks {
         one.behave(manner);
     }
 
-    /// @dev Also by the wrong publisher, and with a forged application.
+    /// @dev Also by the wrong publisher, with a forged application, with more stake than there is, or other than was signed.
     function closeRegistration(uint256 t, uint256 mask, uint256 trick) public {
         if (records.length == 0) return;
         Record storage r = pick(t);
         uint256[] memory who = chosen(mask);
-        bytes32[] memory cohort = cohortOf(who);
-        Application[] memory applications = applicationsOf(r.id, who);
-        address sender = trick % 8 == 1 ? outsider : r.publisher;
-        if (trick % 8 == 2) applications[0] = forged(r.id, who);
-        if (trick % 8 == 3) applications[1] = applications[0];
+        Application[] memory applications = signedFor(r.id, who, mask >> 24);
+        trick %= 8;
+        address sender = trick == 1 ? outsider : r.publisher;
+        if (trick == 2) applications[0] = forged(r.id, who);
+        if (trick == 3) applications[1] = applications[0];
+        if (trick == 4) applications[0] = applicationOf(r.id, who[0], uint88(registry.availableStake(vm.addr(who[0])) + 1));
+        if (trick == 5) applications[2].stake ^= 1;
         if (!try_(sender, address(registry), 0, abi.encodeCall(StakeRegistry.closeRegistration, (r.id, applications)))) {
             return;
         }
-        forbid(trick % 8 >= 1 && trick % 8 <= 3, "a cohort that nobody agreed to");
+        forbid(trick >= 1 && trick <= 5, "a cohort that nobody agreed to");
         forbid(r.cohort.length > 0 || r.status != Status.Locked || time() > r.terms.deadline, "a second cohort, or late");
         r.who = who;
-        r.cohort = cohort;
+        r.cohort = cohortOf(applications);
         for (uint256 i = 0; i < who.length; i++) {
+            forbid(applications[i].stake < r.terms.minStake, "less than the smallest stake");
             address miner = vm.addr(who[i]);
-            if (latestEnd(r.terms) > heldUntil[miner]) heldUntil[miner] = latestEnd(r.terms);
+            if (!isHeld(miner)) delete holds[miner];
+            holds[miner].push(Hold(t % records.length, latestEnd(r.terms), false));
+        }
+    }
+
+    /// @dev All of what is available, half of it, the least that the others put behind it too, or nothing.
+    function signedFor(string memory id, uint256[] memory who, uint256 seed) private view returns (Application[] memory all) {
+        all = new Application[](who.length);
+        for (uint256 i = 0; i < who.length; i++) {
+            uint256 available = registry.availableStake(vm.addr(who[i]));
+            uint256 choice = seed >> (4 * i) & 15;
+            if (choice > 11) available /= 2;
+            else if (choice > 7 && available > 0.5 ether) available = 0.5 ether;
+            else if (choice == 7) available = 0;
+            all[i] = applicationOf(id, who[i], uint88(available));
         }
     }
 
@@ -193,6 +237,7 @@ contract Handler is Checks {
         (, r.seed,,,) = registry.getDraw(r.key);
         forbid(r.seed != keccak256(abi.encodePacked(r.id, blockhash(seedBlock))), "another seed");
         r.turns.push(registry.aggregatorOf(r.key));
+        r.isTurnShort = time() + r.terms.publishWindow_s > r.terms.deadline;
     }
 
     function moveSeed(uint256 t) external act {
@@ -229,12 +274,16 @@ contract Handler is Checks {
         if (former != address(0)) {
             forbid(time() <= turnEnd, "replaced during its turn");
             uint256 taken = before - registry.stakeOf(former);
+            forbid(taken > 0 && r.isTurnShort, "silence in a turn cut short");
+            forbid(taken > 0 && time() > latestEnd(r.terms), "taken after the latest end");
             slashed[former] += taken;
             unallocated += taken;
         }
         address next = registry.aggregatorOf(r.key);
         forbid(next != address(0) && (time() > r.terms.deadline || r.status != Status.Locked), "a turn too late");
-        if (next != address(0)) r.turns.push(next);
+        if (next == address(0)) return;
+        r.turns.push(next);
+        r.isTurnShort = time() + r.terms.publishWindow_s > r.terms.deadline;
     }
 
     // Block and evidence
@@ -281,6 +330,7 @@ contract Handler is Checks {
         bytes memory call = abi.encodeCall(BlockPublisher.reportEquivocation, (a, first, b, second, r.cohort));
         if (!try_(outsider, address(blocks), 0, call)) return;
         forbid(trick % 4 != 0 || !hadTurn(r, culprit), "an innocent was slashed");
+        forbid(time() > latestEnd(r.terms), "taken after the latest end");
         slashed[culprit] += before - registry.stakeOf(culprit);
         unallocated += before - registry.stakeOf(culprit);
         forbid(try_(outsider, address(blocks), 0, call), "slashed twice for one offence");
@@ -335,14 +385,14 @@ contract Handler is Checks {
         position %= r.scores.length;
         uint256 score = r.scores[position] + (trick % 8 == 1 ? 1 : 0);
         address sender = r.candidate.participants[trick % 8 == 2 ? (position + 1) % r.scores.length : position];
-        bytes32[] memory proof = proofOf(r.candidate.participants, r.candidate.scoreCommits, position);
-        bytes memory call = abi.encodeCall(RewardDistribution.revealScore, (r.id, Opening(score, SALT, position, proof)));
+        bytes memory call = abi.encodeCall(RewardDistribution.revealScore, (r.id, openingOf(r.candidate, position, score)));
         if (!try_(sender, address(rewards), 0, call)) return;
         forbid(trick % 8 == 1 || trick % 8 == 2 || r.outcome == Outcome.Unmet, "another score");
         forbid(r.status == Status.Settled, "a score after the distribution");
         r.outcome = Outcome.Met;
         r.scoreSum += score;
         r.revealed += 1;
+        r.revealedBits |= 1 << position;
         forbid(try_(sender, address(rewards), 0, call), "a score counted twice");
     }
 
@@ -363,42 +413,79 @@ contract Handler is Checks {
         forbid(try_(outsider, address(rewards), 0, call), "distributed twice");
     }
 
-    function withdrawTo(uint256 who, uint256 token, uint256 to) external act {
+    /// @dev Anyone, of any task in any token; also others' places, and another score than committed to.
+    function claimTo(uint256 who, uint256 token, uint256 t, uint256 trick, uint256 to) external act {
+        if (records.length == 0) return;
+        Record storage r = pick(t);
+        if (r.blocks == 0) return;
+        trick %= 8;
         address account = people[who % people.length];
-        address asset = tokens[token % 3];
-        // Mostly somebody who is owed something.
-        for (uint256 i = 0; i < 3 * people.length && token >> 8 & 3 > 0 && rewards.balanceOf(asset, account) == 0; i++) {
-            (account, asset) = (people[i / 3], tokens[i % 3]);
-        }
+        uint256 place = placeOf(r, account);
+        bool isForeign = place == r.scores.length;
+        if (isForeign) place = who % r.scores.length;
+        address asset = trick == 1 ? tokens[token % 3] : r.token;
+        Opening memory opening = openingOf(r.candidate, place, r.scores[place] + (trick == 2 ? 1 : 0));
+        if (trick == 3) opening.position = place ^ 1;
+        if (trick == 4) opening.position = place + 256;
+        bool isLied = isForeign || asset != r.token || (trick >= 2 && trick <= 4);
+        claimAs(r, account, asset, recipientOf(account, to), opening, isLied);
+    }
+
+    /// @dev It succeeds if and only if this is due; see {Checks.checkTaskConservation} for what is left.
+    function claimAs(Record storage r, address account, address asset, address to, Opening memory opening, bool isLied)
+        private
+    {
+        (bool isDue, uint256 amount) = dueClaim(r, opening.position, isLied);
+        uint256 before = held(asset, to);
+        if (!isLied) vm.assertEq(rewards.claimable(r.key, asset, opening.position, opening.score), amount, "claimable");
+        bytes memory call = abi.encodeCall(RewardDistribution.claimTo, (r.id, asset, to, opening));
+        bool ok = try_(account, address(rewards), 0, call);
+        forbid(ok && !isDue, "a claim twice, too early, another's, or in another token");
+        forbid(!ok && isDue && (amount == 0 || (to == account && isGood(asset))), "a claim was refused");
+        if (!ok) return;
+        r.claimedBits |= 1 << opening.position;
+        r.claimed += amount;
+        forbid(held(asset, to) - before != amount, "another amount than owed");
+        forbid(try_(account, address(rewards), 0, call), "claimed twice");
+    }
+
+    function dueClaim(Record storage r, uint256 place, bool isLied) private view returns (bool isDue, uint256 amount) {
+        Settlement memory s = rewards.getSettlement(r.id);
+        isDue = !isLied && s.remainingParts > 0 && r.claimedBits >> place & 1 == 0;
+        if (isDue) amount = s.remaining * partsOf(r, place) / s.remainingParts;
+    }
+
+    function isGood(address asset) private view returns (bool) {
+        if (asset == address(0)) return true;
+        MannerToken.Manner manner = MannerToken(asset).manner();
+        return manner == MannerToken.Manner.Good || manner == MannerToken.Manner.Silent;
+    }
+
+    /// @dev Anyone, its balance in any token; mostly one that has any.
+    function withdrawTo(uint256 who, uint256 token, uint256 to) external act {
+        (address account, address asset) = to >> 8 & 3 == 0 ? balanceAt(who, token) : owed(who);
         uint256 balance = rewards.balanceOf(asset, account);
         address recipient = recipientOf(account, to);
         uint256 before = held(asset, recipient);
         bytes memory call = abi.encodeCall(RewardDistribution.withdrawTo, (asset, recipient));
-        if (!try_(account, address(rewards), 0, call)) return;
-        forbid(held(asset, recipient) - before != balance, "another amount than owed");
+        bool ok = try_(account, address(rewards), 0, call);
+        bool isPayable = recipient == account && account != address(hostile) && isGood(asset);
+        forbid(!ok && balance > 0 && isPayable, "a withdrawal was refused");
+        if (!ok) return;
+        forbid(balance == 0 || held(asset, recipient) - before != balance, "another amount than owed");
         forbid(try_(account, address(rewards), 0, call), "withdrawn twice");
     }
 
-    /// @dev Also in another token, at another's place, and with another score.
-    function claimTo(uint256 t, uint256 place, uint256 trick, uint256 to) public {
-        if (records.length == 0) return;
-        Record storage r = pick(t);
-        if (r.blocks == 0) return;
-        place %= r.scores.length;
-        address account = r.candidate.participants[trick % 8 == 2 ? (place + 1) % r.scores.length : place];
-        address asset = trick % 8 == 1 ? tokens[(to >> 8) % 3] : r.token;
-        Opening memory opening = claimOf(r.candidate, place).opening;
-        if (trick % 8 == 3) opening.score += 1;
-        address recipient = recipientOf(account, to);
-        uint256 before = held(asset, recipient);
-        uint256 pool = rewards.getSettlement(r.id).remaining;
-        bytes memory call = abi.encodeCall(RewardDistribution.claimTo, (r.id, asset, recipient, opening));
-        if (!try_(account, address(rewards), 0, call)) return;
-        forbid(asset != r.token || trick % 8 == 2 || trick % 8 == 3, "another's claim");
-        uint256 claimed = pool - rewards.getSettlement(r.id).remaining;
-        r.claimed += claimed;
-        forbid(held(asset, recipient) - before != claimed, "another amount than the pool lost");
-        forbid(try_(account, address(rewards), 0, call), "claimed twice");
+    function balanceAt(uint256 who, uint256 token) private view returns (address account, address asset) {
+        return (people[who % people.length], tokens[token % 3]);
+    }
+
+    /// @dev The first, beginning anywhere, that has a balance.
+    function owed(uint256 first) private view returns (address account, address asset) {
+        for (uint256 i = 0; i < 3 * people.length; i++) {
+            (account, asset) = balanceAt(first % people.length + i / 3, i);
+            if (rewards.balanceOf(asset, account) > 0) return (account, asset);
+        }
     }
 
     function refund(uint256 t, uint256 who, uint256 to) public {
@@ -437,14 +524,20 @@ contract Handler is Checks {
         }
         if (r.status == Status.Locked && seed >> 4 & 3 == 0) return driveSilence(t, seed >> 8);
         if (r.status == Status.Locked) return publishBlock(t, 0, seed >> 8);
-        if (r.status == Status.Settled && r.outcome == Outcome.Met) return claimTo(t, seed >> 8, 0, 0);
+        if (r.status == Status.Settled && r.scores.length > 0) return driveClaim(r, seed >> 4);
         if (r.status != Status.Published) return;
         if (r.outcome == Outcome.Pending) return revealAccuracy(t, 1 + seed % 2, 0);
         for (uint256 i = 0; i < r.scores.length; i++) {
-            (bool isRevealed,) = rewards.isRevealed(r.key, i);
+            bool isRevealed = r.revealedBits >> i & 1 != 0;
             if (r.outcome == Outcome.Met && !isRevealed && seed >> 8 & 1 << i != 0) revealScore(t, i, 0);
         }
         distribute(t);
+    }
+
+    function driveClaim(Record storage r, uint256 seed) private {
+        uint256 place = seed % r.scores.length;
+        address account = r.candidate.participants[place];
+        claimAs(r, account, r.token, account, openingOf(r.candidate, place, r.scores[place]), false);
     }
 
     /// @dev A turn passes without a block, and one of the others takes its part.
@@ -485,14 +578,9 @@ contract Handler is Checks {
         if (r.status == Status.Published) distribute(t);
         vm.assertTrue(r.status == Status.Refunded || r.status == Status.Settled, "a task without an end");
         for (uint256 i = 0; i < r.scores.length && r.outcome == Outcome.Met; i++) {
-            (, bool isClaimed) = rewards.isRevealed(r.key, i);
-            if (isClaimed) continue;
-            Opening memory opening = claimOf(r.candidate, i).opening;
-            (bool isRevealed,) = rewards.isRevealed(r.key, i);
-            // Without a part of a pool that is empty there is nothing to claim.
-            if (rewards.getSettlement(r.id).remainingParts == 0 && (r.scoreSum > 0 || !isRevealed)) continue;
-            vm.prank(r.candidate.participants[i]);
-            rewards.claimTo(r.id, r.token, address(0xCAFE), opening);
+            // Scores of zero find an empty pool once all others have claimed.
+            if (r.claimedBits >> i & 1 != 0 || rewards.getSettlement(r.id).remainingParts == 0) continue;
+            claim(r.candidate, i, r.scores[i]);
         }
         for (uint256 i = 0; i < r.cohort.length; i++) {
             for (uint256 j = 0; j < r.cohort.length; j++) {
@@ -511,10 +599,10 @@ contract Handler is Checks {
         vm.startPrank(account);
         if (registry.creditOf(account) > 0) registry.withdrawCredit(address(0xCAFE));
         (uint256 requested,) = registry.getWithdrawal(account);
-        requested += registry.stakeOf(account);
-        registry.requestWithdrawal(requested);
+        uint256 all = registry.stakeOf(account) + requested;
+        registry.requestWithdrawal(all);
         vm.warp(time() + DELAY_S);
-        if (requested > 0) registry.withdrawStake(address(0xCAFE));
+        if (all > 0) registry.withdrawStake(address(0xCAFE));
         vm.stopPrank();
     }
 
@@ -577,6 +665,7 @@ contract Handler is Checks {
     /// @dev All of the cohort or its first three, with scores that are zero, any, or the largest.
     function proposal(Record storage r, uint256 seed)
         private
+        view
         returns (uint256[] memory scores, Candidate memory c)
     {
         uint256 count = seed % 2 == 0 ? r.who.length : 3;
@@ -616,6 +705,11 @@ contract Handler is Checks {
             if (r.turns[i] == account) return true;
         }
         return false;
+    }
+
+    /// @dev The number of participants for who is none.
+    function placeOf(Record storage r, address account) private view returns (uint256 place) {
+        while (place < r.scores.length && r.candidate.participants[place] != account) place++;
     }
 
     function recipientOf(address account, uint256 to) private view returns (address) {

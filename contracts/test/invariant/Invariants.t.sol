@@ -66,13 +66,14 @@ contract InvariantsTest {
     }
 
     function callsOfPeople() private pure returns (bytes4[] memory list) {
-        bytes4[18] memory calls = [
+        bytes4[19] memory calls = [
             HealChainEscrow.publishTask.selector,
             HealChainEscrow.refundPublisher.selector,
             StakeRegistry.depositStake.selector,
             StakeRegistry.requestWithdrawal.selector,
             StakeRegistry.withdrawStake.selector,
             StakeRegistry.withdrawCredit.selector,
+            StakeRegistry.releaseStake.selector,
             StakeRegistry.closeRegistration.selector,
             StakeRegistry.drawAggregator.selector,
             StakeRegistry.moveSeed.selector,
@@ -86,11 +87,10 @@ contract InvariantsTest {
             RewardDistribution.revealScore.selector,
             RewardDistribution.distribute.selector
         ];
-        list = new bytes4[](calls.length + 3);
+        list = new bytes4[](calls.length + 2);
         for (uint256 i = 0; i < calls.length; i++) list[i] = calls[i];
-        list[calls.length] = RewardDistribution.withdrawTo.selector;
-        list[calls.length + 1] = RewardDistribution.claimTo.selector;
-        list[calls.length + 2] = StakeRegistry.releaseStake.selector;
+        list[calls.length] = RewardDistribution.claimTo.selector;
+        list[calls.length + 1] = RewardDistribution.withdrawTo.selector;
     }
 
     function acts() private pure returns (bytes4[] memory all) {
@@ -103,6 +103,7 @@ contract InvariantsTest {
             Handler.requestWithdrawal.selector,
             Handler.withdrawStake.selector,
             Handler.withdrawCredit.selector,
+            Handler.releaseStake.selector,
             Handler.publishTask.selector,
             Handler.publishWithFee.selector,
             Handler.closeRegistration.selector,
@@ -117,9 +118,8 @@ contract InvariantsTest {
             Handler.openScores.selector,
             Handler.revealScore.selector,
             Handler.distribute.selector,
-            Handler.withdrawTo.selector,
             Handler.claimTo.selector,
-            Handler.releaseStake.selector,
+            Handler.withdrawTo.selector,
             Handler.refund.selector,
             Handler.drive.selector
         ];
@@ -142,6 +142,8 @@ contract InvariantsTest {
         handler.checkPools();
         handler.checkNoBreach();
         handler.checkRecordedStakes();
+        handler.checkEveryTaskCanTake();
+        handler.checkBits();
     }
 
     /// @dev 13: nothing is stranded.

@@ -37,11 +37,22 @@ abstract contract Records is World {
         /// Sum of the revealed scores and how many.
         uint256 scoreSum;
         uint256 revealed;
+        /// A bit per participant: who revealed, who claimed.
+        uint256 revealedBits;
+        uint256 claimedBits;
+        /// The last turn is shorter than the task's window, by the deadline.
+        bool isTurnShort;
         /// What went to the publisher or the aggregator's balance, and to participants by claims.
         uint256 credited;
         uint256 claimed;
         Status status;
         Outcome outcome;
+    }
+
+    struct Hold {
+        uint256 task;
+        uint256 end;
+        bool isReleased;
     }
 
     Record[] internal records;
@@ -55,8 +66,8 @@ abstract contract Records is World {
     mapping(address account => uint256) internal deposited;
     mapping(address account => uint256) internal withdrawn;
     mapping(address account => uint256) internal slashed;
-    /// @dev The latest end of all tasks in whose cohort the account is.
-    mapping(address account => uint256) internal heldUntil;
+    /// @dev Wei that tasks recorded of a stake, task by task, since the last time when none held any; zero once released.
+    mapping(address account => Hold[]) internal holds;
     /// @dev Taken from stakes and not credited to anyone yet.
     uint256 internal unallocated;
     /// @dev Ether forced on a contract and tokens sent to it without being asked for.
@@ -75,6 +86,14 @@ abstract contract Records is World {
         vm.prank(who);
         (ok,) = target.call{value: value, gas: 30_000_000}(data);
         if (ok) reached[bytes4(data)] += 1;
+    }
+
+    /// @dev Whether any task holds stake of the account.
+    function isHeld(address account) internal view returns (bool) {
+        for (uint256 i = 0; i < holds[account].length; i++) {
+            if (time() <= holds[account][i].end) return true;
+        }
+        return false;
     }
 
     function bound(uint256 value, uint256 low, uint256 high) internal pure returns (uint256) {

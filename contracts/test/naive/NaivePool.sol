@@ -10,6 +10,7 @@ interface Token {
 /// @notice Answers of tokens and what really arrived are not looked at; claims are leaves of 64 bytes, proved once per call.
 contract NaivePool {
     mapping(Token token => mapping(address account => uint256)) public balanceOf;
+    mapping(bytes32 task => mapping(address account => uint256)) public owedOf;
     mapping(bytes32 leaf => bool) private _isClaimed;
 
     receive() external payable {}
@@ -33,6 +34,23 @@ contract NaivePool {
             node = keccak256(abi.encodePacked(a, b));
         }
         return node == root;
+    }
+
+    /// @dev Knows what a task owes, and not in which token: the caller names it.
+    function claimIn(Token token, bytes32 task) external {
+        uint256 amount = owedOf[task][msg.sender];
+        owedOf[task][msg.sender] = 0;
+        token.transfer(msg.sender, amount);
+    }
+
+    function fund(Token token, bytes32 task, address account, uint256 amount) external {
+        token.transferFrom(msg.sender, address(this), amount);
+        owedOf[task][account] += amount;
+    }
+
+    /// @dev Counts the score that the claimer names, whether it revealed in time or not: the parts exceed the whole.
+    function claimByScore(uint256 amount, uint256 score, uint256 revealedSum) external {
+        payable(msg.sender).transfer(amount * score / revealedSum);
     }
 
     /// @dev Marks what was claimed after the loop: a leaf named twice is paid twice.
