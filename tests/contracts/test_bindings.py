@@ -47,7 +47,7 @@ from tests.contracts.world import (
     named,
 )
 
-# Called by the other contracts only, part of another method (get_score, get_task), or not needed: limits, the domain's description.
+# Called by the other contracts only, part of another method (get_score, get_task), or not needed: limits, the domain itself.
 WITHOUT_METHOD = {
     "markPublished",
     "releaseReward",
