@@ -86,14 +86,14 @@ def peak_bytes(work: Callable[[], object]) -> int:
 
 
 def test_memory_is_that_of_pieces_not_of_the_round(tmp_path, monkeypatch):
-    """Eight ciphertexts of 32 MB in all go through less than a quarter of that, in every part and for every party."""
+    """Eight ciphertexts of 74 MB in all go through less than a quarter of that, in every part and for every party."""
     monkeypatch.setattr(chunks, "PIECE_COORDINATES", 2048)
     # Tables of multiples are made once a process, and belong to no round.
     first = Round.set_up(tmp_path / "first", Layout(2048, 1024), miners=8, threads=1, console=quiet())
     first.verify(*opened(first))
 
-    work = Round.set_up(tmp_path / "large", Layout(64_000, 1024), miners=8, threads=1, console=quiet())
-    limit = 8 * 64 * 64_000 // 4
+    work = Round.set_up(tmp_path / "large", Layout(192_000, 1024), miners=8, threads=1, console=quiet())
+    limit = 8 * 48 * 192_000 // 4
     made: dict[str, Any] = {}
     parts = {
         "encrypt": lambda: made.update(ciphertexts=work.encrypt()),

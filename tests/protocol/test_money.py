@@ -1,19 +1,27 @@
 """Where the money goes, for every way in which a task can end; always to the wei."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from eth_account import Account
+from eth_account.signers.local import LocalAccount
+from eth_utils import keccak
 from prefect.blocks.core import Block
 
 from blocks.chain import NotYet
-from contracts.bindings import Outcome, RewardClaimed, RewardCredited, Status
+from blocks.local_chain import GENESIS_KEYS
+from contracts.bindings import Outcome, RewardClaimed, RewardCredited, Status, _create_address
 from contracts.messages import AbortReason, Announcement, Cohort, Submission
+from contracts.sending import Sender
 from tasks import publish
 from tasks.publish import DepositFailed
 from tasks.records import BadRecord, give_up
 from tests.protocol.world import MINERS, TASK_ID, World, load_block, task_file
 
 REWARD = task_file().money.reward_wei
+TOKEN = Path(__file__).parents[1] / "contracts" / "build" / "TestToken.json"
 
 
 def credited(world: World) -> dict[str, int]:
@@ -45,6 +53,41 @@ def test_everybody_is_paid_in_proportion_to_the_scores(world_after):
     assert credited(world) == expected
     assert sum(expected.values()) == REWARD
     assert nothing_is_left(world)
+
+
+def mint(world: World, deployer: LocalAccount, account: str, amount: int) -> None:
+    """Deploy a token from an account's first transaction, and make somebody rich."""
+    web3, build = world.chain.web3, json.loads(TOKEN.read_text())
+    Sender(web3, Account.from_key(GENESIS_KEYS[0])).send(b"", to=deployer.address, value_wei=10**18)
+    Sender(web3, deployer).send(bytes.fromhex(build["bytecode"][2:]), to=None)
+    token = web3.eth.contract(address=_create_address(deployer.address, 0), abi=build["abi"])
+    data = bytes.fromhex(token.encode_abi("mint", args=[account, amount])[2:])
+    Sender(web3, deployer).send(data, to=token.address)
+
+
+def test_a_reward_in_tokens_is_locked_shared_and_paid(world_after):
+    deployer = Account.from_key(keccak(text="the token's deployer"))
+    address = _create_address(deployer.address, 0)
+    world = world_after(None, money__reward_token=address)
+    mint(world, deployer, world.address("publisher"), REWARD)
+    before = world.chain.web3.eth.get_balance(world.contracts.escrow.address)
+    world.through("publish")
+    token = world.chain.token(address)
+    assert token.balance_of(world.contracts.escrow.address) == REWARD
+    assert world.chain.web3.eth.get_balance(world.contracts.escrow.address) == before == 0
+    world.through("withdraw", after="publish")
+    held = {name: token.balance_of(world.address(name)) for name in ("publisher", *MINERS)}
+    assert held == {"publisher": 0, **credited(world)}
+    assert sum(held.values()) == REWARD
+
+
+def test_a_publisher_without_the_tokens_makes_no_task(world_after):
+    deployer = Account.from_key(keccak(text="the token's deployer"))
+    world = world_after(None, money__reward_token=_create_address(deployer.address, 0))
+    mint(world, deployer, world.address("publisher"), REWARD - 1)
+    with pytest.raises(DepositFailed, match="ERC20InsufficientBalance"):
+        world.do("publish", "publisher")
+    assert world.contracts.escrow.get_task(TASK_ID).status is Status.NONE
 
 
 def test_withdrawing_again_pays_nothing_more(world_after):
