@@ -119,6 +119,7 @@ def run_flow(stack: "Stack", task_id: str, file: TaskFile) -> str:
     """Run the task's flow with the blocks of this stack; return why there is no task, or an empty string."""
     from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
+    from blocks.chain import NotYet
     from flows.protocol import run_task
     from tasks.publish import DepositFailed
 
@@ -129,7 +130,7 @@ def run_flow(stack: "Stack", task_id: str, file: TaskFile) -> str:
             end_temporary_server_with_this_process()
         try:
             run_task(task_id=task_id, publisher="publisher", spec=file.spec())
-        except DepositFailed as error:
+        except (DepositFailed, NotYet) as error:
             return str(error)
     return ""
 

@@ -21,12 +21,13 @@ from web3 import Web3
 
 from blocks.artifacts import ArtifactStore
 from blocks.chain import Chain
-from blocks.identity import Identity, create_home
+from blocks.connections import Connections
+from blocks.identity import Identity, create_home, residents
 from blocks.local_chain import GENESIS_KEYS
 from blocks.registry import Registry
 from contracts import bindings
 from contracts.task_spec import DatasetRequirement
-from deployments.register import register_blocks
+from deployments.register import register_homes
 from tasks.learning.datasets import Dataset, decode_idx, dirichlet_partition, encode_npz, load_ready, split
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package of it has the files
@@ -49,8 +50,8 @@ class Stack:
         return Identity(home=str(self.homes[name]))
 
     def register(self) -> None:
-        """Save the blocks with the Prefect server in use."""
-        register_blocks(self.chain, self.artifacts, self.registry, self.homes)
+        """Save the homes' places with the Prefect server in use."""
+        register_homes(self.homes)
 
 
 def set_up(folder: Path, requirement: DatasetRequirement, miners: int, seed: int, data: dict[str, Path]) -> Stack:
@@ -70,7 +71,10 @@ def set_up(folder: Path, requirement: DatasetRequirement, miners: int, seed: int
     store = ArtifactStore(root=str(folder / "store"))
     registry = Registry(url=f"sqlite:///{folder / 'registry.sqlite'}")
     for name, identity in identities.items():
-        registry.record_actor(name, identity.address, "publisher" if name == "publisher" else "miner")
+        is_publisher = name == "publisher"
+        registry.record_actor(name, identity.address, "publisher" if is_publisher else "miner")
+        Connections(name=name, chain=chain, store=store, registry=registry if is_publisher else None).pin(identity)
+    residents.update(identities)
     return Stack(folder, chain, store, registry, homes)
 
 
