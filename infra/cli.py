@@ -33,6 +33,7 @@ app.add_typer(chain_app, name="chain")
 console = Console(highlight=False)
 
 PREFECT_FOLDER = typer.Option(help="where Prefect's database is kept, unless PREFECT_API_URL names a server")
+PUBLISHER_HOME = typer.Option(help="the publisher's home on this host")
 TaskArgument = Annotated[str, typer.Argument(metavar="TASK.toml", help="a task file, or the name of a ready one")]
 
 
@@ -146,6 +147,61 @@ def write_report(stack: "Stack", folder: Path, file: TaskFile, begun: dict[str, 
     _write(folder / "report.html", report.render_html(gathered))
     report.print_summary(gathered, console, folder)
     return gathered
+
+
+@app.command()
+def submit(
+    task: TaskArgument,
+    home: Annotated[Path, PUBLISHER_HOME] = Path("build/stack/actors/publisher"),
+    seed: Annotated[int | None, typer.Option(help="public seed; default: the task's")] = None,
+    detach: Annotated[bool, typer.Option("--detach", help="do not wait for its end")] = False,
+) -> None:
+    """Start a task on the stack: its steps run on the actors' own hosts."""
+    file = _load(task, {} if seed is None else {"seed": seed})
+    use_prefect_of_home(home)
+    from infra import publishing
+    from infra.watching import Watcher
+
+    with _failures():
+        task_id, run_id = publishing.submit(home, file)
+        console.print(f"task [bold]{task_id}[/bold], run {run_id}")
+        if detach:
+            return
+        with Watcher(console) as watcher:
+            status, reason = publishing.follow(home, task_id, run_id, watcher)
+    console.print(f"{status}  {escape(reason)}")
+    sys.exit(0 if status in ("PAID", "REFUNDED", "WAITING") else 1)
+
+
+@app.command()
+def schedule(
+    task: TaskArgument,
+    cron: Annotated[str | None, typer.Option(help='when, e.g. "0 3 * * 1": every Monday at three')] = None,
+    every_s: Annotated[float | None, typer.Option(min=1, help="or the seconds from one to the next")] = None,
+    home: Annotated[Path, PUBLISHER_HOME] = Path("build/stack/actors/publisher"),
+) -> None:
+    """Have tasks with these terms begin by themselves, each from the last published model, one at a time."""
+    file = _load(task, {})
+    use_prefect_of_home(home)
+    from infra import publishing
+
+    with _failures():
+        name = publishing.schedule(home, file, cron=cron, interval_s=every_s)
+    console.print(f"deployment [bold]{name}[/bold]: pause and resume its schedule in the Prefect UI")
+
+
+@app.command()
+def approve(task: TaskArgument, home: Annotated[Path, PUBLISHER_HOME] = Path("build/stack/actors/publisher")) -> None:
+    """Let tasks of this name be started from the Prefect UI: what decides about money and safety stays as it is here."""
+    file = _load(task, {})
+    use_prefect_of_home(home)
+    from infra import publishing
+    from tasks.publish import approve as approve_tasks
+
+    with _failures():
+        me, _ = publishing.publisher_of(home)
+        approve_tasks(me, file)
+    console.print(f"tasks named {file.name} may be started from the form of run-task/publisher")
 
 
 @app.command()
@@ -344,13 +400,24 @@ def _failures() -> Iterator[None]:
     from requests import RequestException
 
     from contracts.sending import FeesTooHigh, InsufficientFunds, Replaced, Reverted
+    from blocks.pools import PoolsUnavailable
     from infra.chain_deployment import ChainInUse
 
     try:
         yield
-    except (ValueError, ChainInUse, FeesTooHigh, InsufficientFunds, Replaced, Reverted, OSError) as error:
+    except (ValueError, PoolsUnavailable, ChainInUse, FeesTooHigh, InsufficientFunds, Replaced, Reverted, OSError) as error:
         # The text of a connection's error may hold the whole address, and with it a key of the node's provider.
         _fail("the node does not answer: is it running?" if isinstance(error, RequestException) else str(error))
+
+
+def use_prefect_of_home(home: Path) -> None:
+    """Point Prefect at the server that a home's profile names; before prefect is imported."""
+    profile = home.resolve() / "prefect"
+    if not (profile / "profiles.toml").exists() and "PREFECT_API_URL" not in os.environ:
+        _fail(f"--home {home}: no prefect/profiles.toml there: start the stack (make stack) or name the publisher's home")
+    os.environ.setdefault("PREFECT_HOME", str(profile))
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
 
 
 def use_temporary_prefect(folder: Path) -> None:

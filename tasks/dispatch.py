@@ -171,14 +171,22 @@ class Asked:
 _conductor: contextvars.ContextVar[Conductor] = contextvars.ContextVar("conductor")
 
 
-def conduct(publisher: str, task_id: str, spec: TaskSpec) -> TaskId:
-    """Ask from here on as this publisher; return the task's id. A run that was given none makes it from its own."""
+def conduct(
+    publisher: str, task_id: str, spec: TaskSpec, *, follow_on: bool = False
+) -> tuple[TaskId, TaskSpec]:
+    """Ask from here on as this publisher; return the task's id and its terms. A run that was given no id makes one from its own.
+
+    follow_on: the terms start from the last published model of the tasks of this name; no id while one of them is under way.
+    """
     st = station(publisher)
     pinned = connections_of(st.me)
     if pinned.registry is None:
         raise ValueError(f"{publisher} has no registry in its connections: only a publisher conducts a task")
     _conductor.set(Conductor(publisher, st, pinned.registry, pinned.uses_pools))
-    return task_id or f"{spec.name}-{str(flow_run.get_id()).replace('-', '')[-12:]}"
+    task_id = task_id or f"{spec.name}-{str(flow_run.get_id()).replace('-', '')[-12:]}"
+    if not follow_on:
+        return task_id, spec
+    return _next_in_series(st, pinned.registry, task_id, spec)
 
 
 def run_name() -> str:
