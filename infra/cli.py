@@ -22,6 +22,9 @@ from rich.markup import escape
 from contracts.task_spec import InvalidTask, TaskFile, load_task_file
 
 if TYPE_CHECKING:
+    from blocks.artifacts import ArtifactStore
+    from blocks.chain import Chain
+    from blocks.registry import Registry
     from contracts.bindings import Deployment
     from infra.chain_deployment import Checked
     from infra.devstack import Stack
@@ -30,9 +33,16 @@ READY = files("deployments") / "ready"
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Private, paid, verifiable federated learning.")
 chain_app = typer.Typer(no_args_is_help=True, help="The contracts on an Ethereum chain: deploy them, check them.")
 app.add_typer(chain_app, name="chain")
+models_app = typer.Typer(no_args_is_help=True, help="Model versions: list, compare, fetch, pin, roll back.")
+app.add_typer(models_app, name="models")
 console = Console(highlight=False)
+HOME = Path("build/run/actors/publisher")
 
 PREFECT_FOLDER = typer.Option(help="where Prefect's database is kept, unless PREFECT_API_URL names a server")
+PublishersHome = Annotated[
+    Path, typer.Option(envvar="HEALCHAIN_HOME", help="the publisher's home: its chain, store and registry")
+]
+VersionArgument = Annotated[str, typer.Argument(help="a version TASK/ROUND, or the name of a pin")]
 TaskArgument = Annotated[str, typer.Argument(metavar="TASK.toml", help="a task file, or the name of a ready one")]
 
 
@@ -347,9 +357,97 @@ def _failures() -> Iterator[None]:
 
     try:
         yield
-    except (ValueError, ChainInUse, FeesTooHigh, InsufficientFunds, Replaced, Reverted, OSError) as error:
+    except (ValueError, LookupError, ChainInUse, FeesTooHigh, InsufficientFunds, Replaced, Reverted, OSError) as error:
         # The text of a connection's error may hold the whole address, and with it a key of the node's provider.
         _fail("the node does not answer: is it running?" if isinstance(error, RequestException) else str(error))
+
+
+@app.command()
+def reindex(home: PublishersHome = HOME) -> None:
+    """Build the registry again from chain and store. Pins, names of actors and times of steps stay as they are."""
+    from blocks.identity import Identity
+    from tasks import index
+
+    with _failures(), console.status("reading the chain") as status:
+        chain, store, registry = _connections(home)
+
+        def progress(done: int, count: int, task_id: str) -> None:
+            status.update(f"task {done} of {count}: {task_id}")
+
+        standing = index.reindex(registry, chain, store, Identity(home=str(home)).address, progress)
+    found = ", ".join(f"{count} {status}" for status, count in sorted(standing.items())) or "no task"
+    console.print(f"rebuilt from chain and store: {found}")
+
+
+@models_app.command("list")
+def list_models(
+    home: PublishersHome = HOME, task: Annotated[str | None, typer.Option(help="of this task only")] = None
+) -> None:
+    """List model versions: one after each round, which one was published, from which one it was trained."""
+    from infra import model_versions
+
+    with _failures():
+        model_versions.show(_connections(home)[2], task, console)
+
+
+@models_app.command("compare")
+def compare_models(first: VersionArgument, second: VersionArgument, home: PublishersHome = HOME) -> None:
+    """Compare two model versions: accuracy, loss, ancestors, and how far apart their parameters are."""
+    from infra import model_versions
+
+    with _failures():
+        _, store, registry = _connections(home)
+        model_versions.compare(registry, store, first, second, console)
+
+
+@models_app.command("fetch")
+def fetch_model(
+    version: VersionArgument,
+    out: Annotated[Path, typer.Option(help="the file to write")],
+    home: PublishersHome = HOME,
+) -> None:
+    """Write a model version to a file, once its bytes have the digest that the version names."""
+    from infra import model_versions
+
+    with _failures():
+        _, store, registry = _connections(home)
+        found = model_versions.fetch(registry, store, version, out)
+    console.print(f"{out}: {found.version}, {out.stat().st_size} bytes, sha256 {found.sha256}", soft_wrap=True)
+
+
+@models_app.command("pin")
+def pin_model(
+    name: Annotated[str, typer.Argument(help="a name of yours for the version, e.g. breast-cancer")],
+    version: VersionArgument,
+    home: PublishersHome = HOME,
+) -> None:
+    """Let a name stand for a model version, and say what a task file needs to start from it."""
+    from infra import model_versions
+
+    with _failures():
+        found = _connections(home)[2].pin(name, version)
+    console.print(f"{name} is {found.version}. A task that starts from it:\n{model_versions.start_in_toml(found)}")
+
+
+@models_app.command("rollback")
+def roll_back_model(
+    name: Annotated[str, typer.Argument(help="the pin to set back by one")], home: PublishersHome = HOME
+) -> None:
+    """Undo the newest pin of a name: it stands again for the version before."""
+    from infra import model_versions
+
+    with _failures():
+        found = _connections(home)[2].roll_back(name)
+    console.print(
+        f"{name} is {found.version} again. A task that starts from it:\n{model_versions.start_in_toml(found)}"
+    )
+
+
+def _connections(home: Path) -> "tuple[Chain, ArtifactStore, Registry]":
+    """The chain, store and registry that the publisher of a home believes."""
+    from infra.devstack import reopen
+
+    return reopen(home)
 
 
 def use_temporary_prefect(folder: Path) -> None:

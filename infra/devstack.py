@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from eth_account import Account
+from pydantic import SecretStr
 from web3 import Web3
 
 from blocks.artifacts import ArtifactStore
@@ -68,10 +69,21 @@ def set_up(folder: Path, requirement: DatasetRequirement, miners: int, seed: int
     chain = _deploy(folder)
     fund(chain, [identity.address for identity in identities.values()], folder / "faucet.sqlite")
     store = ArtifactStore(root=str(folder / "store"))
-    registry = Registry(url=f"sqlite:///{folder / 'registry.sqlite'}")
+    registry = Registry(url=SecretStr(f"sqlite:///{folder / 'registry.sqlite'}"))
     for name, identity in identities.items():
         registry.record_actor(name, identity.address, "publisher" if name == "publisher" else "miner")
     return Stack(folder, chain, store, registry, homes)
+
+
+def reopen(home: Path) -> tuple[Chain, ArtifactStore, Registry]:
+    """Chain, store and index of the set-up folder that a home is in. Raises ValueError when it is in none."""
+    folder = home.resolve().parent.parent
+    if not (folder / "deployment.json").exists():
+        raise ValueError(f"--home {home}: no home of a set-up folder, which would have {folder / 'deployment.json'}")
+    deployment = bindings.Deployment(**json.loads((folder / "deployment.json").read_text()))
+    chain = Chain(rpc=f"local:{folder / 'chain.sqlite'}").deployed(deployment)
+    registry = Registry(url=SecretStr(f"sqlite:///{folder / 'registry.sqlite'}"))
+    return chain, ArtifactStore(root=str(folder / "store")), registry
 
 
 def _give_data(homes: dict[str, Path], requirement: DatasetRequirement, seed: int, data: dict[str, Path]) -> None:

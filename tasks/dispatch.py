@@ -12,7 +12,7 @@ import contextvars
 import importlib
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -21,9 +21,10 @@ from prefect.logging import get_run_logger
 
 from blocks.chain import NotYet
 from blocks.registry import Registry
-from contracts.bindings import Outcome, Status
-from contracts.messages import Abort, AbortReason, Announcement, Message
-from tasks.records import load_chain, load_record, load_store, terms_path
+from contracts.bindings import Status
+from contracts.messages import Abort, AbortReason, Message
+from tasks.index import catch_up, declare_over, refuse, remember
+from tasks.records import Station, load_chain, load_record, load_store, station
 
 
 def load_registry() -> Registry:
@@ -129,12 +130,12 @@ def ask_each(
         answer.join(timeout_s)
         if answer.is_alive():
             late = f"no answer within {timeout_s:g} s"
-            registry.record_refusal(task_id, round_number, step, row.address, late)
+            _refuse(registry, task_id, round_number, step, row.address, late)
             watch.tell(StepEvent("refused", step, row.name, task_id, round_number, timeout_s, "no answer in time"))
         elif answer.error is None:
             answers.append(answer.record)
         else:
-            registry.record_refusal(task_id, round_number, step, row.address, _reason(answer.error))
+            _refuse(registry, task_id, round_number, step, row.address, _reason(answer.error))
     return answers
 
 
@@ -167,7 +168,7 @@ def _run(registry: Registry, name: str, step: str, task_id: str, round_number: i
         reference = flow(task_id=task_id, round_number=round_number, actor=name, **references)
         chain = load_chain()
         record = load_record(load_store(), chain.domain, reference)
-        _remember(registry, record, reference)
+        remember(registry, chain, load_store(), record, reference)
         outcome, detail = ("aborted", record.reason) if isinstance(record, Abort) else ("ok", _headline(record))
     except Exception as error:
         detail = _reason(error)
@@ -195,14 +196,17 @@ def _run(registry: Registry, name: str, step: str, task_id: str, round_number: i
     return record
 
 
-def _remember(registry: Registry, record: Message, reference: dict[str, str]) -> None:
-    if isinstance(record, Announcement):
-        terms = load_store().find(record.publisher, terms_path(record.task_id)) or b""
-        registry.record_task(record.task_id, record.publisher, record.spec_hash, terms.decode())
-    registry.record(record, signer=reference["owner"], path=reference["path"], sha256=reference["sha256"])
-    refused: Iterable[str] = getattr(record, "refused", ())
-    for address, reason in zip(refused, getattr(record, "reasons", ()), strict=True):
-        registry.record_refusal(record.task_id, record.round_number, type(record).__name__, address, reason)
+def _refuse(registry: Registry, task_id: str, round_number: int, step: str, address: str, reason: str) -> None:
+    """Go on without an actor, in its publisher's name."""
+    refuse(_publisher(registry, task_id), registry, task_id, round_number, step, address, reason)
+
+
+def _publisher(registry: Registry, task_id: str) -> Station:
+    """The station of a task's publisher, in whose name the task is run."""
+    task = registry.find_task(task_id)
+    if task is None:
+        raise LookupError(f"task {task_id} is not known here: it was not published")
+    return station(registry.find_actor(task.publisher).name)
 
 
 def report_progress(fraction: float, what: str) -> None:
@@ -215,19 +219,17 @@ def report_progress(fraction: float, what: str) -> None:
 
 @contextmanager
 def task_states(task_id: str) -> Iterator[None]:
-    """Keep the task's status in the registry; an abort becomes the status FAILED with its reason and ends here."""
-    registry = load_registry()
-    registry.mark_task(task_id, "TRAINING")
+    """An abort ends here; so does any failure after the deadline, which the publisher then says, signed."""
     try:
         yield
     except TaskAborted as aborted:
-        registry.mark_task(task_id, "FAILED", str(aborted))
         get_run_logger().warning("task %s: %s", task_id, aborted)
     except Exception as error:
         # Whatever went wrong, after the deadline no block can come any more: what is left is the refund.
         if not _is_overdue(task_id):
             raise
-        registry.mark_task(task_id, "FAILED", f"{AbortReason.DEADLINE_PASSED}: {_reason(error)}")
+        registry = load_registry()
+        declare_over(_publisher(registry, task_id), registry, task_id, AbortReason.DEADLINE_PASSED, _reason(error))
 
 
 def _is_overdue(task_id: str) -> bool:
@@ -238,8 +240,10 @@ def _is_overdue(task_id: str) -> bool:
 
 
 def give_up_after(task_id: str, rounds: int) -> None:
-    """End a task whose rounds are used up. Raises TaskAborted."""
-    raise TaskAborted(f"{AbortReason.MAX_ROUNDS}: task {task_id} had {rounds}")
+    """End a task whose rounds are used up, in its publisher's name. Raises TaskAborted."""
+    registry, detail = load_registry(), f"task {task_id} had {rounds}"
+    declare_over(_publisher(registry, task_id), registry, task_id, AbortReason.MAX_ROUNDS, detail)
+    raise TaskAborted(f"{AbortReason.MAX_ROUNDS}: {detail}")
 
 
 def reachable(role: str) -> list[str]:
@@ -248,19 +252,8 @@ def reachable(role: str) -> list[str]:
 
 
 def conclude(task_id: str) -> str:
-    """The task's status as the chain has it: PAID, REFUNDED, PUBLISHED, REFUNDABLE or LOCKED; remembered, and returned."""
-    registry = load_registry()
-    chain = load_chain()
-    on_chain = chain.contracts().escrow.get_task(task_id)
-    row = registry.find_task(task_id)
-    reason = row.reason if row else ""
-    names = {Status.LOCKED: "REFUNDABLE", Status.NONE: "FAILED"}
-    status = names.get(on_chain.status, str(on_chain.status.name))
-    if on_chain.status is Status.SETTLED:
-        outcome = chain.contracts().rewards.get_settlement(task_id).outcome
-        status = "REFUNDED" if outcome is Outcome.UNMET else "PAID"
-    registry.mark_task(task_id, status, reason)
-    return status
+    """Where the task stands by chain and signed records: PAID, REFUNDED, PUBLISHED or REFUNDABLE; FAILED when there is none."""
+    return catch_up(load_registry(), load_chain(), load_store(), task_id) or "FAILED"
 
 
 def _headline(record: Message) -> str:
