@@ -64,7 +64,7 @@ def _silent() -> EventTrigger:
     return EventTrigger(
         match=ResourceSpecification(RUNS),
         match_related=ResourceSpecification(WITH_A_HOST),
-        after={"prefect.flow-run.heartbeat"},
+        after={"prefect.flow-run.heartbeat", *_states("Running")},  # it may be killed before its first heartbeat
         expect={"prefect.flow-run.heartbeat", *_states(*ENDED, *PUT_OFF)},
         for_each={"prefect.resource.id"},
         posture=Posture.Proactive,

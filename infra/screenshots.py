@@ -117,7 +117,7 @@ CHAPTERS = {
     "terms": 780,
     "cohort": 640,
     "submissions": 640,
-    "accuracy": 720,
+    "accuracy": 462,
     "votes": 640,
     "rewards": 640,
     "summary": 720,
