@@ -81,6 +81,32 @@ def register_deployments(definitions: Path) -> list[str]:
     return [_register(entry) for entry in yaml.safe_load(definitions.read_text())["deployments"]]
 
 
+def register_schedule(
+    name: str, queue: str, parameters: dict[str, Any], *, cron: str | None, interval_s: float | None
+) -> str:
+    """A deployment of the whole protocol that begins by itself; its schedule can be paused and resumed in the UI.
+
+    Raises ValueError for a schedule that is none.
+    """
+    if (cron is None) == (interval_s is None):
+        raise ValueError("give either a cron expression or an interval")
+    flow: Flow[..., Any] = importlib.import_module("flows.protocol").run_task
+    deployment = flow.to_deployment(
+        name,
+        parameters=parameters,
+        tags=["recurring", f"series:{name}"],
+        description=f"The next task named {name}, from the last published model.",
+        work_pool_name="publisher",
+        work_queue_name=queue,
+        cron=cron,
+        interval=interval_s,
+        entrypoint_type=EntrypointType.MODULE_PATH,
+    )
+    assert isinstance(deployment, RunnerDeployment)  # a coroutine only where an event loop runs
+    deployment.apply()
+    return f"{flow.name}/{name}"
+
+
 def _register(entry: dict[str, Any]) -> str:
     module, _, function = entry["entrypoint"].rpartition(".")
     flow: Flow[..., Any] = getattr(importlib.import_module(module), function)

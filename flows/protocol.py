@@ -8,9 +8,15 @@ from tasks.dispatch import ask, ask_each, conclude, conduct, give_up_after, reac
 
 
 @flow(name="run-task", flow_run_name=run_name, persist_result=False)
-def run_task(spec: TaskSpec, publisher: str = "publisher", task_id: str = "") -> str:
-    """M1..M7. Returns where the task's money ended: PAID, REFUNDED or REFUNDABLE."""
-    task_id = conduct(publisher, task_id, spec)
+def run_task(spec: TaskSpec, publisher: str = "publisher", task_id: str = "", follow_on: bool = False) -> str:
+    """M1..M7. Returns where the task's money ended: PAID, REFUNDED or REFUNDABLE.
+
+    follow_on: start from the last published model of the tasks of this name, one of them at a time; SKIPPED while
+    another is under way.
+    """
+    task_id, spec = conduct(publisher, task_id, spec, follow_on=follow_on)
+    if not task_id:
+        return "SKIPPED"
     limit, vote_limit = spec.rounds.contribution_timeout_s, spec.rounds.attestation_timeout_s
     ask(publisher, "publish", task_id=task_id, spec=spec)  # M1
 

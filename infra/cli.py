@@ -22,6 +22,9 @@ from rich.markup import escape
 from contracts.task_spec import InvalidTask, TaskFile, load_task_file
 
 if TYPE_CHECKING:
+    from blocks.artifacts import ArtifactStore
+    from blocks.chain import Chain
+    from blocks.registry import Registry
     from contracts.bindings import Deployment
     from infra.chain_deployment import Checked
     from infra.devstack import Stack
@@ -30,9 +33,14 @@ READY = files("deployments") / "ready"
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Private, paid, verifiable federated learning.")
 chain_app = typer.Typer(no_args_is_help=True, help="The contracts on an Ethereum chain: deploy them, check them.")
 app.add_typer(chain_app, name="chain")
+models_app = typer.Typer(no_args_is_help=True, help="Model versions: list, compare, fetch, pin, roll back.")
+app.add_typer(models_app, name="models")
 console = Console(highlight=False)
+HOME = Path("build/stack/actors/publisher")
 
 PREFECT_FOLDER = typer.Option(help="where Prefect's database is kept, unless PREFECT_API_URL names a server")
+PublishersHome = Annotated[Path, typer.Option(envvar="HEALCHAIN_HOME", help="the publisher's home on this host")]
+VersionArgument = Annotated[str, typer.Argument(help="a version TASK/ROUND, or the name of a pin")]
 TaskArgument = Annotated[str, typer.Argument(metavar="TASK.toml", help="a task file, or the name of a ready one")]
 
 
@@ -146,6 +154,61 @@ def write_report(stack: "Stack", folder: Path, file: TaskFile, begun: dict[str, 
     _write(folder / "report.html", report.render_html(gathered))
     report.print_summary(gathered, console, folder)
     return gathered
+
+
+@app.command()
+def submit(
+    task: TaskArgument,
+    home: PublishersHome = HOME,
+    seed: Annotated[int | None, typer.Option(help="public seed; default: the task's")] = None,
+    detach: Annotated[bool, typer.Option("--detach", help="do not wait for its end")] = False,
+) -> None:
+    """Start a task on the stack: its steps run on the actors' own hosts."""
+    file = _load(task, {} if seed is None else {"seed": seed})
+    use_prefect_of_home(home)
+    from infra import publishing
+    from infra.watching import Watcher
+
+    with _failures():
+        task_id, run_id = publishing.submit(home, file)
+        console.print(f"task [bold]{task_id}[/bold], run {run_id}")
+        if detach:
+            return
+        with Watcher(console) as watcher:
+            status, reason = publishing.follow(home, task_id, run_id, watcher)
+    console.print(f"{status}  {escape(reason)}")
+    sys.exit(0 if status in ("PAID", "REFUNDED", "WAITING") else 1)
+
+
+@app.command()
+def schedule(
+    task: TaskArgument,
+    cron: Annotated[str | None, typer.Option(help='when, e.g. "0 3 * * 1": every Monday at three')] = None,
+    every_s: Annotated[float | None, typer.Option(min=1, help="or the seconds from one to the next")] = None,
+    home: PublishersHome = HOME,
+) -> None:
+    """Have tasks with these terms begin by themselves, each from the last published model, one at a time."""
+    file = _load(task, {})
+    use_prefect_of_home(home)
+    from infra import publishing
+
+    with _failures():
+        name = publishing.schedule(home, file, cron=cron, interval_s=every_s)
+    console.print(f"deployment [bold]{name}[/bold]: pause and resume its schedule in the Prefect UI")
+
+
+@app.command()
+def approve(task: TaskArgument, home: PublishersHome = HOME) -> None:
+    """Let tasks of this name be started from the Prefect UI: what decides about money and safety stays as it is here."""
+    file = _load(task, {})
+    use_prefect_of_home(home)
+    from infra import publishing
+    from tasks.publish import approve as approve_tasks
+
+    with _failures():
+        me, _ = publishing.publisher_of(home)
+        approve_tasks(me, file)
+    console.print(f"tasks named {file.name} may be started from the form of run-task/publisher")
 
 
 @app.command()
@@ -343,14 +406,127 @@ def _failures() -> Iterator[None]:
     """What can go wrong between this host and a chain, as one line and exit code 2."""
     from requests import RequestException
 
+    from blocks.pools import PoolsUnavailable
     from contracts.sending import FeesTooHigh, InsufficientFunds, Replaced, Reverted
     from infra.chain_deployment import ChainInUse
 
     try:
         yield
-    except (ValueError, ChainInUse, FeesTooHigh, InsufficientFunds, Replaced, Reverted, OSError) as error:
+    except (
+        ValueError,
+        LookupError,
+        PoolsUnavailable,
+        ChainInUse,
+        FeesTooHigh,
+        InsufficientFunds,
+        Replaced,
+        Reverted,
+        OSError,
+    ) as error:
         # The text of a connection's error may hold the whole address, and with it a key of the node's provider.
         _fail("the node does not answer: is it running?" if isinstance(error, RequestException) else str(error))
+
+
+def use_prefect_of_home(home: Path) -> None:
+    """Point Prefect at the server that a home's profile names; before prefect is imported."""
+    profile = home.resolve() / "prefect"
+    if not (profile / "profiles.toml").exists() and "PREFECT_API_URL" not in os.environ:
+        _fail(
+            f"--home {home}: no prefect/profiles.toml there: start the stack (make stack) or name the publisher's home"
+        )
+    os.environ.setdefault("PREFECT_HOME", str(profile))
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+
+
+@app.command()
+def reindex(home: PublishersHome = HOME) -> None:
+    """Build the registry again from chain and store. Pins, names of actors and times of steps stay as they are."""
+    from blocks.identity import Identity
+    from tasks import index
+
+    with _failures(), console.status("reading the chain") as status:
+        chain, store, registry = _connections(home)
+
+        def progress(done: int, count: int, task_id: str) -> None:
+            status.update(f"task {done} of {count}: {task_id}")
+
+        standing = index.reindex(registry, chain, store, Identity(home=str(home)).address, progress)
+    found = ", ".join(f"{count} {status}" for status, count in sorted(standing.items())) or "no task"
+    console.print(f"rebuilt from chain and store: {found}")
+
+
+@models_app.command("list")
+def list_models(
+    home: PublishersHome = HOME, task: Annotated[str | None, typer.Option(help="of this task only")] = None
+) -> None:
+    """List model versions: one after each round, which one was published, from which one it was trained."""
+    from infra import model_versions
+
+    with _failures():
+        model_versions.show(_connections(home)[2], task, console)
+
+
+@models_app.command("compare")
+def compare_models(first: VersionArgument, second: VersionArgument, home: PublishersHome = HOME) -> None:
+    """Compare two model versions: accuracy, loss, ancestors, and how far apart their parameters are."""
+    from infra import model_versions
+
+    with _failures():
+        _, store, registry = _connections(home)
+        model_versions.compare(registry, store, first, second, console)
+
+
+@models_app.command("fetch")
+def fetch_model(
+    version: VersionArgument,
+    out: Annotated[Path, typer.Option(help="the file to write")],
+    home: PublishersHome = HOME,
+) -> None:
+    """Write a model version to a file, once its bytes have the digest that the version names."""
+    from infra import model_versions
+
+    with _failures():
+        _, store, registry = _connections(home)
+        found = model_versions.fetch(registry, store, version, out)
+    console.print(f"{out}: {found.version}, {out.stat().st_size} bytes, sha256 {found.sha256}", soft_wrap=True)
+
+
+@models_app.command("pin")
+def pin_model(
+    name: Annotated[str, typer.Argument(help="a name of yours for the version, e.g. breast-cancer")],
+    version: VersionArgument,
+    home: PublishersHome = HOME,
+) -> None:
+    """Let a name stand for a model version, and say what a task file needs to start from it."""
+    from infra import model_versions
+
+    with _failures():
+        found = _connections(home)[2].pin(name, version)
+    console.print(f"{name} is {found.version}. A task that starts from it:\n{model_versions.start_in_toml(found)}")
+
+
+@models_app.command("rollback")
+def roll_back_model(
+    name: Annotated[str, typer.Argument(help="the pin to set back by one")], home: PublishersHome = HOME
+) -> None:
+    """Undo the newest pin of a name: it stands again for the version before."""
+    from infra import model_versions
+
+    with _failures():
+        found = _connections(home)[2].roll_back(name)
+    console.print(
+        f"{name} is {found.version} again. A task that starts from it:\n{model_versions.start_in_toml(found)}"
+    )
+
+
+def _connections(home: Path) -> "tuple[Chain, ArtifactStore, Registry]":
+    """The chain, store and registry of a publisher's home."""
+    from infra.publishing import publisher_of
+
+    _, pinned = publisher_of(home)
+    assert pinned.registry is not None
+    return pinned.chain, pinned.store, pinned.registry
 
 
 def use_temporary_prefect(folder: Path) -> None:

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from eth_account import Account
+from pydantic import SecretStr
 from web3 import Web3
 
 from blocks.artifacts import ArtifactStore
@@ -69,7 +70,7 @@ def set_up(folder: Path, requirement: DatasetRequirement, miners: int, seed: int
     chain = _deploy(folder)
     fund(chain, [identity.address for identity in identities.values()], folder / "faucet.sqlite")
     store = ArtifactStore(root=str(folder / "store"))
-    registry = Registry(url=f"sqlite:///{folder / 'registry.sqlite'}")
+    registry = Registry(url=SecretStr(f"sqlite:///{folder / 'registry.sqlite'}"))
     for name, identity in identities.items():
         is_publisher = name == "publisher"
         registry.record_actor(name, identity.address, "publisher" if is_publisher else "miner")

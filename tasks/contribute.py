@@ -209,7 +209,7 @@ def encrypt_and_submit(task_id: str, round_number: int, actor: str) -> dict[str,
     base = (
         st.need(RoundResult, cohort.aggregator, task_id, round_number - 1).model_sha256
         if round_number > 1
-        else initial_model(spec).sha256
+        else initial_model(spec, st.store).sha256
     )
     return st.post(
         Submission(

@@ -11,9 +11,10 @@ BadRecord, and whatever stopped a step in this process.
 
 import contextvars
 import importlib
+import json
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,12 +29,14 @@ from blocks.artifacts import MissingArtifact, sha256_hex
 from blocks.chain import NotYet
 from blocks.connections import connections_of
 from blocks.pools import StepRun
-from blocks.registry import ActorRow, Registry
+from blocks.registry import Registry
+from blocks.tables import ActorRow, TaskRow
 from contracts import messages
-from contracts.bindings import Outcome, Status
-from contracts.messages import Abort, AbortReason, Announcement, Message, TaskId
-from contracts.task_spec import TaskSpec
-from tasks.records import Station, check_record, record_path, station, terms_path
+from contracts.bindings import Status
+from contracts.messages import Abort, AbortReason, Message, TaskId
+from contracts.task_spec import Start, TaskSpec
+from tasks.index import ENDED, catch_up, declare_over, refuse, remember
+from tasks.records import RecordRef, Station, check_record, record_path, station
 
 POLL_S = 0.3
 OVERDUE_POLL_S = 20.0  # how often a long wait asks the chain whether the task can still end well
@@ -171,14 +174,41 @@ class Asked:
 _conductor: contextvars.ContextVar[Conductor] = contextvars.ContextVar("conductor")
 
 
-def conduct(publisher: str, task_id: str, spec: TaskSpec) -> TaskId:
-    """Ask from here on as this publisher; return the task's id. A run that was given none makes it from its own."""
+def conduct(publisher: str, task_id: str, spec: TaskSpec, *, follow_on: bool = False) -> tuple[TaskId, TaskSpec]:
+    """Ask from here on as this publisher; return the task's id and its terms. A run that was given no id makes one from its own.
+
+    follow_on: the terms start from the last published model of the tasks of this name; no id while one of them is under way.
+    """
     st = station(publisher)
     pinned = connections_of(st.me)
     if pinned.registry is None:
         raise ValueError(f"{publisher} has no registry in its connections: only a publisher conducts a task")
     _conductor.set(Conductor(publisher, st, pinned.registry, pinned.uses_pools))
-    return task_id or f"{spec.name}-{str(flow_run.get_id()).replace('-', '')[-12:]}"
+    task_id = task_id or f"{spec.name}-{str(flow_run.get_id()).replace('-', '')[-12:]}"
+    if not follow_on:
+        return task_id, spec
+    return _next_in_series(st, pinned.registry, task_id, spec)
+
+
+def _next_in_series(st: Station, registry: Registry, task_id: TaskId, spec: TaskSpec) -> tuple[TaskId, TaskSpec]:
+    """The terms of the next task of this name: from the last published model. No id while another one is under way."""
+    series = [row for row in registry.tasks() if row.task_id != task_id and _name_of(row) == spec.name]
+    for row in series:
+        if row.status not in ENDED:
+            get_run_logger().warning("%s is %s: the next task named %s waits", row.task_id, row.status, spec.name)
+            return "", spec
+    last = [one for row in series for one in registry.versions(row.task_id) if one.is_published][-1:]
+    start = Start(uri=last[0].uri, sha256=last[0].sha256).model_dump_json() if last else ""
+    # Decided once: a conductor that takes over must come to the same terms.
+    decided = st.me.claim(f"{task_id}/start.json", start.encode())
+    if not decided:
+        return task_id, spec
+    model = spec.model.model_copy(update={"start": Start.model_validate_json(decided)})
+    return task_id, spec.model_copy(update={"model": model})
+
+
+def _name_of(row: TaskRow) -> str:
+    return str(json.loads(row.terms)["spec"]["name"]) if row.terms else ""
 
 
 def run_name() -> str:
@@ -223,11 +253,11 @@ def ask_each(
         thread.start()
         thread.join(timeout_s)
         if thread.is_alive():
-            _refuse(me, one, f"no answer within {timeout_s:g} s", timeout_s)
+            _go_on_without(me, one, timeout_s)
         elif isinstance(thread.error, NotYet):
             later.append(thread.error)
         elif thread.error is not None:
-            me.registry.record_refusal(task_id, round_number, step, one.actor.address, _reason(thread.error))
+            _refuse(me, one, _reason(thread.error))
         else:
             answers[one.actor.name] = thread.record
     later += [one for one in answers.values() if isinstance(one, NotYet)]
@@ -248,15 +278,13 @@ def _ask_far(me: Conductor, asked: Sequence[Asked], timeout_s: float) -> dict[st
         run = runs[one.actor.name]
         try:
             if not run.has_ended and run.due_in_s <= SOON_S:
-                late = f"no answer within {timeout_s:g} s"
-                pools.take_back(run, late)
-                _refuse(me, one, late, timeout_s)
+                pools.take_back(run, _go_on_without(me, one, timeout_s))
             else:
                 answers[one.actor.name] = _answer(me, one, run, started_s)
         except NotYet as wait:
             answers[one.actor.name] = wait
         except (TaskAborted, StepFailed, ValueError, LookupError) as error:
-            me.registry.record_refusal(one.task_id, one.round_number, one.step, one.actor.address, _reason(error))
+            _refuse(me, one, _reason(error))
     return answers
 
 
@@ -375,7 +403,8 @@ def _read_answer(me: Conductor, asked: Asked) -> Message:
         data = me.st.store.find(address, path)
         if data is not None:
             record, _ = check_record(kind, data, me.st.domain, address, asked.task_id, asked.round_number)
-            _remember(me, record, address, path, sha256_hex(data))
+            reference = RecordRef(address, kind.__name__, path, sha256_hex(data)).as_json()
+            remember(me.registry, me.st.chain, me.st.store, record, reference)
             return record
     raise MissingArtifact(f"{asked.actor.name} has ended step {asked.step}, but posted no {step.answer.__name__}")
 
@@ -399,19 +428,17 @@ def _note(me: Conductor, asked: Asked, started_s: float, outcome: str, detail: s
     get_run_logger().info("%s %s: %s, %s%s, %.1f s. %s", module, asked.step, name, where, outcome, seconds, detail)
 
 
-def _refuse(me: Conductor, asked: Asked, reason: str, seconds: float) -> None:
-    me.registry.record_refusal(asked.task_id, asked.round_number, asked.step, asked.actor.address, reason)
-    watch.tell(StepEvent("refused", asked.step, asked.actor.name, asked.task_id, asked.round_number, seconds, reason))
+def _refuse(me: Conductor, asked: Asked, reason: str) -> None:
+    """Go on without an actor, and say so."""
+    refuse(me.st, me.registry, asked.task_id, asked.round_number, asked.step, asked.actor.address, reason)
 
 
-def _remember(me: Conductor, record: Message, signer: str, path: str, sha256: str) -> None:
-    if isinstance(record, Announcement):
-        terms = me.st.store.find(record.publisher, terms_path(record.task_id)) or b""
-        me.registry.record_task(record.task_id, record.publisher, record.spec_hash, terms.decode())
-    me.registry.record(record, signer=signer, path=path, sha256=sha256)
-    refused: Iterable[str] = getattr(record, "refused", ())
-    for address, reason in zip(refused, getattr(record, "reasons", ()), strict=True):
-        me.registry.record_refusal(record.task_id, record.round_number, type(record).__name__, address, reason)
+def _go_on_without(me: Conductor, asked: Asked, timeout_s: float) -> str:
+    """Refuse one that did not answer in time; the reason."""
+    late = f"no answer within {timeout_s:g} s"
+    _refuse(me, asked, late)
+    watch.tell(StepEvent("refused", asked.step, asked.actor.name, asked.task_id, asked.round_number, timeout_s, late))
+    return late
 
 
 def report_progress(fraction: float, what: str) -> None:
@@ -424,19 +451,17 @@ def report_progress(fraction: float, what: str) -> None:
 
 @contextmanager
 def task_states(task_id: str) -> Iterator[None]:
-    """Keep the task's status in the registry; an abort becomes the status FAILED with its reason and ends here."""
-    me = _conductor.get()
-    me.registry.mark_task(task_id, "TRAINING")
+    """An abort ends here; so does any failure after the deadline, which the publisher then says, signed."""
     try:
         yield
     except TaskAborted as aborted:
-        me.registry.mark_task(task_id, "FAILED", str(aborted))
         get_run_logger().warning("task %s: %s", task_id, aborted)
     except Exception as error:
         # Whatever went wrong, after the deadline no block can come any more: what is left is the refund.
+        me = _conductor.get()
         if isinstance(error, NotYet) or not _is_overdue(me, task_id):
             raise
-        me.registry.mark_task(task_id, "FAILED", f"{AbortReason.DEADLINE_PASSED}: {_reason(error)}")
+        declare_over(me.st, me.registry, task_id, AbortReason.DEADLINE_PASSED, _reason(error))
 
 
 def _is_overdue(me: Conductor, task_id: str) -> bool:
@@ -446,8 +471,10 @@ def _is_overdue(me: Conductor, task_id: str) -> bool:
 
 
 def give_up_after(task_id: str, rounds: int) -> None:
-    """End a task whose rounds are used up. Raises TaskAborted."""
-    raise TaskAborted(f"{AbortReason.MAX_ROUNDS}: task {task_id} had {rounds}")
+    """End a task whose rounds are used up, in its publisher's name. Raises TaskAborted."""
+    me, detail = _conductor.get(), f"task {task_id} had {rounds}"
+    declare_over(me.st, me.registry, task_id, AbortReason.MAX_ROUNDS, detail)
+    raise TaskAborted(f"{AbortReason.MAX_ROUNDS}: {detail}")
 
 
 def reachable(role: str) -> list[str]:
@@ -461,19 +488,9 @@ def reachable(role: str) -> list[str]:
 
 
 def conclude(task_id: str) -> str:
-    """The task's status as the chain has it: PAID, REFUNDED, PUBLISHED, REFUNDABLE or LOCKED; remembered, and returned."""
+    """Where the task stands by chain and signed records: PAID, REFUNDED, PUBLISHED or REFUNDABLE; FAILED when there is none."""
     me = _conductor.get()
-    contracts = me.st.chain.contracts()
-    on_chain = contracts.escrow.get_task(task_id)
-    row = me.registry.find_task(task_id)
-    reason = row.reason if row else ""
-    names = {Status.LOCKED: "REFUNDABLE", Status.NONE: "FAILED"}
-    status = names.get(on_chain.status, str(on_chain.status.name))
-    if on_chain.status is Status.SETTLED:
-        outcome = contracts.rewards.get_settlement(task_id).outcome
-        status = "REFUNDED" if outcome is Outcome.UNMET else "PAID"
-    me.registry.mark_task(task_id, status, reason)
-    return status
+    return catch_up(me.registry, me.st.chain, me.st.store, task_id) or "FAILED"
 
 
 def _headline(record: Message) -> str:

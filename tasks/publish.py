@@ -13,7 +13,7 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from blocks.artifacts import MissingArtifact, sha256_hex
+from blocks.artifacts import MissingArtifact, TamperedArtifact, sha256_hex
 from blocks.identity import Identity, write_secret
 from contracts.bindings import Status, TaskOnChain, Terms
 from contracts.messages import ZERO_ADDRESS, AbortReason, Announcement, Bytes32, accuracy_commit
@@ -21,6 +21,7 @@ from contracts.sending import InsufficientFunds, Reverted
 from contracts.task_spec import MAX_SCORE, PPM, PublishedTask, TaskFile, TaskSpec
 from tasks.crypto import ecies
 from tasks.crypto.ndd_fe import ORDER
+from tasks.global_model import start_parameters
 from tasks.learning import compression, models
 from tasks.learning.aggregation import SERVER_STEPS
 from tasks.learning.datasets import Dataset, encode_npz
@@ -103,6 +104,7 @@ def lock_reward(task_id: str, spec: TaskSpec, actor: str) -> dict[str, str]:
             f"the terms given for {task_id} are not those that its publisher decided on: start it again"
         )
     terms = PublishedTask(task_id=task_id, publisher=st.address, validation_sha256=sha256_hex(validation), spec=spec)
+    check_start(st, spec)
     commit = commitment(st, task_id)
     escrow = st.chain.contracts(st.me).escrow
     found = escrow.get_task(task_id)
@@ -140,6 +142,15 @@ def lock_reward(task_id: str, spec: TaskSpec, actor: str) -> dict[str, str]:
             transaction=transaction,
         )
     )
+
+
+def check_start(st: Station, spec: TaskSpec) -> None:
+    """Raise DepositFailed unless the model that the task starts from is in the store and fits it."""
+    try:
+        if spec.model.start is not None:
+            start_parameters(spec, st.store)
+    except (BadRecord, MissingArtifact, TamperedArtifact) as error:
+        raise DepositFailed(f"{AbortReason.DEPOSIT_FAILED}: model.start: {error}. Nothing was locked") from error
 
 
 def approve_reward(st: Station, spec: TaskSpec) -> None:
