@@ -453,26 +453,18 @@ def stack_up(
     postgres_port: Port = None,
 ) -> None:
     """Start PostgreSQL, the object store, the chain and Prefect's server, or what of them is down; then say what is next."""
-    given = {"prefect": prefect_port, "store": store_port, "chain": chain_port, "postgres": postgres_port}
     from infra.stack_plan import client_environment, open_plan
-    from infra.supervision import PartFailed
 
-    try:
-        with _failures():
-            plan = open_plan(folder.resolve(), {part: port for part, port in given.items() if port}, miners)
-            os.environ.update(client_environment(plan))
-            from infra import stack
+    given = {"prefect": prefect_port, "store": store_port, "chain": chain_port, "postgres": postgres_port}
+    with _stack_failures():
+        plan = open_plan(folder.resolve(), {part: port for part, port in given.items() if port}, miners)
+        os.environ.update(client_environment(plan))
+    with _failures(), _stack_failures():
+        from infra import stack
 
-            stack.up(plan, lambda line: console.print(f"[green]ok[/green]  {escape(line)}", soft_wrap=True))
-    except (PartFailed, RuntimeError) as error:
-        _fail(f"{error}\nOnce that is mended, the same command goes on from there.")
-    console.print(
-        f"""
-Watch: {plan.ui_url}   log in with the line in {plan.folder / "prefect-login"}
-Run a task:   healchain submit TASK.toml
-Look, end:    healchain stack status, healchain stack down""",
-        soft_wrap=True,
-    )
+        stack.up(plan, lambda line: console.print(f"[green]ok[/green]  {escape(line)}", soft_wrap=True))
+    console.print(f"\nlook on      {plan.ui_url}, with the line in {plan.folder / 'prefect-login'}", soft_wrap=True)
+    console.print("run a task   healchain submit TASK.toml\nand then     healchain stack status, healchain stack down")
 
 
 @stack_app.command("down")
@@ -481,14 +473,11 @@ def stack_down(folder: Annotated[Path, STACK_FOLDER] = Path("build/stack")) -> N
     from infra import supervision
     from infra.stack_plan import read_plan
 
-    with _failures():
+    with _stack_failures():
         plan = read_plan(folder.resolve())
-        try:
-            with supervision.alone(plan.folder):
-                ended = supervision.stop(plan.folder)
-        except supervision.PartFailed as error:
-            _fail(str(error))
-    console.print(f"{len(ended)} processes ended; the data is in {plan.folder}")
+        with supervision.alone(plan.folder):
+            ended = supervision.stop(plan.folder)
+    console.print(f"{len(ended)} processes ended; the data is in {plan.folder}", soft_wrap=True)
 
 
 @stack_app.command("status")
@@ -497,17 +486,16 @@ def stack_status(folder: Annotated[Path, STACK_FOLDER] = Path("build/stack")) ->
     from infra import supervision
     from infra.stack_plan import read_plan
 
-    with _failures():
+    with _stack_failures():
         plan = read_plan(folder.resolve())
     statuses = supervision.statuses(plan.folder)
     if not statuses:
         console.print("nothing runs; healchain stack up starts it")
-        raise typer.Exit(1)
     for one in statuses:
         port = plan.ports.get(one.name, "")
         uptime = f"{one.uptime_s:.0f} s" if one.pid else one.said
         console.print(f"{one.name:20} {one.state:9} {one.pid or '':>8} {port:>6}  {escape(uptime)}", soft_wrap=True)
-    raise typer.Exit(0 if all(one.state == "RUNNING" for one in statuses) else 1)
+    raise typer.Exit(0 if statuses and all(one.state == "RUNNING" for one in statuses) else 1)
 
 
 @stack_app.command("restart")
@@ -519,9 +507,20 @@ def stack_restart(
     from infra import supervision
     from infra.stack_plan import read_plan
 
-    with _failures():
+    with _stack_failures():
         supervision.restart(read_plan(folder.resolve()).folder, name)
     console.print(f"{name} is started again")
+
+
+@contextmanager
+def _stack_failures() -> Iterator[None]:
+    """A wrong setting, something that is not installed or a part that does not start, as one line and exit code 2."""
+    from infra.supervision import PartFailed
+
+    try:
+        yield
+    except (ValueError, PartFailed, ImportError, OSError) as error:
+        _fail(f"{error}\nOnce that is mended, the same command goes on from there.")
 
 
 def main() -> None:

@@ -4,19 +4,21 @@
 middle, adds miners, and starts again cold after a power cut. `down` ends exactly what was started and keeps the data.
 """
 
+import json
 import urllib.request
 from collections.abc import Callable
 
-import minio
+from pydantic import SecretStr
 from web3 import HTTPProvider, Web3
 from web3.exceptions import Web3Exception
 
+from blocks.artifacts import ArtifactStore
 from blocks.chain import Chain
 from blocks.identity import Identity, create_home
 from contracts.sending import Sending
-from infra import chain_deployment, chain_node, postgres, supervision
+from infra import chain_deployment, chain_node, object_store, postgres, supervision
 from infra.devstack import give_allowances
-from infra.stack_plan import BUCKET, DATABASES, HOST, STORE_USER, Plan, check_ports, programs
+from infra.stack_plan import DATABASES, HOST, STORE_USER, Plan, check_ports, programs
 
 READY_S = 30.0
 # The first start makes the tables; beside other work on two cores that takes its time.
@@ -58,13 +60,15 @@ def database(plan: Plan) -> str:
 
 
 def store(plan: Plan) -> str:
-    (plan.folder / "objects").mkdir(exist_ok=True)
+    object_store.format_volume(plan.folder / "objects")
     supervision.run(plan.folder, "store")
-    health = f"http://{HOST}:{plan.ports['store']}/minio/health/live"
-    supervision.await_ready(plan.folder, "store", lambda: is_answered(health), READY_S)
-    client = minio.Minio(f"{HOST}:{plan.ports['store']}", STORE_USER, plan.store_password, secure=False)
-    if not client.bucket_exists(BUCKET):
-        client.make_bucket(BUCKET)
+    port = plan.ports["store"]
+    supervision.await_ready(
+        plan.folder, "store", lambda: is_answered(f"http://{HOST}:{port}/minio/health/live"), READY_S
+    )
+    administered = administered_store(plan)
+    object_store.wait_until_ready(administered)
+    object_store.make_bucket(administered)
     return plan.store_url
 
 
@@ -90,10 +94,12 @@ def contracts(plan: Plan) -> str:
 
 
 def homes(plan: Plan) -> str:
-    """Keys and money for every actor."""
+    """Keys, an account at the store and money for every actor."""
     addresses = [create_home(plan.home(actor)).address for actor in plan.actors]
     deployer = Identity(home=str(plan.folder / "deployer"))
     give_allowances(stack_chain(plan).sender(deployer.account, deployer.journal_path), addresses)
+    for actor in plan.actors:
+        store_account(plan, actor)
     return ", ".join(plan.actors)
 
 
@@ -106,6 +112,21 @@ STEPS: list[tuple[str, Callable[[Plan], str]]] = [
     ("contracts", contracts),
     ("homes", homes),
 ]
+
+
+def administered_store(plan: Plan) -> ArtifactStore:
+    return ArtifactStore(root=plan.store_url, access_key=STORE_USER, secret_key=SecretStr(plan.store_password))
+
+
+def store_account(plan: Plan, actor: str) -> tuple[str, str]:
+    """An actor's access key and secret key at the store, kept in its home, mode 0600. The first call makes the account."""
+    home = plan.home(actor)
+    path = home / "store-account.json"
+    if not path.exists():
+        access_key, secret_key = object_store.admit(administered_store(plan), Identity(home=str(home)).address)
+        supervision.write_private(path, json.dumps({"access_key": access_key, "secret_key": secret_key}))
+    kept = json.loads(path.read_text())
+    return kept["access_key"], kept["secret_key"]
 
 
 def stack_chain(plan: Plan) -> Chain:

@@ -24,7 +24,7 @@ HOST = "127.0.0.1"
 DEFAULT_PORTS = {"prefect": 4200, "store": 9000, "chain": 8545, "postgres": 54320}
 DATABASES = ("prefect", "healchain")
 BUCKET = "healchain"
-STORE_USER = "healchain"
+STORE_USER = "healchain"  # the administrator of the store
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def client_environment(plan: Plan) -> dict[str, str]:
     return {
         "PREFECT_API_URL": plan.api_url,
         "PREFECT_API_AUTH_STRING": plan.prefect_login,
-        "PREFECT_HOME": str(plan.folder / "prefect" / "client"),
+        "PREFECT_HOME": str(plan.folder / "client"),
         "DO_NOT_TRACK": "1",
     }
 
@@ -139,16 +139,11 @@ def programs(plan: Plan) -> list[Program]:
 
 
 def store_program(plan: Plan) -> Program:
-    """An S3 server that checks signatures: JuiceFS's gateway over a folder, with its index in SQLite."""
+    from infra import object_store  # loads Prefect
+
     folder, port = plan.folder / "objects", plan.ports["store"]
-    volume = f"sqlite3://{folder / 'index.sqlite'}"
-    make = f"format --storage file --bucket {folder / 'data'}/ --trash-days 0 --no-update {volume} {BUCKET}"
-    serve = f"gateway --multi-buckets --cache-dir memory --buffer-size 64 --no-usage-report --metrics {HOST}:0"
-    logged = f"--log {folder / 'gateway.log'}"
-    juicefs = Path(sys.executable).with_name("juicefs")
-    command = ["sh", "-c", f"{juicefs} {make} && exec {juicefs} {serve} {logged} {volume} {HOST}:{port}"]
-    environment = {"MINIO_ROOT_USER": STORE_USER, "MINIO_ROOT_PASSWORD": plan.store_password, "GOMEMLIMIT": "256MiB"}
-    return Program("store", command, environment, port=port)
+    environment = object_store.gateway_environment(folder, STORE_USER, plan.store_password)
+    return Program("store", object_store.gateway_command(folder, port), environment, port=port)
 
 
 def chain_program(plan: Plan) -> Program:
