@@ -723,6 +723,94 @@ def _take_settings(folder: Path) -> None:
     os.environ.setdefault("PREFECT_HOME", str(folder.resolve() / "prefect"))
 
 
+stack_app = typer.Typer(
+    no_args_is_help=True, help="The real parts on this machine: start them, look at them, end them."
+)
+app.add_typer(stack_app, name="stack")
+STACK_FOLDER = typer.Option(help="where the stack keeps everything: data, homes, secrets, logs")
+Port = Annotated[int | None, typer.Option(min=1, max=65535, help="kept for the next time")]
+
+
+@stack_app.command("up")
+def stack_up(
+    folder: Annotated[Path, STACK_FOLDER] = Path("build/stack"),
+    miners: Annotated[int | None, typer.Option(min=1, help="how many; kept, may grow; 5 at first")] = None,
+    prefect_port: Port = None,
+    store_port: Port = None,
+    chain_port: Port = None,
+    postgres_port: Port = None,
+) -> None:
+    """Start PostgreSQL, the object store, the chain and Prefect's server, or what of them is down; then say what is next."""
+    from infra.stack_plan import client_environment, open_plan
+
+    given = {"prefect": prefect_port, "store": store_port, "chain": chain_port, "postgres": postgres_port}
+    with _stack_failures():
+        plan = open_plan(folder.resolve(), {part: port for part, port in given.items() if port}, miners)
+        os.environ.update(client_environment(plan))
+    with _failures(), _stack_failures():
+        from infra import stack
+
+        stack.up(plan, lambda line: console.print(f"[green]ok[/green]  {escape(line)}", soft_wrap=True))
+    console.print(f"\nlook on      {plan.ui_url}, with the line in {plan.folder / 'prefect-login'}", soft_wrap=True)
+    console.print("run a task   healchain submit TASK.toml\nand then     healchain stack status, healchain stack down")
+
+
+@stack_app.command("down")
+def stack_down(folder: Annotated[Path, STACK_FOLDER] = Path("build/stack")) -> None:
+    """End every process of the stack, and no other. The data stays."""
+    from infra import supervision
+    from infra.stack_plan import read_plan
+
+    with _stack_failures():
+        plan = read_plan(folder.resolve())
+        with supervision.alone(plan.folder):
+            ended = supervision.stop(plan.folder)
+    console.print(f"{len(ended)} processes ended; the data is in {plan.folder}", soft_wrap=True)
+
+
+@stack_app.command("status")
+def stack_status(folder: Annotated[Path, STACK_FOLDER] = Path("build/stack")) -> None:
+    """Each part with its state, pid, port and uptime. Exit code 1 unless all run."""
+    from infra import supervision
+    from infra.stack_plan import read_plan
+
+    with _stack_failures():
+        plan = read_plan(folder.resolve())
+    statuses = supervision.statuses(plan.folder)
+    if not statuses:
+        console.print("nothing runs; healchain stack up starts it")
+    for one in statuses:
+        port = plan.ports.get(one.name, "")
+        uptime = f"{one.uptime_s:.0f} s" if one.pid else one.said
+        console.print(f"{one.name:20} {one.state:9} {one.pid or '':>8} {port:>6}  {escape(uptime)}", soft_wrap=True)
+    raise typer.Exit(0 if statuses and all(one.state == "RUNNING" for one in statuses) else 1)
+
+
+@stack_app.command("restart")
+def stack_restart(
+    name: Annotated[str, typer.Argument(help="the part, as `healchain stack status` names it")],
+    folder: Annotated[Path, STACK_FOLDER] = Path("build/stack"),
+) -> None:
+    """End one part in order and start it again."""
+    from infra import supervision
+    from infra.stack_plan import read_plan
+
+    with _stack_failures():
+        supervision.restart(read_plan(folder.resolve()).folder, name)
+    console.print(f"{name} is started again")
+
+
+@contextmanager
+def _stack_failures() -> Iterator[None]:
+    """A wrong setting, something that is not installed or a part that does not start, as one line and exit code 2."""
+    from infra.supervision import PartFailed
+
+    try:
+        yield
+    except (ValueError, PartFailed, ImportError, OSError) as error:
+        _fail(f"{error}\nOnce that is mended, the same command goes on from there.")
+
+
 def main() -> None:
     app()
 

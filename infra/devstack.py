@@ -27,6 +27,7 @@ from blocks.identity import Identity, create_home, residents
 from blocks.local_chain import GENESIS_KEYS
 from blocks.registry import Registry
 from contracts import bindings
+from contracts.sending import Sender
 from contracts.task_spec import DatasetRequirement
 from deployments.register import register_homes
 from tasks.learning.datasets import Dataset, decode_idx, dirichlet_partition, encode_npz, load_ready, split
@@ -158,7 +159,12 @@ def _deploy(folder: Path) -> Chain:
 
 def fund(chain: Chain, addresses: list[str], journal: Path) -> None:
     """Give every new wallet its allowance of the local chain's own coins."""
-    web3, faucet = chain.web3, chain.sender(Account.from_key(GENESIS_KEYS[1]), journal)
+    give_allowances(chain.sender(Account.from_key(GENESIS_KEYS[1]), journal), addresses)
+
+
+def give_allowances(faucet: Sender, addresses: list[str]) -> None:
+    """Send every wallet that never had money its allowance."""
+    web3 = faucet.web3
     for address in addresses:
         account = Web3.to_checksum_address(address)
         if web3.eth.get_balance(account) == 0 and web3.eth.get_transaction_count(account) == 0:
