@@ -713,13 +713,15 @@ def _take_settings(folder: Path) -> None:
     lines = path.read_text().splitlines() if path.exists() else []
     if lines and path.stat().st_mode & 0o077:
         _fail(f"{path} holds secrets, and others can read it: chmod 600 {path}")
+    settings = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         name, equals, value = line.partition("=")
         if not equals:
             _fail(f"{path}, line {number}: expected NAME=VALUE")
-        os.environ.setdefault(name.strip(), value.strip())
+        settings[name.strip()] = value.strip()
+    os.environ.update({**settings, **os.environ})
     os.environ.setdefault("PREFECT_HOME", str(folder.resolve() / "prefect"))
 
 

@@ -197,6 +197,8 @@ def _ask(gateway: httpx.Client, method: str, path: str, content: bytes) -> bytes
             f"{gateway.base_url} does not answer ({type(error).__name__}): is --server right, is the gateway running, and "
             "may this host reach it?"
         ) from None
+    if answer.status_code == 404:
+        raise ValueError(f"{gateway.base_url} is no HealChain gateway: correct --server")
     if answer.status_code != 200:
         raise ValueError(f"{gateway.base_url} refuses: {_sentence(body) or f'status {answer.status_code}'}")
     return body
@@ -371,6 +373,8 @@ def api_access(welcome: Welcome, name: str, me: Identity) -> Finding:
     except httpx.HTTPError as error:
         remedy = "may this host reach it? The gateway's operator names it by HEALCHAIN_MEMBERS_API_URL"
         return Finding("Prefect", f"{welcome.api_url} does not answer ({type(error).__name__}): {remedy}", False)
+    if answer.status_code == 404:
+        raise ValueError(f"{gateway.base_url} is no HealChain gateway: correct --server")
     if answer.status_code != 200:
         remedy = "its operator has to give the gateway the PREFECT_API_AUTH_STRING of the server"
         return Finding("Prefect", f"{welcome.api_url} refuses the credentials ({answer.status_code}): {remedy}", False)
