@@ -647,7 +647,10 @@ def serve_gateway(
         gateway.read_settings(os.environ)
         if gateway.pinned_chain(folder) is None:
             gateway.pin_chain(folder, chain_deployment.noted())
-            console.print(f"offers the chain of Prefect's block `chain` from here on, as in {folder / 'chain.json'}")
+            console.print(
+                f"offers the chain of Prefect's block `chain` from here on, as in {folder / 'chain.json'}",
+                soft_wrap=True,
+            )
         console.print(f"members join at http://{host}:{port}")
         gateway.serve(folder, host, port)
 
@@ -665,7 +668,8 @@ def expel(
         gone = gateway.expel(folder.resolve(), gateway.read_settings(os.environ), name)
     console.print(
         f"{name}, {gone.address}, is a member no more. It still knows the credentials of Prefect's API, which all members "
-        "share: change PREFECT_SERVER_API_AUTH_STRING and let the others join again"
+        "share: change PREFECT_SERVER_API_AUTH_STRING and let the others join again",
+        soft_wrap=True,
     )
 
 
@@ -686,14 +690,15 @@ def join(
     ] = False,
 ) -> None:
     """Make this host a miner of a consortium; say what is wrong and how to mend it. Called again it completes or refreshes."""
+    if not invitation:
+        _fail("an invitation is needed: set HEALCHAIN_INVITATION, or give --invitation")
     home = home.expanduser().resolve()
-    os.environ.setdefault("PREFECT_HOME", str(home / "prefect"))
+    with _failures():
+        _use_prefect_home(home / "prefect")
     from infra import joining
     from infra.membership import Invitation
 
     with _failures():
-        if not invitation:
-            raise ValueError("an invitation is needed: set HEALCHAIN_INVITATION, or give --invitation")
         invited = Invitation.read(invitation)
         if name not in (None, invited.name):
             raise ValueError(f"--name {name}: the invitation is for {invited.name}; ask for one to {name}")
@@ -722,7 +727,13 @@ def _take_settings(folder: Path) -> None:
             _fail(f"{path}, line {number}: expected NAME=VALUE")
         settings[name.strip()] = value.strip()
     os.environ.update({**settings, **os.environ})
-    os.environ.setdefault("PREFECT_HOME", str(folder.resolve() / "prefect"))
+    _use_prefect_home(folder.resolve() / "prefect")
+
+
+def _use_prefect_home(folder: Path) -> None:
+    """Keep Prefect's own files there, unless PREFECT_HOME says where; it warns of a folder that is not there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("PREFECT_HOME", str(folder))
 
 
 stack_app = typer.Typer(

@@ -214,7 +214,7 @@ class Gateway:
 
     @property
     def me(self) -> Identity:
-        return create_home(self.folder)
+        return Identity(home=str(self.folder))
 
     def offer(self) -> Offer:
         return Offer(chain=chain_settings(self.chain), versions=versions_here(), time_ms=_now_ms())
@@ -372,7 +372,7 @@ async def _read_body(request: Request) -> bytes:
 SealedBody = Annotated[bytes, Depends(_read_body)]
 
 
-def application(gateway: Gateway) -> FastAPI:
+def service(gateway: Gateway) -> FastAPI:
     """The service. It has no pages of documentation, and answers errors with one sentence."""
     app = FastAPI(openapi_url=None)
     wrong = WrongCodes()
@@ -405,9 +405,10 @@ def serve(folder: Path, host: str, port: int) -> None:
     chain = pinned_chain(folder)
     if chain is None:
         raise ValueError(f"{folder / 'chain.json'} is missing: name the chain to offer")
+    create_home(folder)
     gateway = Gateway(folder, read_settings(os.environ), chain)
     config = uvicorn.Config(
-        application(gateway),
+        service(gateway),
         access_log=False,  # errors alone are logged
         log_level="warning",
         limit_concurrency=CONNECTIONS_MAX,

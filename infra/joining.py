@@ -373,8 +373,6 @@ def api_access(welcome: Welcome, name: str, me: Identity) -> Finding:
     except httpx.HTTPError as error:
         remedy = "may this host reach it? The gateway's operator names it by HEALCHAIN_MEMBERS_API_URL"
         return Finding("Prefect", f"{welcome.api_url} does not answer ({type(error).__name__}): {remedy}", False)
-    if answer.status_code == 404:
-        raise ValueError(f"{gateway.base_url} is no HealChain gateway: correct --server")
     if answer.status_code != 200:
         remedy = "its operator has to give the gateway the PREFECT_API_AUTH_STRING of the server"
         return Finding("Prefect", f"{welcome.api_url} refuses the credentials ({answer.status_code}): {remedy}", False)
@@ -402,7 +400,7 @@ def own_resources(me: Identity) -> list[Finding]:
 def write_profile(home: Path, welcome: Welcome) -> None:
     """Prefect's settings of the worker, mode 0600, so that no credential is on its command line."""
     folder = home / "prefect"
-    folder.mkdir(exist_ok=True, mode=0o700)
+    folder.mkdir(exist_ok=True)
     settings = {"PREFECT_API_URL": welcome.api_url, **PROFILE}
     if welcome.api_auth:
         settings["PREFECT_API_AUTH_STRING"] = welcome.api_auth

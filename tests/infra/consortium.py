@@ -109,7 +109,7 @@ class Consortium:
         self.gateway_folder = self.folder / "gateway"
         self.gateway = self._start_gateway()
         self._parts.callback(self.gateway.stop)
-        wait_until(lambda: is_answered(f"{self.url}/offer"), 60, "the gateway")
+        wait_until(lambda: is_answered(f"{self.url}/offer"), 120, "the gateway")
         self.secrets = [self.auth.partition(":")[2], self.objects.secret_key]
 
     def close(self) -> None:

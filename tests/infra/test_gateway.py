@@ -51,7 +51,7 @@ def settings() -> gateway.Settings:
 
 def client(folder: Path, address: str = "10.0.0.1") -> TestClient:
     create_home(folder)
-    return TestClient(gateway.application(gateway.Gateway(folder, settings(), CHAIN)), client=(address, 1))
+    return TestClient(gateway.service(gateway.Gateway(folder, settings(), CHAIN)), client=(address, 1))
 
 
 def sealed(

@@ -71,7 +71,7 @@ def test_a_host_joins_with_two_commands_and_its_worker_takes_a_run(consortium: C
         text=True,
         check=False,
     )
-    assert joined.returncode == 0, joined.stdout + joined.stderr
+    assert (joined.returncode, joined.stderr) == (0, ""), joined.stdout + joined.stderr
     marks = dict(re.findall(r"^(ok|no|--)  (\S+(?: \S+)*)", joined.stdout, re.MULTILINE))
     assert set(marks) == {"ok", "--"}, joined.stdout
     pinned = connections_of(Identity(home=str(home)))
@@ -94,7 +94,7 @@ def test_a_host_joins_with_two_commands_and_its_worker_takes_a_run(consortium: C
                 name="a step",
                 tags=[],
             )
-            wait_until(lambda: pools.look([run.id])[run.id].has_ended, 60, "the step")
+            wait_until(lambda: pools.look([run.id])[run.id].has_ended, 120, "the step")
             ended = pools.look([run.id])[run.id]
             with get_client(sync_client=True) as client:
                 (seen,) = client._client.post("/work_pools/miners/workers/filter", json={}).json()
