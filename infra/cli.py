@@ -624,17 +624,18 @@ Port = Annotated[int | None, typer.Option(min=1, max=65535, help="kept for the n
 def stack_up(
     folder: Annotated[Path, STACK_FOLDER] = Path("build/stack"),
     miners: Annotated[int | None, typer.Option(min=1, help="how many; kept, may grow; 5 at first")] = None,
+    task: Annotated[str | None, typer.Option(help="ready task whose data the actors are given; breast-cancer")] = None,
     prefect_port: Port = None,
     store_port: Port = None,
     chain_port: Port = None,
     postgres_port: Port = None,
 ) -> None:
-    """Start PostgreSQL, the object store, the chain and Prefect's server, or what of them is down; then say what is next."""
+    """Start the servers and a worker for each actor, or what of them is down; then say what is next."""
     from infra.stack_plan import client_environment, open_plan
 
     given = {"prefect": prefect_port, "store": store_port, "chain": chain_port, "postgres": postgres_port}
     with _stack_failures():
-        plan = open_plan(folder.resolve(), {part: port for part, port in given.items() if port}, miners)
+        plan = open_plan(folder.resolve(), {part: port for part, port in given.items() if port}, miners, task)
         os.environ.update(client_environment(plan))
     with _failures(), _stack_failures():
         from infra import stack

@@ -19,7 +19,7 @@ from typing import Any
 
 from eth_utils.address import is_address
 from minio import Minio, MinioAdmin
-from minio.credentials import StaticProvider
+from minio.credentials.providers import StaticProvider
 from minio.error import MinioAdminException, MinioException
 from urllib3 import PoolManager, Timeout
 from urllib3.exceptions import HTTPError

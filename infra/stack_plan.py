@@ -24,16 +24,18 @@ HOST = "127.0.0.1"
 DEFAULT_PORTS = {"prefect": 4200, "store": 9000, "chain": 8545, "postgres": 54320}
 DATABASES = ("prefect", "healchain")
 BUCKET = "healchain"
+DEFAULT_TASK = "breast-cancer"
 STORE_USER = "healchain"  # the administrator of the store
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One stack. ports: by part."""
+    """One stack. ports: by part. task: the ready task whose data the miners share."""
 
     folder: Path
     ports: dict[str, int]
     miners: int
+    task: str
     postgres_password: str
     store_password: str
     prefect_password: str
@@ -71,19 +73,21 @@ class Plan:
         return self.folder / "actors" / actor
 
 
-def open_plan(folder: Path, ports: dict[str, int], miners: int | None) -> Plan:
+def open_plan(folder: Path, ports: dict[str, int], miners: int | None, task: str | None = None) -> Plan:
     """The plan kept in this folder with what is given changed, or a fresh one with new secrets; kept again.
 
     Raises ValueError when fewer miners are asked for than there are: they may have money in a task.
     """
     path = folder / "stack.json"
     known = read_plan(folder) if path.exists() else None
-    plan = known or Plan(folder, DEFAULT_PORTS, 5, *(secrets.token_hex(24) for _ in range(3)))
+    plan = known or Plan(folder, DEFAULT_PORTS, 5, DEFAULT_TASK, *(secrets.token_hex(24) for _ in range(3)))
     if known and miners is not None and miners < known.miners:
         raise ValueError(
             f"--miners {miners}: this stack has {known.miners}, who may have money in a task; use another --folder"
         )
-    plan = replace(plan, ports={**plan.ports, **ports}, miners=miners or plan.miners)
+    if known and task not in (None, known.task):
+        raise ValueError(f"--task {task}: the miners of this stack have data for {known.task}; use another --folder")
+    plan = replace(plan, ports={**plan.ports, **ports}, miners=miners or plan.miners, task=task or plan.task)
     if len(set(plan.ports.values())) < len(plan.ports):
         raise ValueError(f"ports {plan.ports}: two parts cannot have the same")
     if plan != known:
@@ -170,13 +174,8 @@ def prefect_program(plan: Plan) -> Program:
 
 
 def worker_program(plan: Plan, actor: str, home: Path) -> Program:
-    """An actor's worker: the very command that its host would run, looking for work every second."""
+    """An actor's worker: the very command that its host would run; all else is in its home."""
     pool = "publisher" if actor == "publisher" else "miners"
     flags = ["--pool", pool, "--work-queue", actor, "--name", actor, "--type", "healchain"]
-    environment = {
-        **client_environment(plan),
-        "PREFECT_HOME": str(home / "prefect"),
-        "HEALCHAIN_HOME": str(home),
-        "PREFECT_WORKER_QUERY_SECONDS": "1",
-    }
+    environment = {"PREFECT_HOME": str(home / "prefect"), "DO_NOT_TRACK": "1", "OMP_NUM_THREADS": "1"}
     return Program(f"worker-{actor}", [sys.executable, "-m", "prefect", "worker", "start", *flags], environment)
