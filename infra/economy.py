@@ -67,7 +67,11 @@ def gini(amounts: Sequence[int]) -> float | None:
 
 
 def lorenz(amounts: Sequence[int], points: int = 100) -> list[float]:
-    """Share of the total that the poorest 0, 1/points, ... 1 of all have; amounts of 0 or more with a positive sum."""
+    """Share of the total that the poorest 0, 1/points, ... 1 of all have; amounts of 0 or more with a positive sum.
+
+    points: as many as there are amounts where these are fewer.
+    """
+    points = min(points, len(amounts))
     sums = [0]
     for amount in sorted(amounts):
         sums.append(sums[-1] + amount)

@@ -16,7 +16,7 @@ Report = Mapping[str, Any]
 
 COLOURS = dict(zip(CHARACTERS, ("#1d4ed8", "#6b7280", "#c2410c", "#a16207", "#be185d", "#0f766e"), strict=True))
 WIDTH, HEIGHT = 480, 320  # of a plot
-LEFT, RIGHT, TOP, BOTTOM = 56, 16, 16, 44  # distances of its axes from its edges
+LEFT, RIGHT, TOP, BOTTOM = 56, 16, 28, 44  # distances of its axes from its edges
 MEASURES = {
     "samples": "number of samples",
     "weight": "weight in the sum",
@@ -38,6 +38,7 @@ def render_html(report: Report) -> str:
         sentence=sentence(report),
         facts=facts(report),
         characters=CHARACTERS,
+        colours=COLOURS,
         measures=MEASURES,
         correlations=economics["correlations_of_reward"],
         accuracy=draw_accuracies({"validation": [row["accuracy"] for row in report["rounds"]]})
@@ -66,7 +67,7 @@ def facts(report: Report) -> dict[str, str]:
     votes = report["votes"]
     return {
         "miners": f"{len(report['miners']):,} admitted, {report['refused']:,} refused",
-        "samples": f"{data['shared_samples']:,} {sampling}, Dirichlet alpha {settings['alpha']:g}",
+        "samples": f"{data['shared_samples']:,}, {sampling}, Dirichlet alpha {settings['alpha']:g}",
         "vanish": f"{percent(settings['dropout'])} a round, {percent(settings['unrevealed'])} never reveal",
         "stakes": settings["stakes"],
         "aggregator": report["aggregator"],
@@ -153,7 +154,7 @@ def _axes(across: tuple[float, float], up: tuple[float, float], x_name: str, y_n
         value = f"{across[0] + share * (across[1] - across[0]):.3g}"
         shapes.append(f'<text x="{x}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{value}</text>')
     shapes.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 8}" text-anchor="end">{x_name}</text>')
-    return [*shapes, f'<text x="{LEFT}" y="{TOP - 4}">{y_name}</text>']
+    return [*shapes, f'<text x="{LEFT}" y="{TOP - 10}">{y_name}</text>']
 
 
 def _picture(title: str, shapes: list[str]) -> str:

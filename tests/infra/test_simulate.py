@@ -3,6 +3,7 @@
 import json
 import xml.etree.ElementTree as ET
 from importlib.resources import files
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from contracts.task_spec import TaskFile, load_task_file
 from infra import cli, economy, simulation_page
 from infra.population import CHARACTERS, HONEST, InvalidSetting, Settings, populate
 from infra.simulate import plain_sum, ready_sets
-from infra.virtual_task import Memories, form, play, simulate_task
+from infra.virtual_task import CONTRACTS_ADMIT, Memories, form, play, simulate_task
 from tasks.contribute import local_round, order_of_samples
 from tasks.global_model import initial_model, next_model
 from tasks.learning.compression import SCORE_UNIT, Memory
@@ -142,6 +143,7 @@ def test_gini_and_lorenz_of_known_distributions():
     assert economy.gini([0, 0, 0, 8]) == 0.75
     assert economy.lorenz([1, 1, 1, 1], points=4) == [0, 0.25, 0.5, 0.75, 1]
     assert economy.lorenz([0, 8, 0, 0], points=4) == [0, 0, 0, 0, 1]
+    assert economy.lorenz([3, 1]) == [0, 0.25, 1]
 
 
 def test_correlation_of_what_does_not_vary_is_none():
@@ -415,3 +417,8 @@ def test_the_plot_shows_every_miner_and_only_known_characters(cheated):
         assert simulation_page.LEFT <= float(circle.get("cx")) <= simulation_page.WIDTH - simulation_page.RIGHT
         assert simulation_page.TOP <= float(circle.get("cy")) <= simulation_page.HEIGHT - simulation_page.BOTTOM
     assert set(simulation_page.COLOURS) == set(CHARACTERS)
+
+
+def test_the_limit_of_the_contracts_is_theirs():
+    source = (Path(__file__).parents[2] / "contracts" / "src" / "Task.sol").read_text()
+    assert f"MAX_MINERS = {CONTRACTS_ADMIT};" in source
