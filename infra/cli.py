@@ -274,7 +274,7 @@ def fuzz(
 
 @app.command()
 def simulate(
-    task: Annotated[str, typer.Argument(metavar="[TASK.toml]", help="a task file, or a ready one")] = "breast-cancer",
+    task: Annotated[str, typer.Argument(metavar="TASK.toml", help="a task file, or a ready one")] = "breast-cancer",
     miners: Annotated[int, typer.Option(help="virtual miners that apply")] = 1000,
     admitted: Annotated[int | None, typer.Option(help="how many are admitted, by stake; default: all")] = None,
     rounds: Annotated[int | None, typer.Option(help="most rounds; default: the task's")] = None,
