@@ -336,6 +336,58 @@ def fuzz(
     out.write_text(json.dumps(result, indent=1))
 
 
+@app.command()
+def simulate(
+    task: Annotated[str, typer.Argument(metavar="TASK.toml", help="a task file, or a ready one")] = "breast-cancer",
+    miners: Annotated[int, typer.Option(help="virtual miners that apply")] = 1000,
+    admitted: Annotated[int | None, typer.Option(help="how many are admitted, by stake; default: all")] = None,
+    rounds: Annotated[int | None, typer.Option(help="most rounds; default: the task's")] = None,
+    accuracy: Annotated[float | None, typer.Option(help="required accuracy; default: the task's")] = None,
+    all_rounds: Annotated[bool, typer.Option("--all-rounds", help="propose a block after the last round only")] = False,
+    alpha: Annotated[float, typer.Option(help="Dirichlet division of classes: small is skewed, large even")] = 0.5,
+    samples: Annotated[
+        int | None,
+        typer.Option(help="samples of a miner on the average, drawn with replacement; default: see the docs"),
+    ] = None,
+    label_noise: Annotated[float, typer.Option(help="largest share of wrong labels that a miner has")] = 0.0,
+    dropout: Annotated[float, typer.Option(help="probability that a miner vanishes for a round, or a vote")] = 0.0,
+    unrevealed: Annotated[float, typer.Option(help="probability that a miner never reveals its score")] = 0.0,
+    stakes: Annotated[str, typer.Option(help="equal, uniform or pareto, from the task's minimum up")] = "equal",
+    cheat: Annotated[
+        list[str], typer.Option(help="NAME=SHARE of the miners: zero, noise, replay, inflate, silent; repeat it")
+    ] = [],  # noqa: B006
+    encrypt: Annotated[bool, typer.Option("--encrypt", help="encrypt, audit, open and verify every sum")] = False,
+    seed: Annotated[int | None, typer.Option(help="of everything that is drawn; default: the task's")] = None,
+    out: Annotated[Path, typer.Option(help="folder for simulation.json and simulation.html")] = Path(
+        "build/simulation"
+    ),
+) -> None:
+    """Run a task's protocol with virtual miners in this process: what it learns, and who earns what."""
+    file = _load(task, {} if seed is None else {"seed": seed})
+    from infra import virtual_task
+    from infra.population import Settings
+
+    try:
+        settings = Settings(
+            miners=miners,
+            admitted=admitted,
+            rounds=rounds,
+            required_accuracy=accuracy,
+            alpha=alpha,
+            samples=samples,
+            label_noise=label_noise,
+            dropout=dropout,
+            unrevealed=unrevealed,
+            stakes=stakes,
+            cheats=dict(_name_and_share(pair) for pair in cheat),
+            all_rounds=all_rounds,
+            encrypt=encrypt,
+        )
+        virtual_task.run(file, settings, out.resolve(), console)
+    except (ValueError, OSError) as error:
+        _fail(str(error))
+
+
 @chain_app.command("deploy")
 def deploy_chain(
     rpc: Annotated[str, typer.Option(help="http(s) address of a node, or local:FILE for the chain in this process")],
@@ -590,6 +642,14 @@ def _name_and_path(pair: str) -> tuple[str, Path]:
     if not equals:
         raise ValueError(f"--data {pair}: expected NAME=PATH, for example miner-1=/data/xrays")
     return name, Path(path)
+
+
+def _name_and_share(pair: str) -> tuple[str, float]:
+    name, _, share = pair.partition("=")
+    try:
+        return name, float(share)
+    except ValueError:
+        raise ValueError(f"--cheat {pair}: expected NAME=SHARE, for example zero=0.1") from None
 
 
 def _archive(folder: Path) -> Path:
