@@ -152,7 +152,9 @@ def claim_own_part(st: Station, task_id: str, token: str) -> tuple[str, int]:
     if own is None or contracts.rewards.get_settlement(task_id).outcome is Outcome.UNMET:
         return ZERO32, 0
     score = contracts.rewards.get_score(task_id, own.position)
-    if score.is_claimed or not contracts.rewards.claimable(task_id, own.position, score.score, token):
+    # A claim that rounds to nothing is made as well: its parts leave the divisor, and no wei stays behind.
+    is_owed = score.score or contracts.rewards.claimable(task_id, own.position, score.score, token)
+    if score.is_claimed or not is_owed:
         return ZERO32, 0
     paid = contracts.rewards.claim_to(task_id, own_opening(st, task_id, own), token=token)
     return paid.transaction, paid.event.amount_wei
