@@ -19,8 +19,8 @@ from typing import Any
 
 from eth_utils.address import is_address
 from minio import Minio, MinioAdmin
-from minio.credentials import StaticProvider
-from minio.error import MinioAdminException, MinioException
+from minio.credentials.providers import StaticProvider
+from minio.error import MinioAdminException, MinioException, S3Error
 from urllib3 import PoolManager, Timeout
 from urllib3.exceptions import HTTPError
 
@@ -78,18 +78,19 @@ def gateway_environment(folder: Path, access_key: str, secret_key: str) -> dict[
 
 
 def wait_until_ready(root: ArtifactStore, timeout_s: float = 20) -> None:
-    """Return when the server takes its administrator's requests. Raises StoreUnavailable, or at once what it refuses."""
-    deadline = time.monotonic() + timeout_s
+    """Return when the server takes its administrator's requests. Raises StoreUnavailable, or PermissionError at once."""
+    client, deadline = _client(root), time.monotonic() + timeout_s
     while True:
         try:
-            _client(root).list_buckets()
+            client.list_buckets()
             return
-        except HTTPError as error:
+        except (HTTPError, MinioException) as error:
+            if isinstance(error, S3Error) and error.response.status == 403:
+                raise PermissionError(
+                    f"{root.root}: the server there was not started with this administrator's keys ({error.code})"
+                ) from error
             if time.monotonic() > deadline:
-                raise StoreUnavailable(f"{root.root} does not answer for {timeout_s:.0f} s: {error}") from error
-        except MinioException as error:
-            if getattr(getattr(error, "response", None), "status", None) != 503 or time.monotonic() > deadline:
-                raise
+                raise StoreUnavailable(f"{root.root} is not ready after {timeout_s:.0f} s: {error}") from error
         time.sleep(0.02)
 
 
