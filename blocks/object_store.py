@@ -190,8 +190,8 @@ class Bucket:
                 remedy = REMEDIES.get(str(error.code), NOT_ALLOWED)
                 return PermissionError(f"{self.url} refuses {self.access_key} to {what} ({error.code}): {remedy}")
         return StoreUnavailable(
-            f"{self.url} did not {what} ({error}), {waited_s:.0f} s after it first failed: is it running, and is root its "
-            "address? patience_s is how long it is waited for"
+            f"{self.url} did not {what} ({error}), {waited_s:.0f} s after it first failed, and patience_s is "
+            f"{self.patience_s:.0f}: is it running, has it disk space, and is root its address?"
         )
 
 

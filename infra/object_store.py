@@ -34,6 +34,8 @@ POLICY = "healchain-actor"
 
 def format_volume(folder: Path) -> None:
     """Make the server's folder, if it is not made yet. Needs no credentials."""
+    if not PROGRAM.is_file():
+        raise FileNotFoundError(f"{PROGRAM} is missing: pip install 'healchain[dev]' brings it")
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     flags = ["--no-update", "--trash-days", "0", "--storage", "file", "--bucket", f"{folder}/objects/"]
     done = subprocess.run(
@@ -52,6 +54,10 @@ def gateway_command(folder: Path, port: int) -> list[str]:
         *(str(PROGRAM), "--no-agent", "gateway"),  # the agent would show the process's memory on a port
         *("--multi-buckets", "--no-banner", "--no-usage-report"),  # the banner shows the secret key
         *("--backup-meta", "0", "--metrics", "127.0.0.1:0"),
+        *(
+            "--io-retries",
+            "2",
+        ),  # a full disk is reported after 10 s; with more, later than a client waits for an answer
         *("--cache-dir", "memory", "--cache-size", "64M", "--buffer-size", "64M"),
         *(_metadata(folder), f"127.0.0.1:{port}"),
     ]
