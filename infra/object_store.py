@@ -37,7 +37,7 @@ def format_volume(folder: Path) -> None:
     if not PROGRAM.is_file():
         raise FileNotFoundError(f"{PROGRAM} is missing: pip install 'healchain[dev]' brings it")
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    flags = ["--no-update", "--trash-days", "0", "--storage", "file", "--bucket", f"{folder}/objects/"]
+    flags = ["--no-update", "--trash-days", "0", "--storage", "file", "--bucket", f"{folder.absolute()}/objects/"]
     done = subprocess.run(
         [PROGRAM, "--no-agent", "format", *flags, _metadata(folder), VOLUME],
         capture_output=True,
