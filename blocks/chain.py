@@ -7,6 +7,7 @@ Errors: NotYet (a moment that lies further ahead than the caller may wait), thos
 """
 
 import time
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
@@ -131,6 +132,11 @@ class Chain(Block):
     def events(self, task_id: str, kind: type[Event]) -> list[Event]:
         """The events of one kind about a task, in the order of the chain."""
         return bindings.find_events(self.web3, self.deployment, task_id, kind)
+
+    def history(self, first_block: int) -> Iterator[bindings.Logged]:
+        """Every event of the contracts from a block on, in the order of the chain, as far as it is final."""
+        last = self.web3.eth.block_number - (self.sending.confirmations - 1)
+        return bindings.history(self.web3, self.deployment, max(first_block, self.deployed_in_block), last)
 
     def now_s(self) -> int:
         """Unix seconds of the latest block: the only clock that the contracts know."""

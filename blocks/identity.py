@@ -4,6 +4,7 @@
     passphrase                                       opens both; mode 0600; may be elsewhere (a mounted secret)
     data.npz or any path in data.link                the actor's own samples
     transactions.sqlite                              what its account sends (contracts.journal)
+    connections.json                                 its chain, its store, its name (blocks.connections)
     private/<task>/...                               what must survive a restart: residual, salts, prepared updates
 
 The keys do not leave this module: it signs, agrees on shared secrets and opens what was sealed to the actor.
@@ -16,7 +17,7 @@ import secrets
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 from eth_account import Account
 from eth_account.signers.local import LocalAccount
@@ -138,13 +139,13 @@ def create_home(home: Path) -> Identity:
     home.chmod(0o700)
     passphrase_file = home / "passphrase"
     if not passphrase_file.exists():
-        _write_secret(passphrase_file, secrets.token_hex(32))
+        write_secret(passphrase_file, secrets.token_hex(32))
     for name in ("wallet", "encryption"):
         keystore = home / "keystore" / f"{name}.json"
         if not keystore.exists():
             account = Account.create(secrets.token_hex(32))
             encrypted = account.encrypt(passphrase_file.read_text(), kdf="scrypt", iterations=SCRYPT_N)
-            _write_secret(keystore, json.dumps(encrypted))
+            write_secret(keystore, json.dumps(encrypted))
     return Identity(home=str(home))
 
 
@@ -169,7 +170,17 @@ def _decrypt(keystore: str, passphrase: str) -> LocalAccount:
     return account
 
 
-def _write_secret(path: Path, text: str) -> None:
+residents: dict[str, Identity] = {}
+"""The actors whose homes this process was started for."""
+
+
+def find_identity(actor: str) -> Identity:
+    """An actor by its name: one of this process, or the home that Prefect's block of that name gives (a cluster's worker)."""
+    return residents[actor] if actor in residents else cast(Identity, Identity.load(actor))
+
+
+def write_secret(path: Path, text: str) -> None:
+    """Replace a file of the home, as a whole, readable by its owner only."""
     draft = path.with_name(f".{path.name}.draft")
     draft.unlink(missing_ok=True)
     with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:

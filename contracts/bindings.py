@@ -563,6 +563,17 @@ class TransactionRecord:
 
 
 @dataclass(frozen=True)
+class Logged:
+    """An event of the four contracts, and where on the chain it is."""
+
+    event: Any
+    transaction: Bytes32
+    block_number: int
+    log_index: int
+    timestamp_s: int
+
+
+@dataclass(frozen=True)
 class Deployment:
     """The four contracts of one deployment. `publisher` is the verifying contract of every signed message."""
 
@@ -1199,6 +1210,19 @@ def find_events(web3: Web3, deployment: Deployment, task_id: TaskId, kind: type[
     """The events of one kind about a task, in the order of the chain."""
     decoded = (_decode_event(log) for log in _deployment_logs(web3, deployment, [task_key(task_id)]))
     return [found for found in decoded if isinstance(found, kind)]
+
+
+def history(web3: Web3, deployment: Deployment, first_block: int, last_block: int) -> Iterator[Logged]:
+    """Every event of the four contracts in some blocks, the last one included, in the order of the chain."""
+    times_s: dict[int, int] = {}
+    for log in _logs(web3, deployment.addresses, first_block, []):
+        number = log["blockNumber"]
+        if number > last_block:
+            return
+        if number not in times_s:
+            times_s = {number: web3.eth.get_block(number)["timestamp"]}
+        if (event := _decode_event(log)) is not None:
+            yield Logged(event, "0x" + bytes(log["transactionHash"]).hex(), number, log["logIndex"], times_s[number])
 
 
 def _deployment_logs(web3: Web3, deployment: Deployment, first_topics: Sequence[str]) -> Iterator[Any]:

@@ -304,6 +304,17 @@ class Receipt(Message):
     amount_wei: str
 
 
+class Refusal(Message):
+    """The publisher goes on without an actor that it asked for a step: which step, and why."""
+
+    SIGNED_BY: ClassVar[str | None] = "publisher"
+
+    publisher: Address
+    step: str
+    actor: Address
+    reason: str
+
+
 class Abort(Message):
     """An actor gives the task up: in which step, for which reason (an `AbortReason`), and the numbers behind it."""
 

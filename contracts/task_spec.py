@@ -13,7 +13,14 @@ import tomllib
 from typing import Any, Literal, Self
 
 from eth_utils.crypto import keccak
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from contracts.messages import ZERO_ADDRESS, Address, Bytes32, Frozen, TaskId
 
@@ -110,9 +117,38 @@ class DatasetRequirement(Frozen):
         return self
 
 
+class Start(Frozen):
+    """A model that is there already, to go on from: where it is stored, and the digest of its bytes."""
+
+    uri: str = Field(pattern=r"^artifact:0x[0-9a-fA-F]{40}/0x[0-9a-f]{64}$", description="artifact:OWNER/SHA256")
+    sha256: Bytes32
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if not self.uri.endswith(f"/{self.sha256}"):
+            raise ValueError(
+                f"uri = {self.uri} names another digest than sha256 = {self.sha256}: give both of one model"
+            )
+        return self
+
+    @property
+    def owner(self) -> str:
+        """The address in whose folder the model is stored."""
+        return self.uri.removeprefix("artifact:").partition("/")[0]
+
+
 class Model(Frozen):
     name: str
     options: dict[str, Any] = Field(default_factory=dict)
+    start: Start | None = Field(default=None, description="the model of round 0; without it, drawn from the seed")
+
+    @model_serializer(mode="wrap")
+    def _without_empty_start(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Terms without a start have no such field, so that their hash does not depend on whether a program knows it."""
+        fields: dict[str, Any] = dump(self)
+        if self.start is None:
+            del fields["start"]
+        return fields
 
 
 class Training(Frozen):

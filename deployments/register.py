@@ -1,21 +1,123 @@
-"""Set up what the flows find by name: the blocks of this installation. Doing it again changes nothing.
+"""Set up what a Prefect server has to know of this installation. Doing it again changes nothing.
 
-chain, artifacts, registry   where the chain, the store and the database are
-<actor>                      the path of each actor's home on its own host
+blocks        <actor>: the path of a home on its own host. chain: what a consortium offers to those who join, who check it
+              and pin it in their homes
+work pools    publisher, miners, aggregators, each with a queue for every actor, whose description is the actor's address
+deployments   the flows of prefect.yaml, each on its pool
+
+Nothing here is a secret, and no host believes any of it without a check of its own.
 """
 
+import importlib
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-from blocks.artifacts import ArtifactStore
+import yaml
+from prefect import Flow
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
+from prefect.deployments.runner import RunnerDeployment
+from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
+from prefect.types.entrypoint import EntrypointType
+
 from blocks.chain import Chain
 from blocks.identity import Identity
-from blocks.registry import Registry
+
+POOLS = {
+    "publisher": "The publisher's own host: it conducts its tasks, and does its steps in their runs.",
+    "miners": "A queue for each miner: register, train, encrypt, submit, vote, reveal, withdraw.",
+    "aggregators": "A queue for each miner that may be drawn: collect, open the sum, evaluate, publish.",
+}
+WORKER_TYPE = "healchain"
+# The workers take nothing from it: what would be run here is written in the package.
+JOB_TEMPLATE: dict[str, Any] = {
+    "job_configuration": {"name": "{{ name }}"},
+    "variables": {"type": "object", "properties": {"name": {"type": "string"}}},
+}
 
 
-def register_blocks(chain: Chain, artifacts: ArtifactStore, registry: Registry, homes: dict[str, Path]) -> None:
-    """Save the blocks under the names that the flows use. Only paths and addresses; no key, no password."""
-    chain.save("chain", overwrite=True)
-    artifacts.save("artifacts", overwrite=True)
-    registry.save("registry", overwrite=True)
+def register_homes(homes: dict[str, Path]) -> None:
+    """Save where the homes of some actors are, for the workers of their clusters."""
     for name, home in homes.items():
         Identity(home=str(home)).save(name, overwrite=True)
+
+
+def offer(chain: Chain) -> None:
+    """Save what a joining host is offered: the chain with its contracts."""
+    chain.save("chain", overwrite=True)
+
+
+def register_pools() -> None:
+    """The three work pools."""
+    with get_client(sync_client=True) as client:
+        for name, description in POOLS.items():
+            fields: dict[str, Any] = {"description": description, "base_job_template": JOB_TEMPLATE}
+            try:
+                client.create_work_pool(WorkPoolCreate(name=name, type=WORKER_TYPE, **fields))
+            except ObjectAlreadyExists:
+                client.update_work_pool(name, WorkPoolUpdate(**fields))
+
+
+def register_queue(actor: str, address: str, pools: Iterable[str]) -> None:
+    """An actor's queue in some pools. Raises ValueError when the name belongs to another address."""
+    with get_client(sync_client=True) as client:
+        for pool in pools:
+            try:
+                found = client.read_work_queue_by_name(actor, work_pool_name=pool)
+            except ObjectNotFound:
+                client.create_work_queue(name=actor, description=address, work_pool_name=pool)
+                continue
+            if not found.description:  # a queue that a deployment or a run has named
+                client.update_work_queue(found.id, description=address)
+            elif found.description != address:
+                raise ValueError(f"queue {actor!r} of pool {pool} belongs to {found.description}: choose another name")
+
+
+def register_deployments(definitions: Path) -> list[str]:
+    """The deployments of a prefect.yaml; their names, as flow/deployment."""
+    return [_register(entry) for entry in yaml.safe_load(definitions.read_text())["deployments"]]
+
+
+def register_schedule(
+    name: str, queue: str, parameters: dict[str, Any], *, cron: str | None, interval_s: float | None
+) -> str:
+    """A deployment of the whole protocol that begins by itself; its schedule can be paused and resumed in the UI.
+
+    Raises ValueError for a schedule that is none.
+    """
+    if (cron is None) == (interval_s is None):
+        raise ValueError("give either a cron expression or an interval")
+    flow: Flow[..., Any] = importlib.import_module("flows.protocol").run_task
+    deployment = flow.to_deployment(
+        name,
+        parameters=parameters,
+        tags=["recurring", f"series:{name}"],
+        description=f"The next task named {name}, from the last published model.",
+        work_pool_name="publisher",
+        work_queue_name=queue,
+        cron=cron,
+        interval=interval_s,
+        entrypoint_type=EntrypointType.MODULE_PATH,
+    )
+    assert isinstance(deployment, RunnerDeployment)  # a coroutine only where an event loop runs
+    deployment.apply()
+    return f"{flow.name}/{name}"
+
+
+def _register(entry: dict[str, Any]) -> str:
+    module, _, function = entry["entrypoint"].rpartition(".")
+    flow: Flow[..., Any] = getattr(importlib.import_module(module), function)
+    pool = entry["work_pool"]
+    deployment = flow.to_deployment(
+        entry["name"],
+        parameters=entry.get("parameters") or {},
+        tags=entry.get("tags") or [],
+        description=entry.get("description") or flow.description,
+        work_pool_name=pool["name"],
+        work_queue_name=pool.get("work_queue_name"),
+        entrypoint_type=EntrypointType.MODULE_PATH,
+    )
+    assert isinstance(deployment, RunnerDeployment)  # a coroutine only where an event loop runs
+    deployment.apply()
+    return f"{flow.name}/{entry['name']}"

@@ -4,12 +4,19 @@ from prefect import flow
 
 from contracts.messages import ZERO32
 from contracts.task_spec import TaskSpec
-from tasks.dispatch import ask, ask_each, conclude, give_up_after, reachable, task_states
+from tasks.dispatch import ask, ask_each, conclude, conduct, give_up_after, reachable, run_name, task_states
 
 
-@flow(name="run-task", flow_run_name="{task_id}", persist_result=False)
-def run_task(task_id: str, publisher: str, spec: TaskSpec) -> str:
-    """M1..M7. Returns where the task's money ended: PAID, REFUNDED or REFUNDABLE."""
+@flow(name="run-task", flow_run_name=run_name, persist_result=False)
+def run_task(spec: TaskSpec, publisher: str = "publisher", task_id: str = "", follow_on: bool = False) -> str:
+    """M1..M7. Returns where the task's money ended: PAID, REFUNDED or REFUNDABLE.
+
+    follow_on: start from the last published model of the tasks of this name, one of them at a time; SKIPPED while
+    another is under way.
+    """
+    task_id, spec = conduct(publisher, task_id, spec, follow_on=follow_on)
+    if not task_id:
+        return "SKIPPED"
     limit, vote_limit = spec.rounds.contribution_timeout_s, spec.rounds.attestation_timeout_s
     ask(publisher, "publish", task_id=task_id, spec=spec)  # M1
 

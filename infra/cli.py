@@ -22,6 +22,9 @@ from rich.markup import escape
 from contracts.task_spec import InvalidTask, TaskFile, load_task_file
 
 if TYPE_CHECKING:
+    from blocks.artifacts import ArtifactStore
+    from blocks.chain import Chain
+    from blocks.registry import Registry
     from contracts.bindings import Deployment
     from infra.chain_deployment import Checked
     from infra.devstack import Stack
@@ -30,9 +33,14 @@ READY = files("deployments") / "ready"
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Private, paid, verifiable federated learning.")
 chain_app = typer.Typer(no_args_is_help=True, help="The contracts on an Ethereum chain: deploy them, check them.")
 app.add_typer(chain_app, name="chain")
+models_app = typer.Typer(no_args_is_help=True, help="Model versions: list, compare, fetch, pin, roll back.")
+app.add_typer(models_app, name="models")
 console = Console(highlight=False)
+HOME = Path("build/stack/actors/publisher")
 
 PREFECT_FOLDER = typer.Option(help="where Prefect's database is kept, unless PREFECT_API_URL names a server")
+PublishersHome = Annotated[Path, typer.Option(envvar="HEALCHAIN_HOME", help="the publisher's home on this host")]
+VersionArgument = Annotated[str, typer.Argument(help="a version TASK/ROUND, or the name of a pin")]
 TaskArgument = Annotated[str, typer.Argument(metavar="TASK.toml", help="a task file, or the name of a ready one")]
 
 
@@ -119,6 +127,7 @@ def run_flow(stack: "Stack", task_id: str, file: TaskFile) -> str:
     """Run the task's flow with the blocks of this stack; return why there is no task, or an empty string."""
     from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
+    from blocks.chain import NotYet
     from flows.protocol import run_task
     from tasks.publish import DepositFailed
 
@@ -129,7 +138,7 @@ def run_flow(stack: "Stack", task_id: str, file: TaskFile) -> str:
             end_temporary_server_with_this_process()
         try:
             run_task(task_id=task_id, publisher="publisher", spec=file.spec())
-        except DepositFailed as error:
+        except (DepositFailed, NotYet) as error:
             return str(error)
     return ""
 
@@ -145,6 +154,61 @@ def write_report(stack: "Stack", folder: Path, file: TaskFile, begun: dict[str, 
     _write(folder / "report.html", report.render_html(gathered))
     report.print_summary(gathered, console, folder)
     return gathered
+
+
+@app.command()
+def submit(
+    task: TaskArgument,
+    home: PublishersHome = HOME,
+    seed: Annotated[int | None, typer.Option(help="public seed; default: the task's")] = None,
+    detach: Annotated[bool, typer.Option("--detach", help="do not wait for its end")] = False,
+) -> None:
+    """Start a task on the stack: its steps run on the actors' own hosts."""
+    file = _load(task, {} if seed is None else {"seed": seed})
+    use_prefect_of_home(home)
+    from infra import publishing
+    from infra.watching import Watcher
+
+    with _failures():
+        task_id, run_id = publishing.submit(home, file)
+        console.print(f"task [bold]{task_id}[/bold], run {run_id}")
+        if detach:
+            return
+        with Watcher(console) as watcher:
+            status, reason = publishing.follow(home, task_id, run_id, watcher)
+    console.print(f"{status}  {escape(reason)}")
+    sys.exit(0 if status in ("PAID", "REFUNDED", "WAITING") else 1)
+
+
+@app.command()
+def schedule(
+    task: TaskArgument,
+    cron: Annotated[str | None, typer.Option(help='when, e.g. "0 3 * * 1": every Monday at three')] = None,
+    every_s: Annotated[float | None, typer.Option(min=1, help="or the seconds from one to the next")] = None,
+    home: PublishersHome = HOME,
+) -> None:
+    """Have tasks with these terms begin by themselves, each from the last published model, one at a time."""
+    file = _load(task, {})
+    use_prefect_of_home(home)
+    from infra import publishing
+
+    with _failures():
+        name = publishing.schedule(home, file, cron=cron, interval_s=every_s)
+    console.print(f"deployment [bold]{name}[/bold]: pause and resume its schedule in the Prefect UI")
+
+
+@app.command()
+def approve(task: TaskArgument, home: PublishersHome = HOME) -> None:
+    """Let tasks of this name be started from the Prefect UI: what decides about money and safety stays as it is here."""
+    file = _load(task, {})
+    use_prefect_of_home(home)
+    from infra import publishing
+    from tasks.publish import approve as approve_tasks
+
+    with _failures():
+        me, _ = publishing.publisher_of(home)
+        approve_tasks(me, file)
+    console.print(f"tasks named {file.name} may be started from the form of run-task/publisher")
 
 
 @app.command()
@@ -272,6 +336,58 @@ def fuzz(
     out.write_text(json.dumps(result, indent=1))
 
 
+@app.command()
+def simulate(
+    task: Annotated[str, typer.Argument(metavar="TASK.toml", help="a task file, or a ready one")] = "breast-cancer",
+    miners: Annotated[int, typer.Option(help="virtual miners that apply")] = 1000,
+    admitted: Annotated[int | None, typer.Option(help="how many are admitted, by stake; default: all")] = None,
+    rounds: Annotated[int | None, typer.Option(help="most rounds; default: the task's")] = None,
+    accuracy: Annotated[float | None, typer.Option(help="required accuracy; default: the task's")] = None,
+    all_rounds: Annotated[bool, typer.Option("--all-rounds", help="propose a block after the last round only")] = False,
+    alpha: Annotated[float, typer.Option(help="Dirichlet division of classes: small is skewed, large even")] = 0.5,
+    samples: Annotated[
+        int | None,
+        typer.Option(help="samples of a miner on the average, drawn with replacement; default: see the docs"),
+    ] = None,
+    label_noise: Annotated[float, typer.Option(help="largest share of wrong labels that a miner has")] = 0.0,
+    dropout: Annotated[float, typer.Option(help="probability that a miner vanishes for a round, or a vote")] = 0.0,
+    unrevealed: Annotated[float, typer.Option(help="probability that a miner never reveals its score")] = 0.0,
+    stakes: Annotated[str, typer.Option(help="equal, uniform or pareto, from the task's minimum up")] = "equal",
+    cheat: Annotated[
+        list[str], typer.Option(help="NAME=SHARE of the miners: zero, noise, replay, inflate, silent; repeat it")
+    ] = [],  # noqa: B006
+    encrypt: Annotated[bool, typer.Option("--encrypt", help="encrypt, audit, open and verify every sum")] = False,
+    seed: Annotated[int | None, typer.Option(help="of everything that is drawn; default: the task's")] = None,
+    out: Annotated[Path, typer.Option(help="folder for simulation.json and simulation.html")] = Path(
+        "build/simulation"
+    ),
+) -> None:
+    """Run a task's protocol with virtual miners in this process: what it learns, and who earns what."""
+    file = _load(task, {} if seed is None else {"seed": seed})
+    from infra import virtual_task
+    from infra.population import Settings
+
+    try:
+        settings = Settings(
+            miners=miners,
+            admitted=admitted,
+            rounds=rounds,
+            required_accuracy=accuracy,
+            alpha=alpha,
+            samples=samples,
+            label_noise=label_noise,
+            dropout=dropout,
+            unrevealed=unrevealed,
+            stakes=stakes,
+            cheats=dict(_name_and_share(pair) for pair in cheat),
+            all_rounds=all_rounds,
+            encrypt=encrypt,
+        )
+        virtual_task.run(file, settings, out.resolve(), console)
+    except (ValueError, OSError) as error:
+        _fail(str(error))
+
+
 @chain_app.command("deploy")
 def deploy_chain(
     rpc: Annotated[str, typer.Option(help="http(s) address of a node, or local:FILE for the chain in this process")],
@@ -342,14 +458,127 @@ def _failures() -> Iterator[None]:
     """What can go wrong between this host and a chain, as one line and exit code 2."""
     from requests import RequestException
 
+    from blocks.pools import PoolsUnavailable
     from contracts.sending import FeesTooHigh, InsufficientFunds, Replaced, Reverted
     from infra.chain_deployment import ChainInUse
 
     try:
         yield
-    except (ValueError, ChainInUse, FeesTooHigh, InsufficientFunds, Replaced, Reverted, OSError) as error:
+    except (
+        ValueError,
+        LookupError,
+        PoolsUnavailable,
+        ChainInUse,
+        FeesTooHigh,
+        InsufficientFunds,
+        Replaced,
+        Reverted,
+        OSError,
+    ) as error:
         # The text of a connection's error may hold the whole address, and with it a key of the node's provider.
         _fail("the node does not answer: is it running?" if isinstance(error, RequestException) else str(error))
+
+
+def use_prefect_of_home(home: Path) -> None:
+    """Point Prefect at the server that a home's profile names; before prefect is imported."""
+    profile = home.resolve() / "prefect"
+    if not (profile / "profiles.toml").exists() and "PREFECT_API_URL" not in os.environ:
+        _fail(
+            f"--home {home}: no prefect/profiles.toml there: start the stack (make stack) or name the publisher's home"
+        )
+    os.environ.setdefault("PREFECT_HOME", str(profile))
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+
+
+@app.command()
+def reindex(home: PublishersHome = HOME) -> None:
+    """Build the registry again from chain and store. Pins, names of actors and times of steps stay as they are."""
+    from blocks.identity import Identity
+    from tasks import index
+
+    with _failures(), console.status("reading the chain") as status:
+        chain, store, registry = _connections(home)
+
+        def progress(done: int, count: int, task_id: str) -> None:
+            status.update(f"task {done} of {count}: {task_id}")
+
+        standing = index.reindex(registry, chain, store, Identity(home=str(home)).address, progress)
+    found = ", ".join(f"{count} {status}" for status, count in sorted(standing.items())) or "no task"
+    console.print(f"rebuilt from chain and store: {found}")
+
+
+@models_app.command("list")
+def list_models(
+    home: PublishersHome = HOME, task: Annotated[str | None, typer.Option(help="of this task only")] = None
+) -> None:
+    """List model versions: one after each round, which one was published, from which one it was trained."""
+    from infra import model_versions
+
+    with _failures():
+        model_versions.show(_connections(home)[2], task, console)
+
+
+@models_app.command("compare")
+def compare_models(first: VersionArgument, second: VersionArgument, home: PublishersHome = HOME) -> None:
+    """Compare two model versions: accuracy, loss, ancestors, and how far apart their parameters are."""
+    from infra import model_versions
+
+    with _failures():
+        _, store, registry = _connections(home)
+        model_versions.compare(registry, store, first, second, console)
+
+
+@models_app.command("fetch")
+def fetch_model(
+    version: VersionArgument,
+    out: Annotated[Path, typer.Option(help="the file to write")],
+    home: PublishersHome = HOME,
+) -> None:
+    """Write a model version to a file, once its bytes have the digest that the version names."""
+    from infra import model_versions
+
+    with _failures():
+        _, store, registry = _connections(home)
+        found = model_versions.fetch(registry, store, version, out)
+    console.print(f"{out}: {found.version}, {out.stat().st_size} bytes, sha256 {found.sha256}", soft_wrap=True)
+
+
+@models_app.command("pin")
+def pin_model(
+    name: Annotated[str, typer.Argument(help="a name of yours for the version, e.g. breast-cancer")],
+    version: VersionArgument,
+    home: PublishersHome = HOME,
+) -> None:
+    """Let a name stand for a model version, and say what a task file needs to start from it."""
+    from infra import model_versions
+
+    with _failures():
+        found = _connections(home)[2].pin(name, version)
+    console.print(f"{name} is {found.version}. A task that starts from it:\n{model_versions.start_in_toml(found)}")
+
+
+@models_app.command("rollback")
+def roll_back_model(
+    name: Annotated[str, typer.Argument(help="the pin to set back by one")], home: PublishersHome = HOME
+) -> None:
+    """Undo the newest pin of a name: it stands again for the version before."""
+    from infra import model_versions
+
+    with _failures():
+        found = _connections(home)[2].roll_back(name)
+    console.print(
+        f"{name} is {found.version} again. A task that starts from it:\n{model_versions.start_in_toml(found)}"
+    )
+
+
+def _connections(home: Path) -> "tuple[Chain, ArtifactStore, Registry]":
+    """The chain, store and registry of a publisher's home."""
+    from infra.publishing import publisher_of
+
+    _, pinned = publisher_of(home)
+    assert pinned.registry is not None
+    return pinned.chain, pinned.store, pinned.registry
 
 
 def use_temporary_prefect(folder: Path) -> None:
@@ -415,6 +644,14 @@ def _name_and_path(pair: str) -> tuple[str, Path]:
     return name, Path(path)
 
 
+def _name_and_share(pair: str) -> tuple[str, float]:
+    name, _, share = pair.partition("=")
+    try:
+        return name, float(share)
+    except ValueError:
+        raise ValueError(f"--cheat {pair}: expected NAME=SHARE, for example zero=0.1") from None
+
+
 def _archive(folder: Path) -> Path:
     begun = json.loads((folder / "run.json").read_text())
     target = folder.with_name(f"{folder.name}-{begun['task_id']}")
@@ -433,6 +670,95 @@ def _write(path: Path, text: str, mode: int = 0o644) -> None:
 def _fail(message: str) -> NoReturn:
     Console(stderr=True, highlight=False).print(f"[red]{escape(message)}[/red]")
     raise typer.Exit(2)
+
+
+stack_app = typer.Typer(
+    no_args_is_help=True, help="The real parts on this machine: start them, look at them, end them."
+)
+app.add_typer(stack_app, name="stack")
+STACK_FOLDER = typer.Option(help="where the stack keeps everything: data, homes, secrets, logs")
+Port = Annotated[int | None, typer.Option(min=1, max=65535, help="kept for the next time")]
+
+
+@stack_app.command("up")
+def stack_up(
+    folder: Annotated[Path, STACK_FOLDER] = Path("build/stack"),
+    miners: Annotated[int | None, typer.Option(min=1, help="how many; kept, may grow; 5 at first")] = None,
+    task: Annotated[str | None, typer.Option(help="ready task whose data the actors are given; breast-cancer")] = None,
+    prefect_port: Port = None,
+    store_port: Port = None,
+    chain_port: Port = None,
+    postgres_port: Port = None,
+) -> None:
+    """Start the servers and a worker for each actor, or what of them is down; then say what is next."""
+    from infra.stack_plan import client_environment, open_plan
+
+    given = {"prefect": prefect_port, "store": store_port, "chain": chain_port, "postgres": postgres_port}
+    with _stack_failures():
+        plan = open_plan(folder.resolve(), {part: port for part, port in given.items() if port}, miners, task)
+        os.environ.update(client_environment(plan))
+    with _failures(), _stack_failures():
+        from infra import stack
+
+        stack.up(plan, lambda line: console.print(f"[green]ok[/green]  {escape(line)}", soft_wrap=True))
+    console.print(f"\nlook on      {plan.ui_url}, with the line in {plan.folder / 'prefect-login'}", soft_wrap=True)
+    console.print("run a task   healchain submit TASK.toml\nand then     healchain stack status, healchain stack down")
+
+
+@stack_app.command("down")
+def stack_down(folder: Annotated[Path, STACK_FOLDER] = Path("build/stack")) -> None:
+    """End every process of the stack, and no other. The data stays."""
+    from infra import supervision
+    from infra.stack_plan import read_plan
+
+    with _stack_failures():
+        plan = read_plan(folder.resolve())
+        with supervision.alone(plan.folder):
+            ended = supervision.stop(plan.folder)
+    console.print(f"{len(ended)} processes ended; the data is in {plan.folder}", soft_wrap=True)
+
+
+@stack_app.command("status")
+def stack_status(folder: Annotated[Path, STACK_FOLDER] = Path("build/stack")) -> None:
+    """Each part with its state, pid, port and uptime. Exit code 1 unless all run."""
+    from infra import supervision
+    from infra.stack_plan import read_plan
+
+    with _stack_failures():
+        plan = read_plan(folder.resolve())
+    statuses = supervision.statuses(plan.folder)
+    if not statuses:
+        console.print("nothing runs; healchain stack up starts it")
+    for one in statuses:
+        port = plan.ports.get(one.name, "")
+        uptime = f"{one.uptime_s:.0f} s" if one.pid else one.said
+        console.print(f"{one.name:20} {one.state:9} {one.pid or '':>8} {port:>6}  {escape(uptime)}", soft_wrap=True)
+    raise typer.Exit(0 if statuses and all(one.state == "RUNNING" for one in statuses) else 1)
+
+
+@stack_app.command("restart")
+def stack_restart(
+    name: Annotated[str, typer.Argument(help="the part, as `healchain stack status` names it")],
+    folder: Annotated[Path, STACK_FOLDER] = Path("build/stack"),
+) -> None:
+    """End one part in order and start it again."""
+    from infra import supervision
+    from infra.stack_plan import read_plan
+
+    with _stack_failures():
+        supervision.restart(read_plan(folder.resolve()).folder, name)
+    console.print(f"{name} is started again")
+
+
+@contextmanager
+def _stack_failures() -> Iterator[None]:
+    """A wrong setting, something that is not installed or a part that does not start, as one line and exit code 2."""
+    from infra.supervision import PartFailed
+
+    try:
+        yield
+    except (ValueError, PartFailed, ImportError, OSError) as error:
+        _fail(f"{error}\nOnce that is mended, the same command goes on from there.")
 
 
 def main() -> None:

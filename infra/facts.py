@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from blocks.artifacts import MissingArtifact, TamperedArtifact
-from blocks.registry import RecordRow
+from blocks.tables import RecordRow
 from contracts import bindings
 from contracts.bindings import Outcome, Status
 from contracts.messages import Attestation, Candidate, Cohort, KeyRequest, Registration, RoundResult, Submission

@@ -32,6 +32,7 @@ from contracts.sending import Reverted
 from contracts.task_spec import TaskSpec
 from tasks.crypto import ecies
 from tasks.delivery import deliver
+from tasks.global_model import start_parameters
 from tasks.learning.aggregation import public_weights
 from tasks.publish import published_task, secrets_of
 from tasks.records import BadRecord, Station, brief, give_up, record_path, station
@@ -136,6 +137,8 @@ def apply_for_task(task_id: str, actor: str) -> dict[str, str]:
     """
     st = station(actor)
     spec = published_task(st, task_id).spec
+    if spec.model.start is not None:
+        start_parameters(spec, st.store)  # what cannot be read is noticed before anything is staked
     dataset = load_samples(st.me, spec.dataset, "train")
     proof = prove(st.me, task_id, spec.dataset, dataset)
     reference = st.store.put(st.address, proof.model_dump_json().encode())

@@ -1,6 +1,6 @@
-"""The model between rounds, as everybody can compute it: from the public seed and the published openings alone.
+"""The model between rounds, as everybody can compute it: from the public terms and the published openings alone.
 
-W_0       drawn from the task's seed
+W_0       drawn from the task's seed, or the model that its terms name as start
 W_r       W_{r-1} + server step of the mean of the sum opened in round r
 support   the coordinates of round r, from the mean of round r-1 and the seed
 """
@@ -69,9 +69,31 @@ def build_network(spec: TaskSpec) -> nn.Module:
     return models.build(spec.model.name, dataset.input_shape, dataset.classes, spec.model.options, spec.seed)
 
 
-def initial_model(spec: TaskSpec) -> GlobalModel:
-    parameters = models.flatten(build_network(spec))
+def initial_model(spec: TaskSpec, store: ArtifactStore | None = None) -> GlobalModel:
+    """W_0. A start that the terms name is read from the store; errors as in `start_parameters`."""
+    parameters = models.flatten(build_network(spec)) if spec.model.start is None else start_parameters(spec, store)
     return GlobalModel(parameters, aggregation.ServerState.zero(parameters.size), None)
+
+
+def start_parameters(spec: TaskSpec, store: ArtifactStore | None) -> Floats:
+    """The parameters (d,) of the model that the terms name. Raises MissingArtifact, TamperedArtifact, or BadRecord when they are
+    not those of the task's architecture.
+    """
+    start, model = spec.model.start, spec.model
+    if start is None or store is None:
+        raise ValueError(f"model.start = {start}: a start is read from a store, and there is none here")
+    dimension = models.dimension(model.name, spec.dataset.input_shape, spec.dataset.classes, model.options)
+    data = store.get(start.owner, start.sha256, max_bytes=models.encoded_size(dimension))
+    try:
+        parameters = models.decode_parameters(data)
+    except models.InvalidModel as error:
+        raise BadRecord(f"model.start = {start.uri} is no model: {error}") from error
+    if parameters.size != dimension:
+        raise BadRecord(
+            f"model.start = {start.uri} has {parameters.size} parameters, model.name = {model.name!r} with its options has "
+            f"{dimension}: name a start of the same architecture"
+        )
+    return parameters
 
 
 def round_support(spec: TaskSpec, model: GlobalModel, round_number: int) -> Integers:
@@ -104,7 +126,7 @@ def next_model(
 
 def model_after(station: Station, spec: TaskSpec, cohort: Cohort, round_number: int) -> GlobalModel:
     """W_r, replayed from the openings. Raises BadRecord when a published digest is not that of the replayed model."""
-    model = initial_model(spec)
+    model = initial_model(spec, station.store)
     for number in range(1, round_number + 1):
         result, opening = opened_round(station, spec, cohort, number, at_most=model.parameters.size)
         weight = sum(weights_of(cohort, accepted(station, cohort, number)))

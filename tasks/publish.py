@@ -7,19 +7,21 @@ before the first transaction, so that a killed run finds its own escrow again in
 import json
 import math
 import secrets
+from pathlib import Path
 from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from blocks.artifacts import MissingArtifact, sha256_hex
-from blocks.identity import Identity
+from blocks.artifacts import MissingArtifact, TamperedArtifact, sha256_hex
+from blocks.identity import Identity, write_secret
 from contracts.bindings import Status, TaskOnChain, Terms
 from contracts.messages import ZERO_ADDRESS, AbortReason, Announcement, Bytes32, accuracy_commit
 from contracts.sending import InsufficientFunds, Reverted
 from contracts.task_spec import MAX_SCORE, PPM, PublishedTask, TaskFile, TaskSpec
 from tasks.crypto import ecies
 from tasks.crypto.ndd_fe import ORDER
+from tasks.global_model import start_parameters
 from tasks.learning import compression, models
 from tasks.learning.aggregation import SERVER_STEPS
 from tasks.learning.datasets import Dataset, encode_npz
@@ -96,11 +98,13 @@ def lock_reward(task_id: str, spec: TaskSpec, actor: str) -> dict[str, str]:
         return st.reference(announced)
 
     validation = encode_npz(load_samples(st.me, spec.dataset, "validation"))
+    decide_as_approved(st.me, task_id, spec)
     if secrets_of(st, task_id)["spec_sha256"] != spec_sha256(spec):
         raise DepositFailed(
             f"the terms given for {task_id} are not those that its publisher decided on: start it again"
         )
     terms = PublishedTask(task_id=task_id, publisher=st.address, validation_sha256=sha256_hex(validation), spec=spec)
+    check_start(st, spec)
     commit = commitment(st, task_id)
     escrow = st.chain.contracts(st.me).escrow
     found = escrow.get_task(task_id)
@@ -138,6 +142,15 @@ def lock_reward(task_id: str, spec: TaskSpec, actor: str) -> dict[str, str]:
             transaction=transaction,
         )
     )
+
+
+def check_start(st: Station, spec: TaskSpec) -> None:
+    """Raise DepositFailed unless the model that the task starts from is in the store and fits it."""
+    try:
+        if spec.model.start is not None:
+            start_parameters(spec, st.store)
+    except (BadRecord, MissingArtifact, TamperedArtifact) as error:
+        raise DepositFailed(f"{AbortReason.DEPOSIT_FAILED}: model.start: {error}. Nothing was locked") from error
 
 
 def approve_reward(st: Station, spec: TaskSpec) -> None:
@@ -192,6 +205,37 @@ def decide(me: Identity, task_id: str, file: TaskFile) -> None:
     me.claim(f"{task_id}/commitment.json", json.dumps(fields).encode())
 
 
+APPROVED_AS_A_WHOLE = ("money", "participants", "windows", "dataset", "voting")
+
+
+def approve(me: Identity, file: TaskFile) -> None:
+    """The publisher's standing approval: tasks of this name may be started by others, from a form or by a schedule.
+
+    Whoever starts one may choose how it trains; what it costs, who takes part and what is checked stays as approved.
+    """
+    write_secret(_approval(me, file.name), file.model_dump_json())
+
+
+def decide_as_approved(me: Identity, task_id: str, spec: TaskSpec) -> None:
+    """Decide on a task that was started without the publisher, if it approved of such tasks. Raises DepositFailed."""
+    path = _approval(me, spec.name)
+    if me.read_private(f"{task_id}/commitment.json") is not None or not path.exists():
+        return
+    approved = TaskFile.model_validate_json(path.read_text())
+    for section in APPROVED_AS_A_WHOLE:
+        if getattr(spec, section) != getattr(approved, section):
+            raise DepositFailed(
+                f"[{section}] of {task_id} is not what the publisher approved for tasks named {spec.name}: approve it "
+                "first (healchain approve TASK.toml)"
+            )
+    fields = {name: getattr(spec, name) for name in TaskSpec.model_fields}
+    decide(me, task_id, TaskFile(**fields, required_accuracy=approved.required_accuracy))
+
+
+def _approval(me: Identity, name: str) -> Path:
+    return Path(me.home) / f"approved-{name}.json"
+
+
 def spec_sha256(spec: TaskSpec) -> Bytes32:
     return sha256_hex(json.dumps(spec.model_dump(mode="json"), sort_keys=True).encode())
 
@@ -223,7 +267,8 @@ def secrets_of(st: Station, task_id: str) -> dict[str, Any]:
     data = st.me.read_private(f"{task_id}/commitment.json")
     if data is None:
         raise LookupError(
-            f"the required accuracy of {task_id} is not in the publisher's home: start with healchain run"
+            f"the required accuracy of {task_id} is not in the publisher's home: start it with healchain run or submit, or "
+            "approve of tasks of its name (healchain approve TASK.toml)"
         )
     fields: dict[str, Any] = json.loads(data)
     return fields

@@ -8,7 +8,7 @@ Whoever reads it checks the signature, the signer, the task and the round; a rec
 
 import json
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from eth_utils.address import to_checksum_address
 from prefect.exceptions import ObjectNotFound
@@ -17,7 +17,8 @@ from pydantic_core import from_json
 
 from blocks.artifacts import AlreadyPosted, ArtifactStore, MissingArtifact, TamperedArtifact, sha256_hex
 from blocks.chain import Chain
-from blocks.identity import Identity
+from blocks.connections import connections_of
+from blocks.identity import Identity, find_identity
 from contracts import messages
 from contracts.messages import Address, Bytes, Domain, Message
 
@@ -151,19 +152,13 @@ def give_up(
 
 
 def station(actor: str) -> Station:
-    """Load an actor's blocks. Raises ValueError naming the block that is not registered."""
+    """Where an actor stands: its home, and the chain and the store that its home names. Raises ValueError."""
     try:
-        return Station(cast(Identity, Identity.load(actor)), load_chain(), load_store())
+        me = find_identity(actor)
     except (ValueError, ObjectNotFound) as error:
-        raise ValueError(f"actor {actor!r}: {error}. Register the blocks first (healchain run does)") from error
-
-
-def load_chain() -> Chain:
-    return cast(Chain, Chain.load("chain"))
-
-
-def load_store() -> ArtifactStore:
-    return cast(ArtifactStore, ArtifactStore.load("artifacts"))
+        raise ValueError(f"actor {actor!r}: {error}. Set its home up first (healchain run and join do)") from error
+    pinned = connections_of(me)
+    return Station(me, pinned.chain, pinned.store)
 
 
 def record_path(kind: type[Message], task_id: str, round_number: int, about: str | None = None) -> str:
@@ -199,7 +194,7 @@ def check_record(
 
 
 def load_record(store: ArtifactStore, domain: Domain, reference: dict[str, str]) -> Message:
-    """The record behind a flow's answer, checked. Raises BadRecord."""
+    """The record behind a step's reference, checked. Raises BadRecord."""
     ref = RecordRef(**reference)
     kind = getattr(messages, ref.kind, None)
     if not (isinstance(kind, type) and issubclass(kind, Message)):

@@ -30,7 +30,9 @@ MAY_IMPORT = {
     "flows": ("tasks", "contracts.messages", "contracts.task_spec"),
     "deployments": ("blocks",),
     "infra": ("deployments", "tasks", "blocks", "contracts", "tasks.crypto", "tasks.learning"),
-    "infra.cli": ("infra", "flows", "tasks", "contracts"),  # the only one that starts flows
+    # The two that start flows: all of a task in this process, and a step on its actor's host.
+    "infra.cli": ("infra", "flows", "tasks", "blocks", "contracts"),
+    "infra.step_process": ("infra", "flows", "tasks", "blocks"),
 }
 PURE = ("contracts.messages", "contracts.contributions", "contracts.task_spec", "tasks.crypto", "tasks.learning")
 # Read once, at import: which kernels run. That is a matter of the machine; the bits they make are the same.

@@ -115,6 +115,11 @@ def encode_parameters(parameters: Floats) -> bytes:
     return HEADER.pack(MAGIC, VERSION, parameters.size) + parameters.astype("<f4").tobytes()
 
 
+def encoded_size(dimension: int) -> int:
+    """Bytes of an encoded model of `dimension` parameters."""
+    return HEADER.size + 4 * dimension
+
+
 def decode_parameters(data: bytes) -> Floats:
     """(d,) float32. Refuses every byte string that `encode_parameters` does not produce."""
     if len(data) < HEADER.size:

@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prefect.blocks.core import Block
 
 from contracts.task_spec import TaskFile
-from tests.protocol.world import ORDER, World, load_block, reopen, task_file
+from tests.protocol.world import ORDER, World, reopen, task_file
 
 _snapshots: dict[str, dict[str, Path]] = {}
 
@@ -29,11 +28,10 @@ def _snapshot(folder: Path, file: TaskFile, step: str) -> Path:
 
 @pytest.fixture
 def world_after(
-    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Callable[..., World]]:
     """`world_after("submit")`: a world in which everybody has done that step; None: nobody anything."""
     open_worlds: list[World] = []
-    monkeypatch.setattr(Block, "load", staticmethod(load_block))
 
     def build(step: str | None, **changes: Any) -> World:
         file = task_file(**changes)

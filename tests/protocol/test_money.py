@@ -8,7 +8,6 @@ import pytest
 from eth_account import Account
 from eth_account.signers.local import LocalAccount
 from eth_utils import keccak
-from prefect.blocks.core import Block
 
 from blocks.chain import NotYet
 from blocks.local_chain import GENESIS_KEYS
@@ -18,7 +17,7 @@ from contracts.sending import Sender
 from tasks import publish
 from tasks.publish import DepositFailed
 from tasks.records import BadRecord, give_up
-from tests.protocol.world import MINERS, TASK_ID, World, load_block, task_file
+from tests.protocol.world import MINERS, TASK_ID, World, task_file
 
 REWARD = task_file().money.reward_wei
 TOKEN = Path(__file__).parents[1] / "contracts" / "build" / "TestToken.json"
@@ -287,7 +286,6 @@ def test_terms_with_another_escrow_behind_them_attract_no_miner(world_after, wha
         monkeypatch.setattr(publish, "terms_on_chain", lambda *given: replace(honest(*given), max_score=1))
         world.do("publish", "publisher")
         monkeypatch.undo()
-        monkeypatch.setattr(Block, "load", staticmethod(load_block))
     else:
         world.do("publish", "publisher")
         chain_says = type(world.contracts.escrow).get_task

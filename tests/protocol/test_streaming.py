@@ -307,22 +307,14 @@ def test_what_exceeds_the_bound_is_counted_over_the_pieces_of_a_group(world_afte
 # --- killed and resumed ---------------------------------------------------------------------------------------------
 
 KILLED = """
-import json, os, signal, sys
-from pathlib import Path
-from prefect.blocks.core import Block
-from blocks.artifacts import ArtifactStore
-from blocks.chain import Chain
-from blocks.identity import Identity
+import os, signal, sys
+from blocks.identity import Identity, residents
 from tasks import chunks, opening
 from tests.protocol import world
 
-folder, name = Path(sys.argv[1]), sys.argv[2]
-note = json.loads((folder / "deployment.json").read_text())
-# Never connected: opening chunks asks no chain.
-chain = Chain(rpc="local:/nowhere", chain_id=note["chain_id"], publisher_address=note["publisher"])
-store, me = ArtifactStore(root=str(folder / "store")), Identity(home=str(folder / "actors" / name))
-world._blocks.update({"chain": chain, "artifacts": store, name: me})
-Block.load = staticmethod(world.load_block)
+# The chain that the home names is open in the test's process; it is never connected: opening chunks asks no chain.
+folder, name = sys.argv[1:]
+residents[name] = Identity(home=f"{folder}/actors/{name}")
 chunks.PIECE_COORDINATES = 32
 honest, calls = opening.store_opening, 0
 

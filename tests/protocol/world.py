@@ -121,24 +121,12 @@ def task_file(**changes: Any) -> TaskFile:
     return TaskFile.model_validate(fields)
 
 
-_blocks: dict[str, Any] = {}
-"""The blocks of the world in use, by the names under which a Prefect server would have them."""
-
-
-def load_block(name: str, **_: Any) -> Any:
-    """Stands in for `Block.load`: the same real blocks, without a server to fetch their paths from."""
-    return _blocks[name]
-
-
 class World:
     """All parties of one task in one folder."""
 
     def __init__(self, folder: Path, file: TaskFile) -> None:
         self.folder, self.file = folder, file
         self.stack: Stack = set_up(folder, file.dataset, len(MINERS), file.seed, {})
-        _blocks.clear()
-        _blocks.update(chain=self.stack.chain, artifacts=self.stack.artifacts, registry=self.stack.registry)
-        _blocks.update({name: self.stack.identity(name) for name in self.stack.homes})
         publish.decide(self.stack.identity("publisher"), TASK_ID, file)
 
     def do(self, step: str, name: str, r: int = 1) -> Any:

@@ -1,0 +1,83 @@
+"""The process of one step on an actor's host: a child of a worker, forked when all of this is imported.
+
+A run is believed as far as its id, its flow's name and its parameters; which code a name means is written in this package.
+"""
+
+import importlib
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+from uuid import UUID
+
+from prefect.client.orchestration import get_client
+from prefect.engine import handle_engine_signals
+from prefect.exceptions import Abort
+from prefect.flow_engine import run_flow
+from prefect.flows import Flow
+from prefect.states import Failed
+
+import flows.aggregator
+import flows.miner
+import flows.protocol
+import flows.publisher  # noqa: F401 - loaded before the fork
+from blocks import pools
+from blocks.chain import NotYet
+from blocks.identity import Identity, residents
+from tasks.dispatch import STEPS
+from tasks.records import station
+
+ENTRYPOINTS = {name: step.entrypoint for name, step in STEPS.items()} | {"run-task": "flows.protocol.run_task"}
+SOONEST_S = 5.0
+
+
+def run_step(run_id: str, homes: dict[str, str]) -> None:
+    """Run one flow run for an actor of this host; exit with 0 when the server knows how it ended."""
+    residents.update({name: Identity(home=home) for name, home in homes.items()})
+    with handle_engine_signals(UUID(run_id)):
+        with get_client(sync_client=True) as client:
+            flow_run = client.read_flow_run(UUID(run_id))
+            flow_name = client.read_flow(flow_run.flow_id).name
+            refusal = why_not(flow_name, flow_run.parameters, homes)
+            if refusal:
+                client.set_flow_run_state(flow_run.id, Failed(message=refusal), force=True)
+                return
+        run_flow(patient(flow_of(flow_name), flow_run.id, actor_of(flow_run.parameters)), flow_run=flow_run)
+
+
+def flow_of(name: str) -> Flow[..., Any]:
+    module, _, function = ENTRYPOINTS[name].rpartition(".")
+    found: Flow[..., Any] = getattr(importlib.import_module(module), function)
+    return found
+
+
+def actor_of(parameters: dict[str, Any]) -> str:
+    """Whose step it is: of the whole protocol, its publisher's."""
+    return str(parameters.get("actor") or parameters.get("publisher") or "publisher")
+
+
+def why_not(flow_name: str, parameters: dict[str, Any], homes: dict[str, str]) -> str:
+    """Why this host does not run it, or an empty string."""
+    if flow_name not in ENTRYPOINTS:
+        return f"{flow_name!r} is no step of the protocol: this host runs nothing else"
+    if (actor := actor_of(parameters)) not in homes:
+        return f"actor {actor!r} does not live on this host; here is {', '.join(homes)}"
+    return ""
+
+
+def patient(flow: Flow[..., Any], run_id: UUID, actor: str) -> Flow[..., Any]:
+    """The flow, which for a moment of chain time that is far ahead goes away and begins again then."""
+
+    def waiting(body: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(body)
+        def run(*args: Any, **options: Any) -> Any:
+            try:
+                return body(*args, **options)
+            except NotYet as wait:
+                ahead_s = wait.moment_s - station(actor).chain.now_s()
+                pools.come_back(run_id, max(SOONEST_S, float(ahead_s)), str(wait))
+                raise Abort(str(wait)) from None
+
+        return run
+
+    flow.fn = waiting(flow.fn)
+    return flow

@@ -1,0 +1,232 @@
+"""The worker of an actor's host: `prefect worker start --type healchain --pool miners --work-queue NAME`.
+
+It runs the steps of this installed package, for the actors whose homes are on this host, and nothing else. A process
+worker runs whatever command, environment and code the server names for a run; whoever can write there would own every
+hospital's host. Of what the server says, this one uses the id of a run, its flow's name and its parameters.
+
+Steps run in children forked from a process that has imported everything: a step begins in a tenth of a second. A run whose
+process is gone (killed with its worker, or with the host) is given back to its queue, at the start and from then on.
+"""
+
+import fcntl
+import importlib
+import json
+import multiprocessing
+import os
+from datetime import timedelta
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any, TextIO
+from uuid import UUID
+
+import anyio
+import anyio.abc
+from anyio.to_thread import run_sync
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+    WorkPoolFilter,
+    WorkPoolFilterName,
+    WorkQueueFilter,
+    WorkQueueFilterName,
+)
+from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.client.schemas.responses import WorkerFlowRunResponse
+from prefect.settings import PREFECT_HOME
+from prefect.states import Scheduled
+from prefect.workers.base import BaseJobConfiguration, BaseWorker, BaseWorkerResult
+
+SERVED_TOGETHER = {"miners": ("miners", "aggregators")}
+"""A miner that is drawn does the aggregator's steps as well: its worker serves its queue in both pools."""
+RESTARTS = 10
+LONGEST_PAUSE_S = 60.0
+TERMINATED = -15
+
+
+class HomeInUse(RuntimeError):
+    """Another worker serves this home."""
+
+
+class StepProcess(BaseWorkerResult):
+    """How the process of a step ended. identifier: see `process_name`."""
+
+
+def homes_here() -> dict[str, Path]:
+    """The homes on this host by actor: HEALCHAIN_HOME, or the folder above PREFECT_HOME; one home, or a folder of them."""
+    folder = Path(os.environ.get("HEALCHAIN_HOME") or PREFECT_HOME.value().parent)
+    found = (
+        [folder]
+        if (folder / "connections.json").exists()
+        else sorted(p.parent for p in folder.glob("*/connections.json"))
+    )
+    if not found:
+        raise ValueError(
+            f"HEALCHAIN_HOME = {folder}: no connections.json there or one folder below; run healchain join"
+        )
+    # Read as it stands: the worker itself uses no key, no chain and no store, and loads nothing of them.
+    return {str(json.loads((home / "connections.json").read_text())["name"]): home for home in found}
+
+
+def process_name(pid: int) -> str:
+    """A process of this host that no later one is taken for: the boot, the process id, the tick in which it started."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    started = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    return f"{boot}:{pid}:{started}"
+
+
+def is_alive(name: str) -> bool:
+    """Whether the process of this name runs."""
+    pid = name.split(":")[1] if name.count(":") == 2 else ""
+    try:
+        return pid.isdigit() and process_name(int(pid)) == name
+    except OSError:
+        return False
+
+
+class HealChainWorker(BaseWorker[BaseJobConfiguration, Any, StepProcess]):
+    """Runs steps of the installed package in forked children."""
+
+    type = "healchain"
+    job_configuration = BaseJobConfiguration
+    _description = "Runs the steps of HealChain for the actors of a host; takes no command and no code from the server."
+    _display_name = "HealChain"
+
+    def __init__(self, work_pool_name: str, *args: Any, **options: Any) -> None:
+        super().__init__(work_pool_name, *args, **{**options, "create_pool_if_not_found": False})
+        self._homes = homes_here()
+        self._work_queues = self._work_queues or set(self._homes)
+        if unknown := sorted(self._work_queues - set(self._homes)):
+            raise ValueError(
+                f"--work-queue {unknown[0]}: no home of this name here; there are {', '.join(self._homes)}"
+            )
+        self._locks: list[TextIO] = []
+        self._pools = SERVED_TOGETHER.get(work_pool_name, (work_pool_name,))
+        self._children: dict[UUID, ForkServerProcess] = {}
+        self._forkserver = multiprocessing.get_context("forkserver")
+        self._forkserver.set_forkserver_preload(["infra.step_process"])
+
+    async def setup(self) -> None:
+        for name in sorted(self._work_queues):
+            self._locks.append(_lock(self._homes[name], name))
+        # Nothing of the server's own code loading is inherited: the first child would wait for these imports.
+        await run_sync(self._warm_up)
+        await super().setup()
+
+    def _warm_up(self) -> None:
+        process = self._forkserver.Process(target=_nothing)
+        process.start()
+        process.join()
+
+    async def sync_with_backend(self) -> None:
+        """Say that this host is there, in every pool that it serves, and give back what died."""
+        await super().sync_with_backend()
+        for pool in self._pools:
+            if pool != self._work_pool_name:
+                await self.client.send_worker_heartbeat(pool, self.name, self.heartbeat_interval_seconds)
+        await self._give_back_dead_runs()
+
+    async def _get_scheduled_flow_runs(self) -> list[WorkerFlowRunResponse]:
+        from blocks import pools
+
+        before = await run_sync(pools.server_now) + timedelta(seconds=int(self._prefetch_seconds))
+        found: list[WorkerFlowRunResponse] = []
+        for pool in self._pools:
+            found += await self.client.get_scheduled_flow_runs_for_work_pool(pool, sorted(self._work_queues), before)
+        return found
+
+    async def _submit_run_and_capture_errors(
+        self, flow_run: FlowRun, task_status: anyio.abc.TaskStatus[Any] | None = None
+    ) -> BaseWorkerResult | Exception:
+        """Without the base's look at job templates, commands and environments of the server."""
+        try:
+            return await self.run(flow_run, BaseJobConfiguration(), task_status)
+        except Exception as error:
+            self.get_flow_run_logger(flow_run).exception("The step could not be started.")
+            await self._propose_crashed_state(flow_run, f"{type(error).__name__}: {error}")
+            if task_status is not None:
+                task_status.started(error)
+            return error
+        finally:
+            self._release_limit_slot(flow_run.id)
+
+    async def run(
+        self,
+        flow_run: FlowRun,
+        configuration: BaseJobConfiguration,
+        task_status: anyio.abc.TaskStatus[Any] | None = None,
+    ) -> StepProcess:
+        """Fork a child for the run, wait for its end."""
+        homes = {name: str(home) for name, home in self._homes.items() if name in self._work_queues}
+        child = self._forkserver.Process(target=_run_step, args=(str(flow_run.id), homes), name=f"step {flow_run.name}")
+        if (before := self._children.get(flow_run.id)) is not None and before.is_alive():
+            before.kill()  # the server lost sight of it and gave the run out again; what it did is done, and done once
+        await run_sync(child.start)
+        self._children[flow_run.id] = child
+        name = process_name(child.pid or 0)
+        if task_status is not None:
+            task_status.started(name)
+        try:
+            await run_sync(child.join, abandon_on_cancel=True)
+        finally:
+            if self._children.get(flow_run.id) is child:
+                del self._children[flow_run.id]
+        if child.exitcode not in (0, None):
+            await self._give_back(flow_run, f"its process ended with code {child.exitcode}")
+        return StepProcess(identifier=name, status_code=child.exitcode or 0)
+
+    async def _give_back_dead_runs(self) -> None:
+        """Runs that the server thinks are running here, and whose process is gone."""
+        found = await self.client.read_flow_runs(
+            work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=list(self._pools))),
+            work_queue_filter=WorkQueueFilter(name=WorkQueueFilterName(any_=sorted(self._work_queues))),
+            flow_run_filter=FlowRunFilter(
+                state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.PENDING, StateType.RUNNING]))
+            ),
+        )
+        for flow_run in found:
+            is_ours = flow_run.id in self._children or flow_run.id in self._submitting_flow_run_ids
+            if not is_ours and not is_alive(flow_run.infrastructure_pid or ""):
+                await self._give_back(flow_run, "its process is gone")
+
+    async def _give_back(self, flow_run: FlowRun, reason: str) -> None:
+        """Have the run begin again, a little later each time; after RESTARTS times it is left as crashed."""
+        seen = await self.client.read_flow_run(flow_run.id)
+        if seen.state is None or seen.state.is_final() or seen.state.is_scheduled():
+            return
+        if seen.run_count > RESTARTS:
+            await self._propose_crashed_state(seen, f"{reason}, {seen.run_count} times")
+            return
+        from blocks import pools
+
+        pause_s = 0.0 if seen.run_count <= 1 else min(2.0**seen.run_count, LONGEST_PAUSE_S)
+        due = await run_sync(pools.server_now) + timedelta(seconds=pause_s)
+        state: State[Any] = Scheduled(scheduled_time=due, message=f"given back by {self.name}: {reason}")
+        state.name = "AwaitingRetry"
+        await self.client.set_flow_run_state(seen.id, state, force=True)
+        self._logger.warning("Run %s is given back: %s", seen.name, reason)
+
+
+def _run_step(run_id: str, homes: dict[str, str]) -> None:
+    """In a child: all of this is loaded there, and nothing of it in the worker."""
+    importlib.import_module("infra.step_process").run_step(run_id, homes)
+
+
+def _nothing() -> None:
+    """In the first child, whose start waits for the imports."""
+
+
+def _lock(home: Path, name: str) -> TextIO:
+    """Hold the home for this process. Raises HomeInUse naming the other one."""
+    file = (home / "worker.lock").open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip() or "unknown"
+        file.close()
+        raise HomeInUse(f"{name} is served by process {holder} already: one worker for each home ({home})") from None
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
