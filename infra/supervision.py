@@ -143,12 +143,17 @@ def _quoted(value: str) -> str:
     return f'"{_plain(value)}"'
 
 
-def start(folder: Path) -> None:
-    """supervisord for this folder, running, with the programs as written; what was changed or taken out is ended."""
+def clear(folder: Path) -> None:
+    """After a power cut, of supervisord alone or of everything: end what lives on without it, remove what says that it runs."""
     if not is_running(folder):
         end_orphans(folder)
         for stale in ("supervisord.sock", "supervisord.pid"):
             (folder / stale).unlink(missing_ok=True)
+
+
+def start(folder: Path) -> None:
+    """supervisord for this folder, running, with the programs as written; what was changed or taken out is ended."""
+    if not is_running(folder):
         kept = {name: os.environ[name] for name in INHERITED if name in os.environ}
         command = [sys.executable, "-m", "supervisor.supervisord", "--configuration", str(folder / "supervisord.conf")]
         environment = {**kept, MARK: str(folder), "HOME": str(folder)}
