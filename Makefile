@@ -1,4 +1,5 @@
 # make round   set up, then run one task from publication to payment
+# make stack   set up, then start the real parts on this machine, each a process of its own; make stack-down ends them
 # make test    set up, then lint, type-check and run all tests
 # make bench   set up, then measure learning under encryption; bench-model: a network of 409 034 parameters;
 #              bench-crypto: the cryptography beside its peers; bench-gas: what a task costs on chain;
@@ -14,11 +15,18 @@ SHELL := /bin/bash
 FORGE := cd contracts && node_modules/@foundry-rs/forge-linux-amd64/bin/forge
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: round test bench bench-model bench-crypto bench-gas bench-stream fuzz contracts contracts-deep clean
+.PHONY: round stack stack-down test bench bench-model bench-crypto bench-gas bench-stream fuzz contracts contracts-deep clean
 .DEFAULT_GOAL := round
 
 round: $(READY)
 	$(VENV)/bin/healchain run breast-cancer --out build/round --again
+
+# Ports and more miners: make stack STACK="--miners 7 --prefect-port 4300"; they are kept.
+stack: $(READY) contracts/node_modules/ready
+	$(VENV)/bin/healchain stack up $(STACK)
+
+stack-down: $(READY)
+	$(VENV)/bin/healchain stack down
 
 test: $(READY) contracts/node_modules/ready
 	$(VENV)/bin/ruff check .

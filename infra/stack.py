@@ -51,6 +51,7 @@ def up(plan: Plan, say: Callable[[str], None]) -> None:
 def supervisor(plan: Plan) -> str:
     """Look whether everything can start, then start supervisord with nothing under it."""
     chain_node.binary()
+    supervision.clear(plan.folder)
     check_ports(plan, supervision.statuses(plan.folder))
     supervision.write_programs(plan.folder, programs(plan))
     supervision.start(plan.folder)

@@ -13,6 +13,7 @@ import json
 import secrets
 import socket
 import sys
+import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from infra.supervision import Program, Status, write_private
 HOST = "127.0.0.1"
 # setting: port; each is an option of `healchain stack up`
 DEFAULT_PORTS = {"prefect": 4200, "store": 9000, "chain": 8545, "postgres": 54320}
+# A process that was killed lets go of its port a moment after it is gone.
+FREE_S = 2.0
 DATABASES = ("prefect", "healchain")
 BUCKET = "healchain"
 DEFAULT_TASK = "breast-cancer"
@@ -113,16 +116,22 @@ def check_ports(plan: Plan, running: list[Status]) -> None:
     """Raises ValueError naming the first port that somebody else has, and the option that changes it."""
     ours = {status.name for status in running if status.pid}
     for part, port in plan.ports.items():
-        if part in ours:
-            continue
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((HOST, port))
-            except OSError as error:
-                raise ValueError(
-                    f"port {port} for {part} is not free ({error.strerror}): give another by --{part}-port, or end what has it"
-                ) from error
+        deadline = time.monotonic() + FREE_S
+        while part not in ours and (reason := _why_taken(port)):
+            if time.monotonic() > deadline:
+                raise ValueError(f"port {port} for {part}: {reason}. Give another by --{part}-port, or end what has it")
+            time.sleep(0.05)
+
+
+def _why_taken(port: int) -> str:
+    """Why nobody can listen there; nothing when one can."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            return error.strerror or str(error)
+    return ""
 
 
 def client_environment(plan: Plan) -> dict[str, str]:

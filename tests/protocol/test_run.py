@@ -162,7 +162,7 @@ def test_the_runs_are_named_by_step_task_round_and_actor(paid):
 def test_flow_parameters_are_references_and_public_terms_only(paid):
     for (parameters,) in prefect_rows(paid, "SELECT parameters FROM flow_run"):
         given = json.loads(parameters)
-        assert set(given) <= {"task_id", "round_number", "actor", "publisher", "spec"}
+        assert set(given) <= {"task_id", "round_number", "actor", "publisher", "spec", "follow_on"}
         assert "required_accuracy" not in given.get("spec", {})
 
 
