@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL
+
 from blocks.connections import connections_of
 from blocks.identity import Identity
 from contracts import bindings
@@ -59,10 +61,14 @@ class StackUnderTest:
     def up(self) -> None:
         flags = [part for name, port in self.ports.items() for part in (f"--{name}-port", str(port))]
         self.healchain("stack", "up", "--folder", str(self.folder), "--task", self.task, *flags)
-        os.environ.update(
-            PREFECT_API_URL=f"http://127.0.0.1:{self.ports['prefect']}/api",
-            PREFECT_API_AUTH_STRING=(self.folder / "prefect-login").read_text().strip(),
-        )
+
+    def settings(self) -> dict[Any, Any]:
+        """How this process finds the stack's Prefect server."""
+        login = (self.folder / "prefect-login").read_text().strip()
+        return {
+            PREFECT_API_URL: f"http://127.0.0.1:{self.ports['prefect']}/api",
+            PREFECT_API_AUTH_STRING: login,
+        }
 
     def down(self) -> None:
         self.healchain("stack", "down", "--folder", str(self.folder))

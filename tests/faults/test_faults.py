@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from prefect.settings import temporary_settings
 
 from contracts.messages import Submission
 from contracts.task_spec import TaskFile
@@ -55,12 +56,12 @@ def free_ports() -> dict[str, int]:
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StackUnderTest]:
-    before = dict(os.environ)
     stack = StackUnderTest(tmp_path_factory.mktemp("faults") / "s", free_ports(), "digits")
-    yield stack
-    stack.down()
-    os.environ.clear()
-    os.environ.update(before)
+    try:
+        with temporary_settings(stack.settings()):
+            yield stack
+    finally:
+        stack.down()
 
 
 @pytest.fixture(scope="module")
