@@ -22,12 +22,9 @@ from rich.markup import escape
 from contracts.task_spec import InvalidTask, TaskFile, load_task_file
 
 if TYPE_CHECKING:
-    from blocks.artifacts import ArtifactStore
-    from blocks.chain import Chain
-    from blocks.registry import Registry
     from contracts.bindings import Deployment
     from infra.chain_deployment import Checked
-    from infra.devstack import Stack
+    from infra.devstack import Connected, Stack
 
 READY = files("deployments") / "ready"
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Private, paid, verifiable federated learning.")
@@ -365,16 +362,15 @@ def _failures() -> Iterator[None]:
 @app.command()
 def reindex(home: PublishersHome = HOME) -> None:
     """Build the registry again from chain and store. Pins, names of actors and times of steps stay as they are."""
-    from blocks.identity import Identity
     from tasks import index
 
     with _failures(), console.status("reading the chain") as status:
-        chain, store, registry = _connections(home)
+        on = _connected(home)
 
         def progress(done: int, count: int, task_id: str) -> None:
             status.update(f"task {done} of {count}: {task_id}")
 
-        standing = index.reindex(registry, chain, store, Identity(home=str(home)).address, progress)
+        standing = index.reindex(on.registry, on.chain, on.store, on.me.address, progress)
     found = ", ".join(f"{count} {status}" for status, count in sorted(standing.items())) or "no task"
     console.print(f"rebuilt from chain and store: {found}")
 
@@ -387,7 +383,7 @@ def list_models(
     from infra import model_versions
 
     with _failures():
-        model_versions.show(_connections(home)[2], task, console)
+        model_versions.show(_connected(home).registry, task, console)
 
 
 @models_app.command("compare")
@@ -396,8 +392,8 @@ def compare_models(first: VersionArgument, second: VersionArgument, home: Publis
     from infra import model_versions
 
     with _failures():
-        _, store, registry = _connections(home)
-        model_versions.compare(registry, store, first, second, console)
+        on = _connected(home)
+        model_versions.compare(on.registry, on.store, first, second, console)
 
 
 @models_app.command("fetch")
@@ -410,8 +406,8 @@ def fetch_model(
     from infra import model_versions
 
     with _failures():
-        _, store, registry = _connections(home)
-        found = model_versions.fetch(registry, store, version, out)
+        on = _connected(home)
+        found = model_versions.fetch(on.registry, on.store, version, out)
     console.print(f"{out}: {found.version}, {out.stat().st_size} bytes, sha256 {found.sha256}", soft_wrap=True)
 
 
@@ -425,8 +421,10 @@ def pin_model(
     from infra import model_versions
 
     with _failures():
-        found = _connections(home)[2].pin(name, version)
-    console.print(f"{name} is {found.version}. A task that starts from it:\n{model_versions.start_in_toml(found)}")
+        found = _connected(home).registry.pin(name, version)
+    console.print(
+        f"{name} is {found.version}. A task that starts from it:\n{model_versions.start_in_toml(found)}", markup=False
+    )
 
 
 @models_app.command("rollback")
@@ -437,14 +435,14 @@ def roll_back_model(
     from infra import model_versions
 
     with _failures():
-        found = _connections(home)[2].roll_back(name)
+        found = _connected(home).registry.roll_back(name)
     console.print(
         f"{name} is {found.version} again. A task that starts from it:\n{model_versions.start_in_toml(found)}"
     )
 
 
-def _connections(home: Path) -> "tuple[Chain, ArtifactStore, Registry]":
-    """The chain, store and registry that the publisher of a home believes."""
+def _connected(home: Path) -> "Connected":
+    """The publisher of a home, with the chain, store and registry that it believes."""
     from infra.devstack import reopen
 
     return reopen(home)

@@ -75,15 +75,25 @@ def set_up(folder: Path, requirement: DatasetRequirement, miners: int, seed: int
     return Stack(folder, chain, store, registry, homes)
 
 
-def reopen(home: Path) -> tuple[Chain, ArtifactStore, Registry]:
-    """Chain, store and index of the set-up folder that a home is in. Raises ValueError when it is in none."""
+@dataclass(frozen=True)
+class Connected:
+    """An actor, and what it is connected to."""
+
+    me: Identity
+    chain: Chain
+    store: ArtifactStore
+    registry: Registry
+
+
+def reopen(home: Path) -> Connected:
+    """An actor of a set-up folder. Raises ValueError when the home is in none."""
     folder = home.resolve().parent.parent
     if not (folder / "deployment.json").exists():
         raise ValueError(f"--home {home}: no home of a set-up folder, which would have {folder / 'deployment.json'}")
     deployment = bindings.Deployment(**json.loads((folder / "deployment.json").read_text()))
     chain = Chain(rpc=f"local:{folder / 'chain.sqlite'}").deployed(deployment)
     registry = Registry(url=SecretStr(f"sqlite:///{folder / 'registry.sqlite'}"))
-    return chain, ArtifactStore(root=str(folder / "store")), registry
+    return Connected(Identity(home=str(home)), chain, ArtifactStore(root=str(folder / "store")), registry)
 
 
 def _give_data(homes: dict[str, Path], requirement: DatasetRequirement, seed: int, data: dict[str, Path]) -> None:

@@ -13,7 +13,7 @@ from tests.protocol.world import ORDER, World, load_block, reopen, task_file
 _snapshots: dict[str, dict[str, Path]] = {}
 
 
-def _snapshot(folder: Path, file: TaskFile, step: str) -> Path:
+def snapshot(folder: Path, file: TaskFile, step: str) -> Path:
     """The folder of a closed world in which everybody has done `step`."""
     made = _snapshots.setdefault(file.model_dump_json(), {})
     if step not in made:
@@ -41,7 +41,7 @@ def world_after(
         if step is None:
             world = World(target, file)
         else:
-            world = reopen(_snapshot(tmp_path_factory.mktemp("snapshot") / "run", file, step), target, file)
+            world = reopen(snapshot(tmp_path_factory.mktemp("snapshot") / "run", file, step), target, file)
         open_worlds.append(world)
         return world
 
