@@ -22,12 +22,10 @@ from rich.markup import escape
 from contracts.task_spec import InvalidTask, TaskFile, load_task_file
 
 if TYPE_CHECKING:
-    from blocks.artifacts import ArtifactStore
-    from blocks.chain import Chain
-    from blocks.registry import Registry
     from contracts.bindings import Deployment
     from infra.chain_deployment import Checked
     from infra.devstack import Stack
+    from infra.publishing import Publisher
 
 READY = files("deployments") / "ready"
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Private, paid, verifiable federated learning.")
@@ -206,8 +204,7 @@ def approve(task: TaskArgument, home: PublishersHome = HOME) -> None:
     from tasks.publish import approve as approve_tasks
 
     with _failures():
-        me, _ = publishing.publisher_of(home)
-        approve_tasks(me, file)
+        approve_tasks(publishing.publisher_of(home).me, file)
     console.print(f"tasks named {file.name} may be started from the form of run-task/publisher")
 
 
@@ -494,16 +491,15 @@ def use_prefect_of_home(home: Path) -> None:
 @app.command()
 def reindex(home: PublishersHome = HOME) -> None:
     """Build the registry again from chain and store. Pins, names of actors and times of steps stay as they are."""
-    from blocks.identity import Identity
     from tasks import index
 
     with _failures(), console.status("reading the chain") as status:
-        chain, store, registry = _connections(home)
+        on = _connected(home)
 
         def progress(done: int, count: int, task_id: str) -> None:
             status.update(f"task {done} of {count}: {task_id}")
 
-        standing = index.reindex(registry, chain, store, Identity(home=str(home)).address, progress)
+        standing = index.reindex(on.registry, on.chain, on.store, on.me.address, progress)
     found = ", ".join(f"{count} {status}" for status, count in sorted(standing.items())) or "no task"
     console.print(f"rebuilt from chain and store: {found}")
 
@@ -516,7 +512,7 @@ def list_models(
     from infra import model_versions
 
     with _failures():
-        model_versions.show(_connections(home)[2], task, console)
+        model_versions.show(_connected(home).registry, task, console)
 
 
 @models_app.command("compare")
@@ -525,8 +521,8 @@ def compare_models(first: VersionArgument, second: VersionArgument, home: Publis
     from infra import model_versions
 
     with _failures():
-        _, store, registry = _connections(home)
-        model_versions.compare(registry, store, first, second, console)
+        on = _connected(home)
+        model_versions.compare(on.registry, on.store, first, second, console)
 
 
 @models_app.command("fetch")
@@ -539,8 +535,8 @@ def fetch_model(
     from infra import model_versions
 
     with _failures():
-        _, store, registry = _connections(home)
-        found = model_versions.fetch(registry, store, version, out)
+        on = _connected(home)
+        found = model_versions.fetch(on.registry, on.store, version, out)
     console.print(f"{out}: {found.version}, {out.stat().st_size} bytes, sha256 {found.sha256}", soft_wrap=True)
 
 
@@ -554,8 +550,10 @@ def pin_model(
     from infra import model_versions
 
     with _failures():
-        found = _connections(home)[2].pin(name, version)
-    console.print(f"{name} is {found.version}. A task that starts from it:\n{model_versions.start_in_toml(found)}")
+        found = _connected(home).registry.pin(name, version)
+    console.print(
+        f"{name} is {found.version}. A task that starts from it:\n{model_versions.start_in_toml(found)}", markup=False
+    )
 
 
 @models_app.command("rollback")
@@ -566,19 +564,17 @@ def roll_back_model(
     from infra import model_versions
 
     with _failures():
-        found = _connections(home)[2].roll_back(name)
+        found = _connected(home).registry.roll_back(name)
     console.print(
         f"{name} is {found.version} again. A task that starts from it:\n{model_versions.start_in_toml(found)}"
     )
 
 
-def _connections(home: Path) -> "tuple[Chain, ArtifactStore, Registry]":
-    """The chain, store and registry of a publisher's home."""
+def _connected(home: Path) -> "Publisher":
+    """The publisher of a home, with the chain, store and registry that it believes."""
     from infra.publishing import publisher_of
 
-    _, pinned = publisher_of(home)
-    assert pinned.registry is not None
-    return pinned.chain, pinned.store, pinned.registry
+    return publisher_of(home)
 
 
 def use_temporary_prefect(folder: Path) -> None:

