@@ -163,6 +163,12 @@ class Registry(Block):
     def steps(self, task_id: str) -> list[StepRow]:
         return self._all(select(StepRow).where(StepRow.task_id == task_id).order_by(col(StepRow.started_s)))
 
+    def about(self, table: type[SQLModel], task_id: str) -> list[Any]:
+        """The rows of an indexed table about a task, in the order of its key."""
+        keys = [column.name for column in _table(table).primary_key]
+        found = self._all(select(table).where(_table(table).c.task_id == task_id))
+        return sorted(found, key=lambda row: [getattr(row, name) for name in keys])
+
     def last_event(self) -> tuple[int, int]:
         """(block number, log index) of the newest event here; (0, -1) when there is none."""
         newest = select(EventRow).order_by(col(EventRow.block_number).desc(), col(EventRow.log_index).desc()).limit(1)

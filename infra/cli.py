@@ -504,6 +504,24 @@ def reindex(home: PublishersHome = HOME) -> None:
     console.print(f"rebuilt from chain and store: {found}")
 
 
+@app.command()
+def screenshots(
+    home: PublishersHome = HOME,
+    task: Annotated[str | None, typer.Option(help="a finished task; default: the latest")] = None,
+    out: Annotated[Path, typer.Option(help="the folder of the pictures")] = Path("docs/images"),
+) -> None:
+    """Take the pictures of the Prefect UI in the documentation, from a finished run of a task. Needs Chromium."""
+    use_prefect_of_home(home)
+    from infra import screenshots as pictures
+
+    try:
+        taken = pictures.take(out, task, lambda name: console.print(f"taking {name}"))
+    except pictures.ScreenshotFailed as error:
+        _fail(str(error))
+    for path in taken:
+        console.print(f"{path}: {path.stat().st_size // 1000} kB")
+
+
 @models_app.command("list")
 def list_models(
     home: PublishersHome = HOME, task: Annotated[str | None, typer.Option(help="of this task only")] = None
