@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,12 +25,17 @@ from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL
 from blocks.connections import connections_of
 from blocks.identity import Identity
 from contracts import bindings
-from contracts.messages import RoundResult
+from contracts.messages import Cohort, RoundResult
 from contracts.task_spec import TaskFile
 from infra import supervision
 from tasks import index
+from tasks.cohort import trusted_cohort
 from tasks.records import Station
+from tests.protocol.world import TERMS
 
+REWARD_WEI = 1_000_000_000_000_000_007
+MINERS = 5
+ROUNDS = 2
 SITE = Path(__file__).parent / "site"
 COMMAND = [sys.executable, "-m", "infra.cli"]
 TASK_S = 600  # longest time of one task, however busy the machine
@@ -181,6 +187,15 @@ class StackUnderTest:
             refused=[(one.round_number, one.step, one.actor, one.reason) for one in registry.refusals(task_id)],
         )
 
+    def cohort(self, task_id: str) -> Cohort:
+        return trusted_cohort(self.station("publisher"), task_id)
+
+    def steps(self, task_id: str) -> list[Any]:
+        """The steps that have ended, as the index has them."""
+        registry = connections_of(self.station("publisher").me).registry
+        assert registry is not None
+        return list(registry.steps(task_id))
+
     # What must hold whenever nothing is under way
 
     def orphans(self) -> list[str]:
@@ -221,6 +236,31 @@ class StackUnderTest:
         index.reindex(registry, st.chain, st.store, st.address, lambda *_: None)
         after = {table.__name__: registry.rows(table) for table in INDEX}
         return {name: (len(before[name]), len(after[name])) for name in before if before[name] != after[name]}
+
+
+def task(**changes: object) -> TaskFile:
+    """Two rounds of the test task; a change is named section__field."""
+    fields = tomllib.loads(TERMS)
+    fields["name"] = "faults"
+    fields["rounds"] = {"max_rounds": 6, "contribution_timeout_s": 240, "attestation_timeout_s": 240}
+    fields["required_accuracy"] = 0.80
+    for name, value in changes.items():
+        section, _, field = name.rpartition("__")
+        (fields[section] if section else fields)[field] = value
+    return TaskFile.model_validate(fields)
+
+
+def check(stack: StackUnderTest, result: Result, undisturbed: Result) -> None:
+    """The struck task came to what the undisturbed one came to."""
+    assert result.status == "PAID"
+    assert sum(result.rewards_wei.values()) == REWARD_WEI
+    assert len(result.rewards_wei) == MINERS
+    assert result.model_sha256 == undisturbed.model_sha256
+    kinds = Counter(kind for kind, _ in result.sent.elements())
+    assert kinds == Counter(kind for kind, _ in undisturbed.sent.elements())
+    assert max(result.sent[kind, sender] for kind, sender in result.sent if kind in ("revealScore", "claimTo")) == 1
+    assert stack.index_differences() == {}
+    assert stack.orphans() == []
 
 
 def _is_list(store: Any, owner: str, digest: str) -> bool:

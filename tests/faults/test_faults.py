@@ -8,82 +8,18 @@ rebuild gives again row by row, and no artifact that nobody names.
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
-import tomllib
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from prefect.settings import temporary_settings
 
 from contracts.messages import Submission
-from contracts.task_spec import TaskFile
-from tests.faults.stack import Result, StackUnderTest
-from tests.protocol.world import TERMS
+from tests.faults.stack import REWARD_WEI, Result, StackUnderTest, check, task
 
-REWARD_WEI = 1_000_000_000_000_000_007
-MINERS = 5
-ROUNDS = 2
 pytestmark = [pytest.mark.timeout(1500)]
-
-
-def task(**changes: object) -> TaskFile:
-    """Two rounds of the test task; a change is named section__field."""
-    fields = tomllib.loads(TERMS)
-    fields["name"] = "faults"
-    fields["rounds"] = {"max_rounds": 6, "contribution_timeout_s": 240, "attestation_timeout_s": 240}
-    fields["required_accuracy"] = 0.80
-    for name, value in changes.items():
-        section, _, field = name.rpartition("__")
-        (fields[section] if section else fields)[field] = value
-    return TaskFile.model_validate(fields)
-
-
-def free_ports() -> dict[str, int]:
-    sockets = {name: socket.socket() for name in ("prefect", "store", "chain", "postgres")}
-    for one in sockets.values():
-        one.bind(("127.0.0.1", 0))
-    ports = {name: one.getsockname()[1] for name, one in sockets.items()}
-    for one in sockets.values():
-        one.close()
-    return ports
-
-
-@pytest.fixture(scope="module")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StackUnderTest]:
-    stack = StackUnderTest(tmp_path_factory.mktemp("faults") / "s", free_ports(), "digits")
-    try:
-        with temporary_settings(stack.settings()):
-            yield stack
-    finally:
-        stack.down()
-
-
-@pytest.fixture(scope="module")
-def undisturbed(stack: StackUnderTest) -> Result:
-    result = stack.finish(stack.begin(task()))
-    assert result.refused == []
-    assert result.rounds >= ROUNDS
-    check(stack, result, result)
-    return result
-
-
-def check(stack: StackUnderTest, result: Result, undisturbed: Result) -> None:
-    """The struck task came to what the undisturbed one came to."""
-    assert result.status == "PAID"
-    assert sum(result.rewards_wei.values()) == REWARD_WEI
-    assert len(result.rewards_wei) == MINERS
-    assert result.model_sha256 == undisturbed.model_sha256
-    kinds = Counter(kind for kind, _ in result.sent.elements())
-    assert kinds == Counter(kind for kind, _ in undisturbed.sent.elements())
-    assert max(result.sent[kind, sender] for kind, sender in result.sent if kind in ("revealScore", "claimTo")) == 1
-    assert stack.index_differences() == {}
-    assert stack.orphans() == []
 
 
 def struck(stack: StackUnderTest, undisturbed: Result, process: str, call: str, **fault: object) -> Result:
@@ -196,7 +132,7 @@ def test_a_network_cut_between_a_miner_and_the_server(stack, undisturbed):
     with own_network(stack, "miner-3") as link:
         begun = stack.begin(task(rounds__contribution_timeout_s=40))
         address = stack.station("miner-3").address
-        registered = lambda: any(step.step == "form-cohort" for step in steps(stack, begun[0]))  # noqa: E731
+        registered = lambda: any(step.step == "form-cohort" for step in stack.steps(begun[0]))  # noqa: E731
         stack.wait(registered, "the cohort is formed")
         link.cut()
         stack.wait(
@@ -223,7 +159,7 @@ def test_a_full_disk_at_a_miner(stack, undisturbed):
     """Its round goes on without it; once there is space, it takes part again."""
     with full_disk(stack.home("miner-5") / "private") as disk:
         begun = stack.begin(task())
-        formed = lambda: any(step.step == "form-cohort" for step in steps(stack, begun[0]))  # noqa: E731
+        formed = lambda: any(step.step == "form-cohort" for step in stack.steps(begun[0]))  # noqa: E731
         stack.wait(formed, "the cohort is formed")
         disk.fill()
         address = stack.station("miner-5").address
@@ -263,14 +199,6 @@ def test_a_second_worker_for_a_home_does_not_start(stack, undisturbed):
 
 
 # ── what is done to the stack ──
-
-
-def steps(stack: StackUnderTest, task_id: str) -> list[object]:
-    from blocks.connections import connections_of
-
-    registry = connections_of(stack.station("publisher").me).registry
-    assert registry is not None
-    return list(registry.steps(task_id))
 
 
 @contextmanager
@@ -382,4 +310,3 @@ def full_disk(folder: Path) -> Iterator[Disk]:
         shutil.copytree(folder, kept, dirs_exist_ok=True)
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
         shutil.copytree(kept, folder, dirs_exist_ok=True)
-        time.sleep(0)
