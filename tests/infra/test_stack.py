@@ -46,7 +46,7 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plan]:
     folder = tmp_path_factory.mktemp("stack")
     plan = stack_plan.open_plan(folder, {part: free_port() for part in stack_plan.DEFAULT_PORTS}, 1)
     try:
-        stack.up(plan, lambda _: None)
+        stack.up(plan, lambda _: None, stack.SERVERS)
         yield plan
     finally:
         supervision.stop(folder)
@@ -117,7 +117,7 @@ def pids(plan: Plan) -> dict[str, int]:
 
 
 def healchain(*arguments: object) -> "subprocess.CompletedProcess[str]":
-    """The command in a process of its own: Prefect reads where its server is when it is imported."""
+    """The command as an operator gives it."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
     command = [sys.executable, "-m", "infra.cli", "stack", *map(str, arguments)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
@@ -170,10 +170,9 @@ def test_no_secret_is_on_a_command_line_in_a_log_or_readable_by_others(plan: Pla
 
 def test_up_again_changes_nothing(plan: Plan, kept: Kept) -> None:
     before, addresses = pids(plan), [Identity(home=str(plan.home(actor))).address for actor in plan.actors]
-    again = healchain("up", "--folder", plan.folder)
-    assert again.returncode == 0, again.stderr
-    assert plan.ui_url in again.stdout
-    assert "healchain submit TASK.toml" in again.stdout
+    said: list[str] = []
+    stack.up(plan, said.append, stack.SERVERS)
+    assert [line.partition(":")[0] for line in said] == [title for title, _ in stack.SERVERS]
     assert pids(plan) == before
     assert [Identity(home=str(plan.home(actor))).address for actor in plan.actors] == addresses
     assert_all_kept(plan, kept)
@@ -219,7 +218,7 @@ def test_a_cold_start_after_a_power_cut(plan: Plan, kept: Kept) -> None:
     for name in ("supervisord.pid", "postgres/postmaster.pid"):
         _, *others = (plan.folder / name).read_text().splitlines()
         (plan.folder / name).write_text("\n".join([str(os.getpid()), *others]) + "\n")
-    stack.up(plan, lambda _: None)
+    stack.up(plan, lambda _: None, stack.SERVERS)
     assert not set(orphans) & set(supervision.processes_of(plan.folder))
     assert_all_kept(plan, kept)
 
@@ -248,7 +247,7 @@ def test_a_taken_port_is_named_with_its_setting(tmp_path: Path) -> None:
         ports = {part: free_port() for part in ("prefect", "store", "postgres")}
         plan = stack_plan.open_plan(tmp_path, {**ports, "chain": taken}, 1)
         with pytest.raises(ValueError, match=f"port {taken} for chain: Address already in use. .* --chain-port"):
-            stack.up(plan, lambda _: None)
+            stack.up(plan, lambda _: None, stack.SERVERS)
     assert supervision.processes_of(tmp_path) == {}
 
 
