@@ -2,11 +2,23 @@
 
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from prefect.settings import temporary_settings
 
 from tests.faults.stack import ROUNDS, Result, StackUnderTest, check, task
+
+
+HERE = Path(__file__).parent
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is not a main case is for `make test-faults`: every case is a task on a stack of real servers."""
+    for item in items:
+        if HERE in item.path.parents and item.get_closest_marker("main") is None:
+            item.add_marker("faults")
 
 
 def free_ports() -> dict[str, int]:
