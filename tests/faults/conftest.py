@@ -9,7 +9,6 @@ from prefect.settings import temporary_settings
 
 from tests.faults.stack import ROUNDS, Result, StackUnderTest, check, task
 
-
 HERE = Path(__file__).parent
 
 
