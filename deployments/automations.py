@@ -1,7 +1,9 @@
 """The rules by which a Prefect server looks after runs by itself. Doing it again changes nothing.
 
-silent     a run that has a host and of which nothing is heard for SILENCE_S goes back to its queue: its process was killed
-           together with its worker, or its host is gone or cut off. A live worker takes it, and finds what was done
+silent     a run at work on a host, of which nothing is heard for SILENCE_S, is put into the state Silent: its process was killed
+           together with its worker, or its host is gone or cut off. The server pauses only what is at work, so that a run
+           that has ended stays as it is, should its last event be lost or late
+returned   a silent run goes back to its queue at once: a live worker takes it, and finds what was done
 failed     a task's run that failed, crashed or finds no worker is reported
 stuck      a task's run that works for longer than its limit is reported; waiting for chain time is not work
 
@@ -29,7 +31,7 @@ RUNS = {"prefect.resource.id": "prefect.flow-run.*"}
 OF_A_TASK = {"prefect.resource.role": "flow", "prefect.resource.name": "run-task"}
 WITH_A_HOST = {"prefect.resource.role": "deployment", "prefect.resource.id": "prefect.deployment.*"}
 ENDED = ("Completed", "Failed", "Crashed", "Cancelled", "TimedOut")
-PUT_OFF = ("Scheduled", "Waiting", "AwaitingRetry", "Late", "Paused", "Suspended")
+PUT_OFF = ("Scheduled", "Waiting", "AwaitingRetry", "Late", "Paused", "Silent", "Suspended")
 WEBHOOK = "healchain-reports"
 REPORT = (
     '{"rule": {{ automation.name | tojson }}, "task": {{ flow_run.name | tojson }}, "run": "{{ flow_run.id }}", '
@@ -41,7 +43,8 @@ def register_automations(report_to: SecretStr | None = None, *, limit_s: float =
     """Create the rules, or bring them up to date; their names. report_to: an http(s) address, which may hold a key."""
     report = _report(report_to)
     rules = [
-        Automation(name="healchain: silent", description=SILENT, trigger=_silent(), actions=[_give_back()]),
+        Automation(name="healchain: silent", description=SILENT, trigger=_silent(), actions=[_set_aside()]),
+        Automation(name="healchain: returned", description=RETURNED, trigger=_set_silent(), actions=[_give_back()]),
         Automation(name="healchain: failed", description=FAILED, trigger=_failed(), actions=[report]),
         Automation(name="healchain: stuck", description=STUCK, trigger=_stuck(limit_s), actions=[report]),
     ]
@@ -50,17 +53,18 @@ def register_automations(report_to: SecretStr | None = None, *, limit_s: float =
     return [rule.name for rule in rules]
 
 
-SILENT = "A run whose host is silent goes back to its queue, and a live worker takes it."
+SILENT = "Nothing is heard of a run's host: it is set aside."
+RETURNED = "A silent run goes back to its queue, and a live worker takes it."
 FAILED = "A task's run failed, crashed, or finds no worker: tell the operator."
 STUCK = "A task's run works for longer than its limit: tell the operator."
 
 
 def _silent() -> EventTrigger:
-    """Of a run that is handed to a host, and after each sign of life, the next one is expected in time."""
+    """After each sign of life of a run on a host, the next one, or its end, is expected in time."""
     return EventTrigger(
         match=ResourceSpecification(RUNS),
         match_related=ResourceSpecification(WITH_A_HOST),
-        after={"prefect.flow-run.Pending", "prefect.flow-run.heartbeat"},
+        after={"prefect.flow-run.heartbeat", *_states("Running")},  # it may be killed before its first heartbeat
         expect={"prefect.flow-run.heartbeat", *_states(*ENDED, *PUT_OFF)},
         for_each={"prefect.resource.id"},
         posture=Posture.Proactive,
@@ -69,13 +73,26 @@ def _silent() -> EventTrigger:
     )
 
 
-def _give_back() -> ChangeFlowRunState:
+def _set_aside() -> ChangeFlowRunState:
     return ChangeFlowRunState(
-        name="AwaitingRetry",
-        state=StateType.SCHEDULED,
-        message=f"nothing was heard of its host for {SILENCE_S} s",
-        force=True,
+        name="Silent", state=StateType.PAUSED, message=f"nothing was heard of its host for {SILENCE_S} s"
     )
+
+
+def _set_silent() -> EventTrigger:
+    return EventTrigger(
+        match=ResourceSpecification(RUNS),
+        expect=_states("Silent"),
+        for_each={"prefect.resource.id"},
+        posture=Posture.Reactive,
+        threshold=1,
+        within=timedelta(0),
+    )
+
+
+def _give_back() -> ChangeFlowRunState:
+    message = f"nothing was heard of its host for {SILENCE_S} s: begun again by the next worker of its queue"
+    return ChangeFlowRunState(name="AwaitingRetry", state=StateType.SCHEDULED, message=message)
 
 
 def _failed() -> EventTrigger:

@@ -38,9 +38,12 @@ from websockets.sync.client import ClientConnection, connect
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 WIDTH = 1440
-PAGE_S = 60.0  # longest wait for a page to show what it must
-SETTLE_S = 1.5  # for pictures, graphs and moving panels, once the text is there
+PAGE_S = 120.0  # longest wait for a page to show what it must
+SETTLE_S = 4.0  # for pictures, graphs and moving panels, once the text is there
 COLOURS = 128
+OPEN_TAB = (
+    "[...document.querySelectorAll('*')].find(one => !one.children.length && one.textContent.trim() === %s).click()"
+)
 
 
 class ScreenshotFailed(RuntimeError):
@@ -49,13 +52,13 @@ class ScreenshotFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class Page:
-    """One picture: the file's name, the path in the UI, what its text must hold, the height in pixels, a click before it."""
+    """One picture: the file's name, the path in the UI, what its text must hold, the height in pixels, the tab to open."""
 
     name: str
     path: str
     shows: tuple[str, ...]
     height: int = 900
-    then: str = ""
+    tab: str = ""
 
 
 def take(folder: Path, task_id: str | None, tell: Callable[[str], None]) -> list[Path]:
@@ -93,19 +96,19 @@ def pages_of(client: SyncPrefectClient, run: FlowRun) -> list[Page]:
     """What there is to see of a run and of the server."""
     told = {artifact.key or "": artifact for artifact in _artifacts(client, run)}
     pages = [
-        Page("runs", f"/runs?tags[]=task:{run.name}&limit=10", (f"task:{run.name}", "contribute"), 1000),
-        Page("run", f"/runs/flow-run/{run.id}", (run.name, "M4"), 1000),
-        Page("run-artifacts", f"/runs/flow-run/{run.id}?tab=Artifacts", ("votes", "rewards"), 1000),
+        Page("runs", "/runs", (f"task:{run.name}", "withdraw"), 1300),
+        Page("run", f"/runs/flow-run/{run.id}", (run.name, "Task Runs", "Artifacts"), 1000),
+        Page("run-artifacts", f"/runs/flow-run/{run.id}", ("votes", "rewards"), 1500, tab="Artifacts"),
         *(
             Page(name, f"/artifacts/artifact/{found.id}", (found.key or "",), height)
             for name, height in CHAPTERS.items()
             if (found := told.get(f"{name}-{run.name}")) is not None
         ),
         *_progress_page(client, run),
-        Page("work-pools", "/work-pools", ("publisher", "miners", "aggregators"), 560),
+        Page("work-pools", "/work-pools", ("publisher", "miners", "aggregators"), 630),
         Page("work-queues", "/work-pools/work-pool/miners?tab=Work+Queues", ("miner-1",), 700),
         Page("run-form", f"/deployments/deployment/{run.deployment_id}/run", ("spec", "participants"), 1500),
-        Page("automations", "/automations", ("healchain: silent", "healchain: failed"), 800),
+        Page("automations", "/automations", ("healchain: silent", "healchain: failed"), 960),
     ]
     return pages
 
@@ -114,7 +117,7 @@ CHAPTERS = {
     "terms": 780,
     "cohort": 640,
     "submissions": 640,
-    "accuracy": 720,
+    "accuracy": 462,
     "votes": 640,
     "rewards": 640,
     "summary": 720,
@@ -135,7 +138,7 @@ def _progress_page(client: SyncPrefectClient, run: FlowRun) -> list[Page]:
             flow_run_id=ArtifactFilterFlowRunId(any_=[step.id]), key=ArtifactFilterKey(like_="progress-%")
         )
         if client.read_artifacts(artifact_filter=filtered, limit=1):
-            return [Page("progress", f"/runs/flow-run/{step.id}?tab=Artifacts", ("progress-",), 700)]
+            return [Page("progress", f"/runs/flow-run/{step.id}", ("progress-",), 900, tab="Artifacts")]
     return []
 
 
@@ -161,8 +164,11 @@ class Tab:
                 return result
 
     def run(self, script: str) -> Any:
-        """The value of an expression in the page."""
-        return self.do("Runtime.evaluate", expression=script, returnByValue=True)["result"].get("value")
+        """The value of an expression in the page. Raises ScreenshotFailed."""
+        answer = self.do("Runtime.evaluate", expression=script, returnByValue=True)
+        if "exceptionDetails" in answer:
+            raise ScreenshotFailed(f"{script}: {answer['exceptionDetails']['text']}")
+        return answer["result"].get("value")
 
 
 @contextmanager
@@ -222,15 +228,21 @@ def capture(tab: Tab, address: str, page: Page) -> bytes:
     size = {"width": WIDTH, "height": page.height, "deviceScaleFactor": 1, "mobile": False}
     tab.do("Emulation.setDeviceMetricsOverride", **size)
     tab.do("Page.navigate", url=address + page.path)
-    ends = time.monotonic() + PAGE_S
-    while not all(text in (tab.run("document.body ? document.body.innerText : ''") or "") for text in page.shows):
-        if time.monotonic() > ends:
-            raise ScreenshotFailed(f"{page.path} does not show {', '.join(page.shows)} within {PAGE_S:g} s")
-        time.sleep(0.2)
-    if page.then:
-        tab.run(page.then)
+    if page.tab:
+        wait_for(tab, page, (page.tab,))
+        tab.run(OPEN_TAB % json.dumps(page.tab))
+    wait_for(tab, page, page.shows)
     time.sleep(SETTLE_S)
     return base64.b64decode(tab.do("Page.captureScreenshot", format="png")["data"])
+
+
+def wait_for(tab: Tab, page: Page, shows: Sequence[str]) -> None:
+    """Return when all of this is in the page's text. Raises ScreenshotFailed."""
+    ends = time.monotonic() + PAGE_S
+    while not all(text in (tab.run("document.body ? document.body.innerText : ''") or "") for text in shows):
+        if time.monotonic() > ends:
+            raise ScreenshotFailed(f"{page.path} does not show {', '.join(shows)} within {PAGE_S:g} s")
+        time.sleep(0.2)
 
 
 def smaller(picture: bytes) -> bytes:

@@ -87,8 +87,8 @@ def show_terms(registry: Registry, task_id: str, _: int) -> None:
     rows = {
         "publisher": f"`{task.publisher}`",
         "reward": _money(spec.money.reward_wei, spec.money.reward_token),
-        "stake of a miner": f"{spec.money.minimum_stake_wei} wei",
-        "data set": f"{dataset.name}: {dataset.classes} classes, {'×'.join(map(str, dataset.input_shape))}",
+        "stake of a miner": _money(spec.money.minimum_stake_wei, ZERO_ADDRESS),
+        "data set": f"{dataset.name}: {dataset.classes} classes, samples of {'×'.join(map(str, dataset.input_shape))}",
         "model": f"{spec.model.name}, {size} parameters" + (f", from {task.start}" if task.start else ""),
         "rounds": f"at most {spec.rounds.max_rounds}, {spec.rounds.contribution_timeout_s:g} s each for submissions",
         "sent in a round": f"{shrink.density:.0%} of the coordinates, {shrink.bits} bits each",
@@ -108,12 +108,9 @@ def show_cohort(registry: Registry, task_id: str, _: int) -> None:
     for row in registry.about(RegistrationRow, task_id):
         role = "miner, drawn as aggregator" if row.miner == task.aggregator else "miner"
         decision = role if row.is_admitted else f"refused: {refused.pop(row.miner, 'not admitted')}"
-        held = {"weight": row.weight or "", "stake_wei": row.held_stake_wei or row.offered_stake_wei or ""}
-        rows.append({"miner": names(row.miner), "address": row.miner, "decision": decision, **held})
-    rows += [
-        {"miner": names(one), "address": one, "decision": f"refused: {why}", "weight": "", "stake_wei": ""}
-        for one, why in refused.items()
-    ]
+        stake_wei = row.held_stake_wei or row.offered_stake_wei or ""
+        rows.append(_applicant(names, row.miner, decision, row.weight or "", stake_wei))
+    rows += [_applicant(names, one, f"refused: {why}", "", "") for one, why in refused.items()]
     _put(_table(f"cohort-{task_id}", rows, "Who was admitted, and who was drawn as aggregator"))
 
 
@@ -162,9 +159,9 @@ def show_rewards(registry: Registry, task_id: str, _: int) -> None:
             {
                 "account": names(row.account),
                 "for": kinds.get(row.kind, "compensation"),
-                "wei": row.amount_wei,
                 "amount": _money(int(row.amount_wei), row.token),
                 "transaction": row.transaction,
+                "wei": row.amount_wei,
                 "when": row.at.strftime("%Y-%m-%d %H:%M:%S UTC"),
             }
         )
@@ -255,6 +252,18 @@ def _answers(
         }
         for miner in admitted
     ]
+
+
+def _applicant(
+    names: Callable[[str], str], address: str, decision: str, weight: int | str, stake_wei: str
+) -> dict[str, Any]:
+    return {
+        "miner": names(address),
+        "decision": decision,
+        "weight": weight,
+        "stake_wei": stake_wei,
+        "address": address,
+    }
 
 
 def _table(key: str, rows: Sequence[Mapping[str, Any]], description: str) -> TableArtifact:

@@ -41,9 +41,13 @@ def test_the_rules_are_registered_once_and_brought_up_to_date(client):
 def test_a_silent_run_is_put_back_and_a_failed_one_is_reported(client):
     register_automations(ADDRESS)
     found = rules(client)
-    (back,), (report,) = found["healchain: silent"].actions, found["healchain: failed"].actions
+    (aside,), (back,) = found["healchain: silent"].actions, found["healchain: returned"].actions
+    (report,) = found["healchain: failed"].actions
+    assert isinstance(aside, ChangeFlowRunState)
     assert isinstance(back, ChangeFlowRunState)
+    assert found["healchain: returned"].trigger.expect == {f"prefect.flow-run.{aside.name}"}
     assert (back.state.value, back.name) == ("SCHEDULED", "AwaitingRetry")
+    assert not aside.force  # the server pauses no run that has ended
     assert isinstance(report, CallWebhook)
     assert str(report.block_document_id) == str(Webhook.load(WEBHOOK)._block_document_id)
 

@@ -190,7 +190,7 @@ def test_flow_parameters_are_references_and_public_terms_only(paid):
 def told(run: Run, key: str) -> list[Any]:
     """What the artifacts of this key hold, the oldest first."""
     rows = prefect_rows(run, f"SELECT data FROM artifact WHERE key = '{key}' ORDER BY created")
-    data = [json.loads(row[0]) for row in rows]
+    data = [json.loads(value) if isinstance(value, str) else value for (value,) in rows]
     return [json.loads(one) if isinstance(one, str) and one.startswith("[") else one for one in data]
 
 
