@@ -43,6 +43,8 @@ REMEDIES = {
     "RequestTimeTooSkewed": "the clocks of this host and of the server differ by more than 15 minutes: set them",
 }
 NOT_ALLOWED = "an actor may write only below its own address, and read no other's folder in private/"
+# A server that is away, that says no, or whose answer is no XML.
+FAILURES = (HTTPError, MinioException, ParseError, UnicodeError)
 
 
 class StoreUnavailable(OSError):
@@ -143,7 +145,10 @@ class Bucket:
     def _list(self, prefix: str, *, recursive: bool) -> list[str]:
         def listed(client: Minio) -> list[str]:
             found = client.list_objects(bucket_name=self._bucket, prefix=prefix, recursive=recursive)
-            return [str(one.object_name) for one in found]
+            try:
+                return [str(one.object_name) for one in found]
+            except ValueError as error:
+                raise StoreUnavailable(f"{self.url} does not answer as an S3 server does: {error}") from error
 
         return self._ask(f"list {prefix}", listed)
 
@@ -159,7 +164,7 @@ class Bucket:
             client = _client(os.getpid(), self.url, self.access_key, self.secret_key, self.silence_s)
             try:
                 return question(client)
-            except (HTTPError, MinioException, ParseError) as error:
+            except FAILURES as error:
                 failed = time.monotonic()
                 failing_since = failed if failing_since is None else failing_since
                 if failed + pause - failing_since > self._waits_for(error):
@@ -185,8 +190,8 @@ class Bucket:
                 remedy = REMEDIES.get(str(error.code), NOT_ALLOWED)
                 return PermissionError(f"{self.url} refuses {self.access_key} to {what} ({error.code}): {remedy}")
         return StoreUnavailable(
-            f"{self.url} did not {what} ({error}), {waited_s:.0f} s after it first failed: is it running, and is root its "
-            "address? patience_s is how long it is waited for"
+            f"{self.url} did not {what} ({error}), {waited_s:.0f} s after it first failed, and patience_s is "
+            f"{self.patience_s:.0f}: is it running, has it disk space, and is root its address?"
         )
 
 

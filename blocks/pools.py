@@ -36,13 +36,17 @@ class PoolsUnavailable(RuntimeError):
 
 @dataclass(frozen=True)
 class StepRun:
-    """One run of a step on another host, as the scheduler has it. due_in_s: seconds until it may begin, by its clock."""
+    """One run of a step on another host, as the scheduler has it.
+
+    due_in_s: seconds until it may begin, by the server's clock. ended_s: Unix seconds of this host's clock.
+    """
 
     id: UUID
     kind: StateType
     state: str
     message: str
     due_in_s: float
+    ended_s: float | None = None
 
     @property
     def is_done(self) -> bool:
@@ -156,7 +160,8 @@ def _seen(run_id: UUID, state: State[Any] | None) -> StepRun:
         return StepRun(run_id, StateType.PENDING, "Pending", "", 0)
     due = state.state_details.scheduled_time if state.type is StateType.SCHEDULED else None
     due_in_s = due.timestamp() - server_now().timestamp() if due else 0.0
-    return StepRun(run_id, state.type, state.name or "", state.message or "", due_in_s)
+    ended_s = time.time() - (server_now() - state.timestamp).total_seconds() if state.is_final() else None
+    return StepRun(run_id, state.type, state.name or "", state.message or "", due_in_s, ended_s)
 
 
 def _patiently(call: Callable[[], T], what: str) -> T:

@@ -37,6 +37,8 @@ class InvalidTask(ValueError):
 
 
 class Money(Frozen):
+    """What is paid, and what is staked for it."""
+
     reward_wei: int = Field(gt=0, lt=2**88, description="the whole reward, locked in the escrow by M1")
     reward_token: Address = Field(
         default=ZERO_ADDRESS, description="ERC-20 contract; reward_wei is then in its smallest unit; zero: ether"
@@ -49,8 +51,10 @@ class Money(Frozen):
 
 
 class Participants(Frozen):
+    """How many miners take part, and how far their weights differ."""
+
     miners_min: int = Field(ge=4, le=200, description="fewer admitted miners end the task in M2")
-    miners_max: int = Field(ge=4, le=200)
+    miners_max: int = Field(ge=4, le=200, description="of more that qualify, those with the larger stakes are admitted")
     submissions_min: int = Field(ge=3, le=200, description="fewer accepted submissions of others end the round")
     tolerated_faults: float = Field(ge=0, le=0.5, description="share of voters that may be silent or object")
     weight_levels: int = Field(ge=1, le=256, description="largest weight y; also the largest ratio of two weights")
@@ -68,7 +72,9 @@ class Participants(Frozen):
 
 
 class Rounds(Frozen):
-    max_rounds: int = Field(ge=1, le=10_000)
+    """How many rounds, and how long each waits."""
+
+    max_rounds: int = Field(ge=1, le=10_000, description="without the accuracy after these, the reward goes back")
     contribution_timeout_s: float = Field(gt=0, le=86_400, description="M3: later submissions are refused")
     attestation_timeout_s: float = Field(gt=0, le=86_400, description="M5: later votes do not count")
 
@@ -78,15 +84,19 @@ class Windows(Frozen):
 
     deadline_s: int = Field(ge=60, le=10 * 365 * 86_400, description="from publication to the last moment for a block")
     publish_s: int = Field(ge=1, le=90 * 86_400, description="an aggregator's turn: then it can be replaced")
-    publisher_reveal_s: int = Field(ge=1, le=90 * 86_400)
-    aggregator_reveal_s: int = Field(ge=1, le=90 * 86_400)
-    score_reveal_s: int = Field(ge=1, le=90 * 86_400)
+    publisher_reveal_s: int = Field(ge=1, le=90 * 86_400, description="M7: for the publisher to reveal the accuracy")
+    aggregator_reveal_s: int = Field(
+        ge=1, le=90 * 86_400, description="M7: then for the aggregator, in a silent publisher's stead"
+    )
+    score_reveal_s: int = Field(ge=1, le=90 * 86_400, description="M7: then for the miners to reveal their scores")
 
 
 class DatasetRequirement(Frozen):
+    """The data that a miner must have."""
+
     name: str = Field(min_length=1, max_length=64, description="a ready data set, or a name for the parties' own data")
-    classes: int = Field(ge=2, le=10_000)
-    input_shape: tuple[int, ...] = Field(min_length=1, max_length=4)
+    classes: int = Field(ge=2, le=10_000, description="labels are 0 to classes - 1")
+    input_shape: tuple[int, ...] = Field(min_length=1, max_length=4, description="of one sample, e.g. 1, 28, 28")
     samples_min: int = Field(ge=1, description="a miner with fewer samples is refused")
     challenged_leaves: int = Field(ge=1, le=256, description="leaves of the dataset proof that the publisher opens")
     class_names: tuple[str, ...] = Field(default=(), description="folder names in class order, for image folders")
@@ -138,8 +148,10 @@ class Start(Frozen):
 
 
 class Model(Frozen):
-    name: str
-    options: dict[str, Any] = Field(default_factory=dict)
+    """What is trained."""
+
+    name: str = Field(description="a model of tasks.learning.models, e.g. logistic, mlp, cnn")
+    options: dict[str, Any] = Field(default_factory=dict, description="the model's own options, e.g. hidden")
     start: Start | None = Field(default=None, description="the model of round 0; without it, drawn from the seed")
 
     @model_serializer(mode="wrap")
@@ -152,20 +164,24 @@ class Model(Frozen):
 
 
 class Training(Frozen):
-    local_epochs: int = Field(ge=1, le=1000)
-    batch_size: int = Field(ge=1, lt=2**31)
-    learning_rate: float = Field(gt=0)
-    momentum: float = Field(ge=0, lt=1)
-    weight_decay: float = Field(default=0.0, ge=0)
+    """How each miner trains on its own data: stochastic gradient descent."""
+
+    local_epochs: int = Field(ge=1, le=1000, description="passes over its data in one round")
+    batch_size: int = Field(ge=1, lt=2**31, description="samples of one step")
+    learning_rate: float = Field(gt=0, description="of the miner's steps")
+    momentum: float = Field(ge=0, lt=1, description="of the miner's steps, within a round")
+    weight_decay: float = Field(default=0.0, ge=0, description="L2 penalty of the miner's steps")
     proximal: float = Field(default=0.0, ge=0, description="FedProx: pull towards the global model")
     feedback: float = Field(default=1.0, ge=0, le=1, description="rate at which what is not sent is kept for later")
 
 
 class Compression(Frozen):
+    """What of an update is sent, and in which fixed point."""
+
     density: float = Field(gt=0, le=1, description="share of coordinates sent, after warm-up; sparsity is 1 - density")
-    warmup_rounds: int = Field(ge=0)
+    warmup_rounds: int = Field(ge=0, description="rounds in which the density falls from 1 to its value")
     explore_share: float = Field(ge=0, le=1, description="part of the support drawn at random")
-    momentum: float = Field(ge=0, lt=1)
+    momentum: float = Field(ge=0, lt=1, description="momentum correction of what is sent, over the rounds")
     clip_norm: float = Field(gt=0, description="largest L2 norm of a local update")
     value_limit: float = Field(ge=1e-6, description="largest |coordinate| sent in one round; the excess waits")
     bits: int = Field(ge=2, le=24, description="bits of a fixed-point coordinate, sign included")
@@ -188,15 +204,19 @@ class Compression(Frozen):
 
 
 class Aggregation(Frozen):
-    server_step: Literal["fedavg", "fedadam"]
-    options: dict[str, float] = Field(default_factory=dict)
+    """How the weighted sum of a round changes the model."""
+
+    server_step: Literal["fedavg", "fedadam"] = Field(description="the rule that applies the mean update")
+    options: dict[str, float] = Field(default_factory=dict, description="the rule's own options, e.g. learning_rate")
 
 
 class Voting(Frozen):
+    """What is checked of each update, and of the model before it is paid for."""
+
     open_validation: bool = Field(description="voters receive the validation set and reproduce the accuracy")
     tolerance: float = Field(ge=0, le=1, description="local accuracy may fall by this much before a miner objects")
     spot_checks: int = Field(ge=1, le=4096, description="random chunks of the opening that a miner checks per round")
-    chunk_coordinates: int = Field(default=1024, ge=16, le=65_536)
+    chunk_coordinates: int = Field(default=1024, ge=16, le=65_536, description="coordinates of one stored chunk")
     audit_projections: int = Field(
         default=2,
         ge=1,

@@ -1,7 +1,7 @@
 """Set up what a Prefect server has to know of this installation. Doing it again changes nothing.
 
-blocks        <actor>: the path of a home on its own host. chain, artifacts: what a consortium offers to those who join,
-              who check it and pin it in their homes
+blocks        <actor>: the path of a home on its own host. chain: what a consortium offers to those who join, who check it
+              and pin it in their homes
 work pools    publisher, miners, aggregators, each with a queue for every actor, whose description is the actor's address
 deployments   the flows of prefect.yaml, each on its pool
 
@@ -22,7 +22,6 @@ from prefect.deployments.runner import RunnerDeployment
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from prefect.types.entrypoint import EntrypointType
 
-from blocks.artifacts import ArtifactStore
 from blocks.chain import Chain
 from blocks.identity import Identity
 
@@ -45,10 +44,9 @@ def register_homes(homes: dict[str, Path]) -> None:
         Identity(home=str(home)).save(name, overwrite=True)
 
 
-def offer(chain: Chain, store: ArtifactStore) -> None:
-    """Save what a joining host is offered: the chain with its contracts, the store's address; no key."""
+def offer(chain: Chain) -> None:
+    """Save what a joining host is offered: the chain with its contracts."""
     chain.save("chain", overwrite=True)
-    ArtifactStore(root=store.root).save("artifacts", overwrite=True)
 
 
 def register_pools() -> None:

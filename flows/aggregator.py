@@ -26,7 +26,11 @@ def aggregate(task_id: str, round_number: int, actor: str) -> dict[str, str]:
     return aggregating.finish_round(task_id, round_number, outcomes, actor)
 
 
-@flow(name="publish-block", flow_run_name="M6 publish block · {task_id} · {actor}", persist_result=False)
+@flow(
+    name="publish-block",
+    flow_run_name="M6 publish block · {task_id} · round {round_number} · {actor}",
+    persist_result=False,
+)
 def publish_block(task_id: str, round_number: int, actor: str) -> dict[str, str]:
     """M6. Publish the candidate with the votes for it."""
     return settle.publish_voted_block(task_id, round_number, actor)

@@ -11,8 +11,12 @@ from tasks.dispatch import ask, ask_each, conclude, conduct, give_up_after, reac
 def run_task(spec: TaskSpec, publisher: str = "publisher", task_id: str = "", follow_on: bool = False) -> str:
     """M1..M7. Returns where the task's money ended: PAID, REFUNDED or REFUNDABLE.
 
-    follow_on: start from the last published model of the tasks of this name, one of them at a time; SKIPPED while
-    another is under way.
+    Args:
+        spec: the public terms. The required accuracy is not among them: it is in the publisher's home (healchain approve).
+        publisher: the name of the publisher whose home the task's worker serves.
+        task_id: leave it empty for a new task; the id of one to go on with it.
+        follow_on: start from the last published model of the tasks of this name, one of them at a time; SKIPPED while
+            another is under way.
     """
     task_id, spec = conduct(publisher, task_id, spec, follow_on=follow_on)
     if not task_id:

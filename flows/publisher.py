@@ -43,7 +43,11 @@ def derive_key(task_id: str, round_number: int, actor: str) -> dict[str, str]:
     return keys.derive_round_key(task_id, round_number, actor)
 
 
-@flow(name="open-validation", flow_run_name="M5 open validation · {task_id} · {actor}", persist_result=False)
+@flow(
+    name="open-validation",
+    flow_run_name="M5 open validation · {task_id} · round {round_number} · {actor}",
+    persist_result=False,
+)
 def open_validation(task_id: str, round_number: int, actor: str) -> dict[str, str]:
     """M5. Seal the validation set to each voter, where the task says so."""
     return attest.open_validation_to_voters(task_id, round_number, actor)

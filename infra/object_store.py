@@ -19,8 +19,8 @@ from typing import Any
 
 from eth_utils.address import is_address
 from minio import Minio, MinioAdmin
-from minio.credentials import StaticProvider
-from minio.error import MinioAdminException, MinioException
+from minio.credentials.providers import StaticProvider
+from minio.error import MinioAdminException, MinioException, S3Error
 from urllib3 import PoolManager, Timeout
 from urllib3.exceptions import HTTPError
 
@@ -34,8 +34,10 @@ POLICY = "healchain-actor"
 
 def format_volume(folder: Path) -> None:
     """Make the server's folder, if it is not made yet. Needs no credentials."""
+    if not PROGRAM.is_file():
+        raise FileNotFoundError(f"{PROGRAM} is missing: pip install 'healchain[dev]' brings it")
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    flags = ["--no-update", "--trash-days", "0", "--storage", "file", "--bucket", f"{folder}/objects/"]
+    flags = ["--no-update", "--trash-days", "0", "--storage", "file", "--bucket", f"{folder.absolute()}/objects/"]
     done = subprocess.run(
         [PROGRAM, "--no-agent", "format", *flags, _metadata(folder), VOLUME],
         capture_output=True,
@@ -52,6 +54,10 @@ def gateway_command(folder: Path, port: int) -> list[str]:
         *(str(PROGRAM), "--no-agent", "gateway"),  # the agent would show the process's memory on a port
         *("--multi-buckets", "--no-banner", "--no-usage-report"),  # the banner shows the secret key
         *("--backup-meta", "0", "--metrics", "127.0.0.1:0"),
+        *(
+            "--io-retries",
+            "2",
+        ),  # a full disk is reported after 10 s; with more, later than a client waits for an answer
         *("--cache-dir", "memory", "--cache-size", "64M", "--buffer-size", "64M"),
         *(_metadata(folder), f"127.0.0.1:{port}"),
     ]
@@ -78,18 +84,19 @@ def gateway_environment(folder: Path, access_key: str, secret_key: str) -> dict[
 
 
 def wait_until_ready(root: ArtifactStore, timeout_s: float = 20) -> None:
-    """Return when the server takes its administrator's requests. Raises StoreUnavailable, or at once what it refuses."""
-    deadline = time.monotonic() + timeout_s
+    """Return when the server takes its administrator's requests. Raises StoreUnavailable, or PermissionError at once."""
+    client, deadline = _client(root), time.monotonic() + timeout_s
     while True:
         try:
-            _client(root).list_buckets()
+            client.list_buckets()
             return
-        except HTTPError as error:
+        except (HTTPError, MinioException) as error:
+            if isinstance(error, S3Error) and error.response.status == 403:
+                raise PermissionError(
+                    f"{root.root}: the server there was not started with this administrator's keys ({error.code})"
+                ) from error
             if time.monotonic() > deadline:
-                raise StoreUnavailable(f"{root.root} does not answer for {timeout_s:.0f} s: {error}") from error
-        except MinioException as error:
-            if getattr(getattr(error, "response", None), "status", None) != 503 or time.monotonic() > deadline:
-                raise
+                raise StoreUnavailable(f"{root.root} is not ready after {timeout_s:.0f} s: {error}") from error
         time.sleep(0.02)
 
 

@@ -7,6 +7,8 @@ middle, adds miners, and starts again cold after a power cut. `down` ends exactl
 import json
 import urllib.request
 from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
 
 from pydantic import SecretStr
 from web3 import HTTPProvider, Web3
@@ -14,34 +16,43 @@ from web3.exceptions import Web3Exception
 
 from blocks.artifacts import ArtifactStore
 from blocks.chain import Chain
+from blocks.connections import Connections
 from blocks.identity import Identity, create_home
+from blocks.registry import Registry
 from contracts.sending import Sending
+from contracts.task_spec import TaskFile, load_task_file
+from deployments import register
 from infra import chain_deployment, chain_node, object_store, postgres, supervision
-from infra.devstack import give_allowances
+from infra.devstack import give_allowances, give_data
+from infra.profiles import write_profile
 from infra.stack_plan import DATABASES, HOST, STORE_USER, Plan, check_ports, programs
+from tasks.publish import approve
 
+DEFINITIONS = Path(__file__).parent.parent / "prefect.yaml"
 READY_S = 30.0
 # The first start makes the tables; beside other work on two cores that takes its time.
 PREFECT_READY_S = 120.0
-# Every block is mined again: up to some milliseconds each.
+# Every block is mined again: 2 ms each, several times that beside other work.
 CHAIN_READY_S = 300.0
 WITHDRAWAL_DELAY_S = 3600
+Steps = list[tuple[str, Callable[[Plan], str]]]
 
 
-def up(plan: Plan, say: Callable[[str], None]) -> None:
-    """Bring the stack up, or what of it is down; `say` is given a line a step.
+def up(plan: Plan, say: Callable[[str], None], steps: Steps | None = None) -> None:
+    """Bring the stack up, or what of it is down; `say` is given a line a step. steps: all, or SERVERS without the workers.
 
     Raises ValueError (a setting), FileNotFoundError (a program that is not installed), supervision.PartFailed and the errors
     of contracts.sending.
     """
     with supervision.alone(plan.folder):
-        for title, step in STEPS:
+        for title, step in steps or STEPS:
             say(f"{title}: {step(plan)}")
 
 
 def supervisor(plan: Plan) -> str:
     """Look whether everything can start, then start supervisord with nothing under it."""
     chain_node.binary()
+    supervision.clear(plan.folder)
     check_ports(plan, supervision.statuses(plan.folder))
     supervision.write_programs(plan.folder, programs(plan))
     supervision.start(plan.folder)
@@ -103,7 +114,44 @@ def homes(plan: Plan) -> str:
     return ", ".join(plan.actors)
 
 
-STEPS: list[tuple[str, Callable[[Plan], str]]] = [
+def connections(plan: Plan) -> str:
+    """What each home believes in, how its processes find Prefect, and data of its own."""
+    chain, registry = deployed_chain(plan), Registry(url=SecretStr(plan.database_url("healchain", "psycopg")))
+    for actor in plan.actors:
+        access_key, secret_key = store_account(plan, actor)
+        store = ArtifactStore(root=plan.store_url, access_key=access_key, secret_key=SecretStr(secret_key))
+        is_publisher = actor == "publisher"
+        Connections(
+            name=actor,
+            chain=chain,
+            store=store,
+            registry=registry if is_publisher else None,
+            uses_pools=is_publisher,
+        ).pin(Identity(home=str(plan.home(actor))))
+        write_profile(plan.home(actor), plan.api_url, plan.prefect_login)
+    registry.record_actor("publisher", Identity(home=str(plan.home("publisher"))).address, "publisher")
+    task = ready_task(plan.task)
+    give_data({actor: plan.home(actor) for actor in plan.actors}, task.dataset, task.seed, {})
+    approve(Identity(home=str(plan.home("publisher"))), task)
+    return f"each home knows its own; data: parts of {task.dataset.name}"
+
+
+def deployments(plan: Plan) -> str:
+    register.register_pools()
+    for actor in plan.actors:
+        pools = ("publisher",) if actor == "publisher" else ("miners", "aggregators")
+        register.register_queue(actor, Identity(home=str(plan.home(actor))).address, pools)
+    register.offer(deployed_chain(plan))
+    return f"{len(register.register_deployments(DEFINITIONS))} flows in pools {', '.join(register.POOLS)}"
+
+
+def workers(plan: Plan) -> str:
+    for actor in plan.actors:
+        supervision.run(plan.folder, f"worker-{actor}")
+    return f"one for each of {', '.join(plan.actors)}"
+
+
+SERVERS: Steps = [
     ("supervisor", supervisor),
     ("PostgreSQL", database),
     ("object store", store),
@@ -112,6 +160,21 @@ STEPS: list[tuple[str, Callable[[Plan], str]]] = [
     ("contracts", contracts),
     ("homes", homes),
 ]
+# These speak with Prefect's server, which a process finds by its environment when it first imports Prefect.
+STEPS: Steps = [
+    *SERVERS,
+    ("connections", connections),
+    ("deployments", deployments),
+    ("workers", workers),
+]
+
+
+def ready_task(name: str) -> TaskFile:
+    """The ready task of this name. Raises ValueError when there is none."""
+    found = files("deployments") / "ready" / f"{name}.toml"
+    if not found.is_file():
+        raise ValueError(f"--task {name}: no ready task of this name; see healchain tasks")
+    return load_task_file(found.read_text())
 
 
 def administered_store(plan: Plan) -> ArtifactStore:

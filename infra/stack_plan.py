@@ -13,6 +13,7 @@ import json
 import secrets
 import socket
 import sys
+import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -22,18 +23,22 @@ from infra.supervision import Program, Status, write_private
 HOST = "127.0.0.1"
 # setting: port; each is an option of `healchain stack up`
 DEFAULT_PORTS = {"prefect": 4200, "store": 9000, "chain": 8545, "postgres": 54320}
+# A process that was killed lets go of its port a moment after it is gone.
+FREE_S = 2.0
 DATABASES = ("prefect", "healchain")
 BUCKET = "healchain"
+DEFAULT_TASK = "breast-cancer"
 STORE_USER = "healchain"  # the administrator of the store
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One stack. ports: by part."""
+    """One stack. ports: by part. task: the ready task whose data the miners share."""
 
     folder: Path
     ports: dict[str, int]
     miners: int
+    task: str
     postgres_password: str
     store_password: str
     prefect_password: str
@@ -71,19 +76,21 @@ class Plan:
         return self.folder / "actors" / actor
 
 
-def open_plan(folder: Path, ports: dict[str, int], miners: int | None) -> Plan:
+def open_plan(folder: Path, ports: dict[str, int], miners: int | None, task: str | None = None) -> Plan:
     """The plan kept in this folder with what is given changed, or a fresh one with new secrets; kept again.
 
     Raises ValueError when fewer miners are asked for than there are: they may have money in a task.
     """
     path = folder / "stack.json"
     known = read_plan(folder) if path.exists() else None
-    plan = known or Plan(folder, DEFAULT_PORTS, 5, *(secrets.token_hex(24) for _ in range(3)))
+    plan = known or Plan(folder, DEFAULT_PORTS, 5, DEFAULT_TASK, *(secrets.token_hex(24) for _ in range(3)))
     if known and miners is not None and miners < known.miners:
         raise ValueError(
             f"--miners {miners}: this stack has {known.miners}, who may have money in a task; use another --folder"
         )
-    plan = replace(plan, ports={**plan.ports, **ports}, miners=miners or plan.miners)
+    if known and task not in (None, known.task):
+        raise ValueError(f"--task {task}: the miners of this stack have data for {known.task}; use another --folder")
+    plan = replace(plan, ports={**plan.ports, **ports}, miners=miners or plan.miners, task=task or plan.task)
     if len(set(plan.ports.values())) < len(plan.ports):
         raise ValueError(f"ports {plan.ports}: two parts cannot have the same")
     if plan != known:
@@ -109,16 +116,22 @@ def check_ports(plan: Plan, running: list[Status]) -> None:
     """Raises ValueError naming the first port that somebody else has, and the option that changes it."""
     ours = {status.name for status in running if status.pid}
     for part, port in plan.ports.items():
-        if part in ours:
-            continue
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((HOST, port))
-            except OSError as error:
-                raise ValueError(
-                    f"port {port} for {part} is not free ({error.strerror}): give another by --{part}-port, or end what has it"
-                ) from error
+        deadline = time.monotonic() + FREE_S
+        while part not in ours and (reason := _why_taken(port)):
+            if time.monotonic() > deadline:
+                raise ValueError(f"port {port} for {part}: {reason}. Give another by --{part}-port, or end what has it")
+            time.sleep(0.05)
+
+
+def _why_taken(port: int) -> str:
+    """Why nobody can listen there; nothing when one can."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            return error.strerror or str(error)
+    return ""
 
 
 def client_environment(plan: Plan) -> dict[str, str]:
@@ -170,13 +183,8 @@ def prefect_program(plan: Plan) -> Program:
 
 
 def worker_program(plan: Plan, actor: str, home: Path) -> Program:
-    """An actor's worker: the very command that its host would run, looking for work every second."""
+    """An actor's worker: the very command that its host would run; all else is in its home."""
     pool = "publisher" if actor == "publisher" else "miners"
     flags = ["--pool", pool, "--work-queue", actor, "--name", actor, "--type", "healchain"]
-    environment = {
-        **client_environment(plan),
-        "PREFECT_HOME": str(home / "prefect"),
-        "HEALCHAIN_HOME": str(home),
-        "PREFECT_WORKER_QUERY_SECONDS": "1",
-    }
+    environment = {"PREFECT_HOME": str(home / "prefect"), "DO_NOT_TRACK": "1", "OMP_NUM_THREADS": "1"}
     return Program(f"worker-{actor}", [sys.executable, "-m", "prefect", "worker", "start", *flags], environment)

@@ -3,17 +3,26 @@
 A run is believed as far as its id, its flow's name and its parameters; which code a name means is written in this package.
 """
 
+import contextvars
 import importlib
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from functools import wraps
 from typing import Any
 from uuid import UUID
 
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import FlowRun
+from prefect.context import FlowRunContext
 from prefect.engine import handle_engine_signals
+from prefect.events import emit_event
 from prefect.exceptions import Abort
 from prefect.flow_engine import run_flow
 from prefect.flows import Flow
+from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 from prefect.states import Failed
 
 import flows.aggregator
@@ -28,6 +37,7 @@ from tasks.records import station
 
 ENTRYPOINTS = {name: step.entrypoint for name, step in STEPS.items()} | {"run-task": "flows.protocol.run_task"}
 SOONEST_S = 5.0
+BEAT_S = 10.0
 
 
 def run_step(run_id: str, homes: dict[str, str]) -> None:
@@ -41,7 +51,8 @@ def run_step(run_id: str, homes: dict[str, str]) -> None:
             if refusal:
                 client.set_flow_run_state(flow_run.id, Failed(message=refusal), force=True)
                 return
-        run_flow(patient(flow_of(flow_name), flow_run.id, actor_of(flow_run.parameters)), flow_run=flow_run)
+        with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):  # `beating` is in their place
+            run_flow(patient(flow_of(flow_name), flow_run.id, actor_of(flow_run.parameters)), flow_run=flow_run)
 
 
 def flow_of(name: str) -> Flow[..., Any]:
@@ -71,7 +82,8 @@ def patient(flow: Flow[..., Any], run_id: UUID, actor: str) -> Flow[..., Any]:
         @wraps(body)
         def run(*args: Any, **options: Any) -> Any:
             try:
-                return body(*args, **options)
+                with beating():
+                    return body(*args, **options)
             except NotYet as wait:
                 ahead_s = wait.moment_s - station(actor).chain.now_s()
                 pools.come_back(run_id, max(SOONEST_S, float(ahead_s)), str(wait))
@@ -81,3 +93,41 @@ def patient(flow: Flow[..., Any], run_id: UUID, actor: str) -> Flow[..., Any]:
 
     flow.fn = waiting(flow.fn)
     return flow
+
+
+@contextmanager
+def beating() -> Iterator[None]:
+    """Tell the server every BEAT_S that the process of this run lives, until its body ends: see deployments.automations.
+
+    Prefect's own heartbeats carry the time of the host. Its rules would take a host whose clock is behind for dead, and one
+    that is late to stop would begin a watch over a run that has ended. These carry the server's time: that of the state in
+    which the run is, and what a steady clock has counted since.
+    """
+    run = FlowRunContext.get()
+    if run is None or run.flow_run is None or run.flow_run.state is None:
+        yield
+        return
+    ended, began_s = threading.Event(), time.monotonic()
+
+    def beat(flow_run: FlowRun, server_began: Any) -> None:
+        while not ended.is_set():
+            _beat(flow_run, server_began + timedelta(seconds=time.monotonic() - began_s))
+            ended.wait(BEAT_S)
+
+    context, state = contextvars.copy_context(), run.flow_run.state
+    thread = threading.Thread(target=context.run, args=(beat, run.flow_run, state.timestamp), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join(1.0)
+
+
+def _beat(flow_run: FlowRun, moment: Any) -> None:
+    related = [{"prefect.resource.id": f"prefect.flow.{flow_run.flow_id}", "prefect.resource.role": "flow"}]
+    if flow_run.deployment_id:
+        name = f"prefect.deployment.{flow_run.deployment_id}"
+        related.append({"prefect.resource.id": name, "prefect.resource.role": "deployment"})
+    resource = {"prefect.resource.id": f"prefect.flow-run.{flow_run.id}", "prefect.resource.name": flow_run.name}
+    emit_event("prefect.flow-run.heartbeat", resource=resource, related=related, occurred=moment)

@@ -31,7 +31,7 @@ STOP_S = 20
 # A program that ends is started again at once, then after 1, 2, 3... s; after so many in a row it is given up.
 RESTARTS = 20
 # While it is waited for, it is given up sooner: what it lacks is to be seen in its log.
-PATIENCE_STARTS = 3
+PATIENCE_STARTS = 2
 LONGEST_SOCKET = 107  # bytes of a Unix socket's path, on Linux
 STATES_UP = ("STARTING", "RUNNING", "BACKOFF")
 # What a program may find of the environment of whoever starts the stack.
@@ -58,12 +58,16 @@ class Program:
 
 @dataclass(frozen=True)
 class Status:
-    """How a program is: supervisord's word for its state; pid 0 and uptime 0 when it does not run."""
+    """How a program is: supervisord's word for its state; pid 0 and uptime 0 when it does not run.
+
+    started_s: unix seconds of its last start, 0 before the first.
+    """
 
     name: str
     state: str
     pid: int
     uptime_s: float
+    started_s: int
     said: str
 
 
@@ -143,12 +147,17 @@ def _quoted(value: str) -> str:
     return f'"{_plain(value)}"'
 
 
-def start(folder: Path) -> None:
-    """supervisord for this folder, running, with the programs as written; what was changed or taken out is ended."""
+def clear(folder: Path) -> None:
+    """After a power cut, of supervisord alone or of everything: end what lives on without it, remove what says that it runs."""
     if not is_running(folder):
         end_orphans(folder)
         for stale in ("supervisord.sock", "supervisord.pid"):
             (folder / stale).unlink(missing_ok=True)
+
+
+def start(folder: Path) -> None:
+    """supervisord for this folder, running, with the programs as written; what was changed or taken out is ended."""
+    if not is_running(folder):
         kept = {name: os.environ[name] for name in INHERITED if name in os.environ}
         command = [sys.executable, "-m", "supervisor.supervisord", "--configuration", str(folder / "supervisord.conf")]
         environment = {**kept, MARK: str(folder), "HOME": str(folder)}
@@ -178,12 +187,12 @@ def run(folder: Path, name: str) -> None:
 
 def await_ready(folder: Path, name: str, is_ready: Callable[[], bool], within_s: float) -> None:
     """Return when the part answers. Raises PartFailed when it has not in time, or ends again and again."""
-    pids = set()
+    starts = set()
 
     def check() -> bool:
         now = next(one for one in statuses(folder) if one.name == name)
-        pids.add(now.pid)
-        if now.state in ("FATAL", "EXITED", "STOPPED") or len(pids - {0}) > PATIENCE_STARTS:
+        starts.add(now.started_s)
+        if now.state in ("FATAL", "EXITED", "STOPPED") or len(starts - {0}) > PATIENCE_STARTS:
             raise PartFailed(f"{name} ends at its start ({now.state}: {now.said}).\n{tail(folder, name)}")
         return is_ready()
 
@@ -210,6 +219,7 @@ def statuses(folder: Path) -> list[Status]:
             state=one["statename"],
             pid=one["pid"],
             uptime_s=max(0, one["now"] - one["start"]) if one["pid"] else 0,
+            started_s=one["start"],
             said=one["spawnerr"] or one["description"],
         )
         for one in _supervisor(folder).getAllProcessInfo()

@@ -4,7 +4,7 @@ Algorithm 4 of the protocol. What one miner does wrong is refused with the reaso
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -46,7 +46,6 @@ from tasks.learning.training import Evaluation, evaluate
 from tasks.opening import Outcome, need_plan
 from tasks.publish import published_task
 from tasks.records import BadRecord, Station, brief, give_up, station
-from tasks.show import show_progress, show_table
 
 
 @task(persist_result=False, cache_policy=NO_CACHE)
@@ -128,7 +127,6 @@ def audit_submissions(task_id: str, round_number: int, actor: str) -> dict[str, 
             refused[submission.miner] = f"malformed ciphertext: audit projections {error.coordinates} are out of range"
         except BadRecord as error:
             refused[submission.miner] = brief(error)
-    show_submissions(task_id, round_number, cohort, good)
     if shortage := too_few(terms, cohort, round_number, good, refused):
         return give_up(st, task_id, round_number, "audit", AbortReason.NOT_ENOUGH_SUBMISSIONS, shortage)
     return st.post(
@@ -209,8 +207,6 @@ def finish_round(task_id: str, round_number: int, outcomes: list[Outcome], actor
     model = next_model(spec, before, round_number, opening.weighted_sum(), weight)
     required_ppm, _ = delivered_requirement(st, terms)
     judged = evaluate(build_network(spec), model.parameters, delivered_validation(st, terms, 0))
-    accuracy = judged.correct / judged.total
-    show_progress(f"accuracy-{task_id}", 100 * accuracy, f"Accuracy after round {round_number}, in percent")
     model_ref = st.store.put(st.address, encode_parameters(model.parameters))
     candidate_name = ZERO32
     if judged.correct * PPM >= required_ppm * judged.total:
@@ -277,11 +273,3 @@ def latest_score_commits(st: Station, cohort: Cohort, round_number: int) -> dict
                 raise BadRecord(f"round {number}: {miner} did not sign the accepted submission {name}")
             commits[miner] = submission.score_commit
     return {miner: commits[miner] for miner in sorted(commits, key=str.lower)}
-
-
-def show_submissions(task_id: str, round_number: int, cohort: Cohort, good: Iterable[Address]) -> None:
-    show_table(
-        f"submissions-{task_id}",
-        [{"miner": miner, "submission": "accepted" if miner in good else "refused"} for miner in cohort.miners],
-        f"Submissions of round {round_number}",
-    )

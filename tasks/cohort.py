@@ -46,7 +46,6 @@ from tasks.samples import (
     parse_proof,
     prove,
 )
-from tasks.show import show_table
 
 MAX_PROOF_BYTES = 1 << 20
 MAX_LISTED = 500  # refusals in one record, of at most 300 characters each: below the size of a record
@@ -254,11 +253,6 @@ def admit_and_draw(task_id: str, actor: str) -> dict[str, str]:
 
     weights = fixed_weights(terms.spec, [applicant.proof.sample_count for applicant in admitted if applicant.proof])
     keys = dict(zip(miners, (registration.encryption_key for registration in registrations), strict=True))
-    show_table(
-        f"cohort-{task_id}",
-        [{"miner": miner, "weight": weight} for miner, weight in zip(miners, weights, strict=True)],
-        f"Admitted miners; drawn as aggregator: {aggregator}",
-    )
     return st.post(
         Cohort(
             task_id=task_id,

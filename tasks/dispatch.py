@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from prefect import Flow, tags
 from prefect.client.schemas.objects import StateType
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
@@ -35,6 +36,7 @@ from contracts import messages
 from contracts.bindings import Status
 from contracts.messages import Abort, AbortReason, Message, TaskId
 from contracts.task_spec import Start, TaskSpec
+from tasks import show
 from tasks.index import ENDED, catch_up, declare_over, refuse, remember
 from tasks.records import RecordRef, Station, check_record, record_path, station
 
@@ -166,6 +168,17 @@ class Asked:
         }
 
     @property
+    def flow(self) -> Flow[..., Any]:
+        module, _, function = STEPS[self.step].entrypoint.rpartition(".")
+        found: Flow[..., Any] = getattr(importlib.import_module(module), function)
+        return found
+
+    @property
+    def run_name(self) -> str:
+        """What the flow will call its run when it begins, from the moment when it is asked for."""
+        return str(self.flow.flow_run_name).format(**self.parameters)
+
+    @property
     def tags(self) -> list[str]:
         where = [f"round:{self.round_number}"] if self.round_number else []
         return [f"task:{self.task_id}", *where, f"actor:{self.actor.name}", STEPS[self.step].module]
@@ -184,10 +197,12 @@ def conduct(publisher: str, task_id: str, spec: TaskSpec, *, follow_on: bool = F
     if pinned.registry is None:
         raise ValueError(f"{publisher} has no registry in its connections: only a publisher conducts a task")
     _conductor.set(Conductor(publisher, st, pinned.registry, pinned.uses_pools))
-    task_id = task_id or f"{spec.name}-{str(flow_run.get_id()).replace('-', '')[-12:]}"
-    if not follow_on:
-        return task_id, spec
-    return _next_in_series(st, pinned.registry, task_id, spec)
+    task_id = task_id or _task_of_this_run(spec)
+    if follow_on:
+        task_id, spec = _next_in_series(st, pinned.registry, task_id, spec)
+    if task_id:
+        show.tag_run(f"task:{task_id}", f"actor:{publisher}")
+    return task_id, spec
 
 
 def _next_in_series(st: Station, registry: Registry, task_id: TaskId, spec: TaskSpec) -> tuple[TaskId, TaskSpec]:
@@ -214,7 +229,11 @@ def _name_of(row: TaskRow) -> str:
 def run_name() -> str:
     """How a run of the protocol is called: by its task."""
     given = flow_run.get_parameters()
-    return str(given.get("task_id") or f"{given['spec'].name} · {flow_run.get_name()}")
+    return str(given.get("task_id") or _task_of_this_run(given["spec"]))
+
+
+def _task_of_this_run(spec: TaskSpec) -> TaskId:
+    return f"{spec.name}-{str(flow_run.get_id()).replace('-', '')[-12:]}"
 
 
 def ask(actor: str, step: str, *, task_id: str, round_number: int = 0, **references: Any) -> Any:
@@ -232,6 +251,8 @@ def ask(actor: str, step: str, *, task_id: str, round_number: int = 0, **referen
     except Exception as error:
         error.add_note(f"task {task_id}, round {round_number}, step {step} of {asked.actor.name}")
         raise
+    finally:
+        show.tell(me.registry, step, task_id, round_number)
 
 
 def ask_each(
@@ -261,6 +282,7 @@ def ask_each(
         else:
             answers[one.actor.name] = thread.record
     later += [one for one in answers.values() if isinstance(one, NotYet)]
+    show.tell(me.registry, step, task_id, round_number)
     if later:
         raise min(later, key=lambda one: one.moment_s)
     return [answers[one.actor.name] for one in asked if one.actor.name in answers]
@@ -291,7 +313,6 @@ def _ask_far(me: Conductor, asked: Sequence[Asked], timeout_s: float) -> dict[st
 def _started(me: Conductor, asked: Asked, in_vain: Set[StateType]) -> StepRun:
     """The run of a step on its actor's host. What an earlier conductor began is taken up, what ended in vain is begun anew."""
     step = STEPS[asked.step]
-    name = f"{step.module} {asked.step} · {asked.actor.name}"
     watch.tell(StepEvent("started", asked.step, asked.actor.name, asked.task_id, asked.round_number))
     for attempt in range(ATTEMPTS):
         run = pools.start(
@@ -299,7 +320,7 @@ def _started(me: Conductor, asked: Asked, in_vain: Set[StateType]) -> StepRun:
             asked.actor.name,
             asked.parameters,
             key=f"{me.st.address}/{asked.task_id}/{asked.round_number}/{asked.step}/{asked.actor.name}/{attempt}",
-            name=f"{name} · round {asked.round_number}" if asked.round_number else name,
+            name=asked.run_name,
             tags=asked.tags,
         )
         if run.kind not in in_vain:
@@ -347,7 +368,7 @@ def _answer(me: Conductor, asked: Asked, run: StepRun, started_s: float) -> Mess
         detail = _reason(error)
         raise
     finally:
-        _note(me, asked, started_s, outcome, detail)
+        _note(me, asked, started_s, run.ended_s or time.time(), outcome, detail)
     if isinstance(record, Abort):
         raise TaskAborted(f"{record.reason}: {record.detail}")
     return record
@@ -372,16 +393,14 @@ class _Answer(threading.Thread):
 
 def _run(me: Conductor, asked: Asked) -> Message:
     """Run the flow in this process, then read the record that it posted, remember it and how long it took."""
-    module, _, function = STEPS[asked.step].entrypoint.rpartition(".")
-    flow = getattr(importlib.import_module(module), function)
     started_s = time.time()
     watch.tell(StepEvent("started", asked.step, asked.actor.name, asked.task_id, asked.round_number))
     token = _current.set((asked.step, asked.actor.name, asked.task_id, asked.round_number))
     outcome, detail = "failed", ""
     try:
         # The heartbeats of the run around it say that this process lives; its own would cost a second.
-        with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
-            flow(**asked.parameters)
+        with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}), tags(*asked.tags):
+            asked.flow(**asked.parameters)
         record = _read_answer(me, asked)
         outcome, detail = ("aborted", record.reason) if isinstance(record, Abort) else ("ok", _headline(record))
     except Exception as error:
@@ -389,7 +408,7 @@ def _run(me: Conductor, asked: Asked) -> Message:
         raise
     finally:
         _current.reset(token)
-        _note(me, asked, started_s, outcome, detail)
+        _note(me, asked, started_s, time.time(), outcome, detail)
     if isinstance(record, Abort):
         raise TaskAborted(f"{record.reason}: {record.detail}")
     return record
@@ -409,9 +428,9 @@ def _read_answer(me: Conductor, asked: Asked) -> Message:
     raise MissingArtifact(f"{asked.actor.name} has ended step {asked.step}, but posted no {step.answer.__name__}")
 
 
-def _note(me: Conductor, asked: Asked, started_s: float, outcome: str, detail: str) -> None:
+def _note(me: Conductor, asked: Asked, started_s: float, ended_s: float, outcome: str, detail: str) -> None:
     """Tell how a step ended: to the index, the watchers, the run's log."""
-    seconds = time.time() - started_s
+    seconds = max(0.0, ended_s - started_s)
     me.registry.record_step(
         task_id=asked.task_id,
         round_number=asked.round_number,
@@ -442,7 +461,8 @@ def _go_on_without(me: Conductor, asked: Asked, timeout_s: float) -> str:
 
 
 def report_progress(fraction: float, what: str) -> None:
-    """Tell the watchers how far the current step is; 0 <= fraction <= 1."""
+    """Tell the watchers and the Prefect UI how far the current step is; 0 <= fraction <= 1."""
+    show.show_progress(fraction, what)
     current = _current.get()
     if current is not None:
         step, name, task_id, number = current
@@ -490,7 +510,9 @@ def reachable(role: str) -> list[str]:
 def conclude(task_id: str) -> str:
     """Where the task stands by chain and signed records: PAID, REFUNDED, PUBLISHED or REFUNDABLE; FAILED when there is none."""
     me = _conductor.get()
-    return catch_up(me.registry, me.st.chain, me.st.store, task_id) or "FAILED"
+    status = catch_up(me.registry, me.st.chain, me.st.store, task_id) or "FAILED"
+    show.tell(me.registry, "run-task", task_id, 0)
+    return status
 
 
 def _headline(record: Message) -> str:

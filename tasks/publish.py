@@ -27,7 +27,6 @@ from tasks.learning.aggregation import SERVER_STEPS
 from tasks.learning.datasets import Dataset, encode_npz
 from tasks.records import BadRecord, Station, brief, parse_json, station, terms_path
 from tasks.samples import load_samples
-from tasks.show import show_markdown
 
 COORDINATES_PER_PROJECTION = 8
 """An audit may open one number for at least so many coordinates: far too few equations to solve for an update."""
@@ -131,7 +130,6 @@ def lock_reward(task_id: str, spec: TaskSpec, actor: str) -> dict[str, str]:
         raise DepositFailed(f"{AbortReason.DEPOSIT_FAILED}: {problem}")
 
     st.store.post(st.address, terms_path(task_id), terms.encode())
-    show_markdown(f"task-{task_id}", _summary(terms, found), "Terms of the task")
     return st.post(
         Announcement(
             task_id=task_id,
@@ -286,13 +284,3 @@ def content_key(fields: dict[str, Any]) -> bytes:
 
 def validation_set(st: Station, terms: PublishedTask) -> Dataset:
     return load_samples(st.me, terms.spec.dataset, "validation")
-
-
-def _summary(terms: PublishedTask, found: TaskOnChain) -> str:
-    spec = terms.spec
-    return (
-        f"# {terms.task_id}\n\n| | |\n|---|---|\n| publisher | `{terms.publisher}` |\n"
-        f"| reward | {found.reward_wei} wei, locked |\n| data set | {spec.dataset.name} |\n"
-        f"| model | {spec.model.name}, {check_runnable(spec)} parameters |\n"
-        f"| rounds | at most {spec.rounds.max_rounds} |\n| spec hash | `{terms.spec_hash()}` |\n"
-    )

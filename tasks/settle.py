@@ -7,7 +7,7 @@ second time.
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from contracts.bindings import Outcome, RewardCredited, Settlement, StakeSlashed, Status
+from contracts.bindings import Outcome, Settlement, StakeSlashed, Status
 from contracts.contributions import Opening, Place
 from contracts.messages import ZERO32, AbortReason, Attestation, Candidate, Cohort, struct_hash
 from contracts.sending import InsufficientFunds, Reverted
@@ -16,7 +16,6 @@ from tasks.contribute import read_prepared, score_at
 from tasks.delivery import delivered_requirement
 from tasks.publish import published_task, secrets_of
 from tasks.records import BadRecord, Station, brief, give_up, station
-from tasks.show import show_table
 
 
 @task(persist_result=False, cache_policy=NO_CACHE)
@@ -29,8 +28,6 @@ def publish_voted_block(task_id: str, round_number: int, actor: str) -> dict[str
     cohort = trusted_cohort(st, task_id)
     candidate = st.need(Candidate, st.address, task_id, round_number)
     votes, verdicts = collect_votes(st, cohort, candidate)
-    rows = [{"miner": miner, "verdict": verdict} for miner, verdict in verdicts.items()]
-    show_table(f"votes-{task_id}", rows, f"Verdicts on the candidate of round {round_number}")
     on_chain = contracts.stakes.get_cohort(task_id)
     required = contracts.publisher.required_votes(task_id, len(on_chain.miners))
     if len(votes) < required:
@@ -136,7 +133,6 @@ def distribute_and_withdraw(task_id: str, actor: str) -> dict[str, str]:
         if settlement.outcome is not Outcome.UNMET and settlement.revealed_count < settlement.participant_count:
             st.chain.wait_until(last_reveal_s(st, task_id, settlement) + 1, "the end of the windows for the reveals")
         contracts.rewards.distribute(task_id)
-        show_table(f"rewards-{task_id}", entitlements(st, task_id), "Credited by the contract; the rest is for claims")
     token = contracts.escrow.get_task(task_id).token
     transaction, amount = claim_own_part(st, task_id, token)
     if contracts.rewards.balance_of(st.address, token):
@@ -152,19 +148,12 @@ def claim_own_part(st: Station, task_id: str, token: str) -> tuple[str, int]:
     if own is None or contracts.rewards.get_settlement(task_id).outcome is Outcome.UNMET:
         return ZERO32, 0
     score = contracts.rewards.get_score(task_id, own.position)
-    if score.is_claimed or not contracts.rewards.claimable(task_id, own.position, score.score, token):
+    # A claim that rounds to nothing is made as well: its parts leave the divisor, and no wei stays behind.
+    is_owed = score.score or contracts.rewards.claimable(task_id, own.position, score.score, token)
+    if score.is_claimed or not is_owed:
         return ZERO32, 0
     paid = contracts.rewards.claim_to(task_id, own_opening(st, task_id, own), token=token)
     return paid.transaction, paid.event.amount_wei
-
-
-def entitlements(st: Station, task_id: str) -> list[dict[str, str]]:
-    """Whom a distribution credited, and what is left for the participants' claims."""
-    rows = [
-        {"account": event.account, "wei": str(event.amount_wei)} for event in st.chain.events(task_id, RewardCredited)
-    ]
-    remaining = st.chain.contracts().rewards.get_settlement(task_id).remaining
-    return [*rows, {"account": "participants, by their claims", "wei": str(remaining)}]
 
 
 def last_reveal_s(st: Station, task_id: str, settlement: Settlement) -> int:

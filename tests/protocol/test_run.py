@@ -1,5 +1,6 @@
 """The flows themselves, through Prefect, with a witness: who opened which file, and what was left where."""
 
+import base64
 import json
 import os
 import re
@@ -11,11 +12,13 @@ from typing import Any
 
 import pytest
 
+from blocks.registry import Registry
+from blocks.tables import INDEX
 from contracts.messages import AbortReason
 from infra import cli, facts
 from infra.devstack import Stack, set_up
 from infra.report import render_html
-from tasks import dispatch
+from tasks import dispatch, index
 from tasks.contribute import read_prepared
 from tasks.dispatch import StepEvent
 from tasks.publish import decide, secrets_of
@@ -72,6 +75,24 @@ def test_a_task_runs_to_payment(paid):
     assert paid.report["task"]["status"] == "PAID"
     assert {event.kind for event in paid.events} <= {"started", "progress", "ok"}
     assert [vote["accepted"] for vote in paid.report["votes"]] == [True] * 5
+
+
+def assert_rebuilt_alike(run: Run, folder: Path) -> Registry:
+    """The index that the run left is, row by row, the one that chain and store give."""
+    rebuilt = Registry(url=f"sqlite:///{folder / 'rebuilt.sqlite'}")
+    index.reindex(
+        rebuilt, run.stack.chain, run.stack.artifacts, run.stack.identity("publisher").address, lambda *_: None
+    )
+    for table in INDEX:
+        assert rebuilt.rows(table) == run.stack.registry.rows(table), table.__tablename__
+    return rebuilt
+
+
+def test_the_index_of_a_paid_task_is_what_chain_and_store_say(paid, tmp_path):
+    rebuilt = assert_rebuilt_alike(paid, tmp_path)
+    assert rebuilt.find_task(TASK_ID).status == "PAID"
+    filled = {table.__tablename__ for table in INDEX if rebuilt.rows(table)}
+    assert {table.__tablename__ for table in INDEX} - filled == {"slashes", "refusals"}
 
 
 def test_no_step_opens_another_actors_home(paid):
@@ -162,15 +183,65 @@ def test_the_runs_are_named_by_step_task_round_and_actor(paid):
 def test_flow_parameters_are_references_and_public_terms_only(paid):
     for (parameters,) in prefect_rows(paid, "SELECT parameters FROM flow_run"):
         given = json.loads(parameters)
-        assert set(given) <= {"task_id", "round_number", "actor", "publisher", "spec"}
+        assert set(given) <= {"task_id", "round_number", "actor", "publisher", "spec", "follow_on"}
         assert "required_accuracy" not in given.get("spec", {})
 
 
-def test_the_ui_has_tables_of_cohort_submissions_votes_and_rewards(paid):
-    kinds = dict(prefect_rows(paid, "SELECT key, type FROM artifact WHERE key IS NOT NULL"))
-    expected = {"task": "markdown", "cohort": "table", "submissions": "table", "votes": "table", "rewards": "table"}
-    assert {f"{key}-{TASK_ID}": kind for key, kind in expected.items()}.items() <= kinds.items()
-    assert kinds[f"accuracy-{TASK_ID}"] == "progress"
+def told(run: Run, key: str) -> list[Any]:
+    """What the artifacts of this key hold, the oldest first."""
+    rows = prefect_rows(run, f"SELECT data FROM artifact WHERE key = '{key}' ORDER BY created")
+    data = [json.loads(value) if isinstance(value, str) else value for (value,) in rows]
+    return [json.loads(one) if isinstance(one, str) and one.startswith("[") else one for one in data]
+
+
+def test_every_run_has_the_tags_of_its_task_round_actor_and_module(paid):
+    tags = {name: set(json.loads(found)) for name, found in prefect_rows(paid, "SELECT name, tags FROM flow_run")}
+    assert tags[TASK_ID] == {f"task:{TASK_ID}", "actor:publisher"}
+    contributed = tags[f"M3 contribute · {TASK_ID} · round 1 · miner-2"]
+    assert {f"task:{TASK_ID}", "round:1", "actor:miner-2", "M3"} <= contributed
+    assert all(f"task:{TASK_ID}" in found for name, found in tags.items() if name.startswith("M"))
+
+
+def test_the_ui_tells_of_cohort_submissions_and_votes(paid):
+    cohort = told(paid, f"cohort-{TASK_ID}")[-1]
+    assert sorted(row["miner"] for row in cohort) == sorted(MINERS)
+    assert [row["address"] for row in cohort if "drawn" in row["decision"]] == [paid.report["aggregator"]]
+    submissions = told(paid, f"submissions-{TASK_ID}")[-1]
+    assert {row["miner"]: row["decision"] for row in submissions} == dict.fromkeys(MINERS, "accepted")
+    assert all(re.fullmatch(r"20\d\d-.* UTC", row["when"]) for row in submissions)
+    votes = told(paid, f"votes-{TASK_ID}")[-1]
+    assert sorted(row["decision"] for row in votes) == ["valid"] * 4 + ["valid (its own candidate: not counted)"]
+
+
+def test_the_ui_adds_up_the_rewards_with_their_transactions(paid):
+    rewards = told(paid, f"rewards-{TASK_ID}")[-1]
+    assert sum(int(row["wei"]) for row in rewards) == paid.report["task"]["reward_wei"]
+    assert {row["transaction"] for row in rewards} <= {one["transaction"] for one in paid.report["transactions"]}
+    assert sorted({row["account"] for row in rewards}) == sorted(MINERS)
+
+
+def test_the_required_accuracy_is_drawn_once_it_was_revealed(paid):
+    curves = [base64.b64decode(one.rpartition(",")[2]).decode() for one in told(paid, f"accuracy-{TASK_ID}")]
+    assert ["required" in one for one in curves] == [False] * (len(curves) - 2) + [True] * 2
+    assert f"{paid.report['final_accuracy']:.2%}" in curves[-1]
+
+
+def test_terms_and_summary_frame_the_story(paid):
+    terms, summary = told(paid, f"terms-{TASK_ID}")[-1], told(paid, f"summary-{TASK_ID}")[-1]
+    assert paid.report["task"]["spec_hash"] in terms
+    assert "15.00%" not in terms  # the required accuracy
+    assert "**PAID**" in summary
+    assert "15.00%" in summary
+    assert paid.report["model_sha256"] in summary
+
+
+def test_each_run_that_computes_has_one_progress(paid):
+    query = "SELECT key, type, count(*) FROM artifact WHERE key LIKE 'progress-%' GROUP BY key"
+    found = {key: (kind, count) for key, kind, count in prefect_rows(paid, query)}
+    assert found[f"progress-{TASK_ID}-1-miner-3-contribute"] == ("progress", 1)
+    assert set(found.values()) == {("progress", 1)}
+    done = told(paid, f"progress-{TASK_ID}-1-miner-3-contribute")
+    assert done == [100.0]
 
 
 def test_the_report_has_its_stable_keys_and_adds_up(paid):
@@ -212,6 +283,7 @@ def test_a_task_that_never_reaches_its_accuracy_is_refunded(tmp_path, prefect_ho
     assert run.report["task"]["reason"].startswith(AbortReason.MAX_ROUNDS)
     assert run.report["refund_wei"] == run.report["task"]["reward_wei"]
     assert "refunded" in render_html(run.report).lower()
+    assert_rebuilt_alike(run, tmp_path)
     run.stack.chain.close()
 
 
@@ -222,6 +294,8 @@ def test_too_few_miners_end_the_task_in_m2_and_the_reward_goes_back(tmp_path, pr
     assert run.report["rounds"] == []
     assert run.report["refund_wei"] == run.report["task"]["reward_wei"]
     refused = {row.actor: row.reason for row in run.stack.registry.refusals(TASK_ID)}
+    shown = told(run, f"cohort-{TASK_ID}")[-1]
+    assert all("the task asks for at least 1000" in row["decision"] for row in shown)
     assert len(refused) == 5
     assert all("the task asks for at least 1000" in reason for reason in refused.values())
     run.stack.chain.close()
@@ -255,4 +329,9 @@ def test_a_miner_that_hangs_is_left_behind_and_the_others_go_on(tmp_path, prefec
     reasons = [one["reason"] for one in run.report["rounds"][0]["refused"]]
     assert "no answer within 20 s" in reasons
     assert "nothing submitted in time" in reasons
+    rebuilt = assert_rebuilt_alike(run, tmp_path)
+    assert "no answer within 20 s" in [row.reason for row in rebuilt.refusals(TASK_ID)]
+    shown = {row["miner"]: row["decision"] for row in told(run, f"submissions-{TASK_ID}")[-1]}
+    assert shown.pop("miner-2").startswith("refused: n")
+    assert set(shown.values()) == {"accepted"}
     run.stack.chain.close()
