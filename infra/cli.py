@@ -706,6 +706,9 @@ def stack_up(
     folder: Annotated[Path, STACK_FOLDER] = Path("build/stack"),
     miners: Annotated[int | None, typer.Option(min=1, help="how many; kept, may grow; 5 at first")] = None,
     task: Annotated[str | None, typer.Option(help="ready task whose data the actors are given; breast-cancer")] = None,
+    hosts: Annotated[
+        int | None, typer.Option(min=1, help="have so many worker processes serve the miners; default: one for each")
+    ] = None,
     prefect_port: Port = None,
     store_port: Port = None,
     chain_port: Port = None,
@@ -716,7 +719,8 @@ def stack_up(
 
     given = {"prefect": prefect_port, "store": store_port, "chain": chain_port, "postgres": postgres_port}
     with _stack_failures():
-        plan = open_plan(folder.resolve(), {part: port for part, port in given.items() if port}, miners, task)
+        chosen = {part: port for part, port in given.items() if port}
+        plan = open_plan(folder.resolve(), chosen, miners, task, hosts)
         os.environ.update(client_environment(plan))
     with _failures(), _stack_failures():
         from infra import stack
