@@ -775,6 +775,23 @@ def stack_restart(
     console.print(f"{name} is started again")
 
 
+@app.command("bench-stack")
+def bench_stack(
+    out: Annotated[Path, typer.Option(help="where the rows are written, as JSON")] = Path("build/bench-stack.json"),
+    markdown: Annotated[Path | None, typer.Option(help="a document whose block of figures is written again")] = None,
+    miners_many: Annotated[int, typer.Option(min=5, max=100, help="miners of the large task")] = 100,
+    quick: Annotated[bool, typer.Option("--quick", help="at most 10 miners, few repetitions")] = False,
+) -> None:
+    """Measure the real stack: a task, a step, a hundred miners, the store, the databases. Exit code 1 if a part failed."""
+    folder = out.resolve().parent / "bench-stack-client"
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ.update(PREFECT_HOME=str(folder), DO_NOT_TRACK="1")
+    from infra import bench_stack as benchmark
+
+    failed = benchmark.run(out, console, many=miners_many, quick=quick, document=markdown)
+    sys.exit(1 if failed else 0)
+
+
 @contextmanager
 def _stack_failures() -> Iterator[None]:
     """A wrong setting, something that is not installed or a part that does not start, as one line and exit code 2."""

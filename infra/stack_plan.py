@@ -100,7 +100,7 @@ def open_plan(
     """
     path = folder / "stack.json"
     known = read_plan(folder) if path.exists() else None
-    plan = known or Plan(folder, DEFAULT_PORTS, 5, DEFAULT_TASK, *(secrets.token_hex(24) for _ in range(3)))
+    plan = known or _fresh_plan(folder)
     if known and miners is not None and miners < known.miners:
         raise ValueError(
             f"--miners {miners}: this stack has {known.miners}, who may have money in a task; use another --folder"
@@ -117,6 +117,11 @@ def open_plan(
         kept = {name: value for name, value in asdict(plan).items() if name != "folder"}
         write_private(path, json.dumps(kept, indent=1))
     return plan
+
+
+def _fresh_plan(folder: Path) -> Plan:
+    one, two, three = (secrets.token_hex(24) for _ in range(3))
+    return Plan(folder, DEFAULT_PORTS, 5, DEFAULT_TASK, one, two, three)
 
 
 def read_plan(folder: Path) -> Plan:
