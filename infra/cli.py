@@ -830,6 +830,9 @@ def stack_up(
     folder: Annotated[Path, STACK_FOLDER] = Path("build/stack"),
     miners: Annotated[int | None, typer.Option(min=1, help="how many; kept, may grow; 5 at first")] = None,
     task: Annotated[str | None, typer.Option(help="ready task whose data the actors are given; breast-cancer")] = None,
+    hosts: Annotated[
+        int | None, typer.Option(min=1, help="have so many worker processes serve the miners; default: one for each")
+    ] = None,
     prefect_port: Port = None,
     store_port: Port = None,
     chain_port: Port = None,
@@ -840,7 +843,8 @@ def stack_up(
 
     given = {"prefect": prefect_port, "store": store_port, "chain": chain_port, "postgres": postgres_port}
     with _stack_failures():
-        plan = open_plan(folder.resolve(), {part: port for part, port in given.items() if port}, miners, task)
+        chosen = {part: port for part, port in given.items() if port}
+        plan = open_plan(folder.resolve(), chosen, miners, task, hosts)
         os.environ.update(client_environment(plan))
     with _failures(), _stack_failures():
         from infra import stack
@@ -893,6 +897,23 @@ def stack_restart(
     with _stack_failures():
         supervision.restart(read_plan(folder.resolve()).folder, name)
     console.print(f"{name} is started again")
+
+
+@app.command("bench-stack")
+def bench_stack(
+    out: Annotated[Path, typer.Option(help="where the rows are written, as JSON")] = Path("build/bench-stack.json"),
+    markdown: Annotated[Path | None, typer.Option(help="a document whose block of figures is written again")] = None,
+    miners_many: Annotated[int, typer.Option(min=5, max=100, help="miners of the large task")] = 100,
+    quick: Annotated[bool, typer.Option("--quick", help="at most 10 miners, few repetitions")] = False,
+) -> None:
+    """Measure the real stack: a task, a step, a hundred miners, the store, the databases. Exit code 1 if a part failed."""
+    folder = out.resolve().parent / "bench-stack-client"
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ.update(PREFECT_HOME=str(folder), DO_NOT_TRACK="1")
+    from infra import bench_stack as benchmark
+
+    failed = benchmark.run(out, console, many=miners_many, quick=quick, document=markdown)
+    sys.exit(1 if failed else 0)
 
 
 @contextmanager

@@ -13,6 +13,10 @@ SETTINGS = {
     "PREFECT_WORKER_HEARTBEAT_SECONDS": "10",  # a worker that is gone is seen as gone within half a minute
     "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
     "PREFECT_CLIENT_MAX_RETRIES": "8",  # a server that restarts is waited for
+    # Each process of a step would ask for both several times. The API takes a password, not a browser's cookies.
+    "PREFECT_CLIENT_SERVER_VERSION_CHECK_ENABLED": "false",
+    "PREFECT_CLIENT_CSRF_SUPPORT_ENABLED": "false",
+    "PREFECT_LOGGING_TO_API_BATCH_INTERVAL": "0.5",  # a process ends when its last batch is sent
 }
 
 

@@ -146,9 +146,9 @@ def deployments(plan: Plan) -> str:
 
 
 def workers(plan: Plan) -> str:
-    for actor in plan.actors:
-        supervision.run(plan.folder, f"worker-{actor}")
-    return f"one for each of {', '.join(plan.actors)}"
+    for host in plan.workers:
+        supervision.run(plan.folder, f"worker-{host}")
+    return f"one for each of {', '.join(plan.workers)}"
 
 
 SERVERS: Steps = [

@@ -29,11 +29,16 @@ DATABASES = ("prefect", "healchain")
 BUCKET = "healchain"
 DEFAULT_TASK = "breast-cancer"
 STORE_USER = "healchain"  # the administrator of the store
+SHARED_STEPS = 4
+"""Steps at a time on a host of several miners: each is a process of 0.1 GB or more, and they share its cores."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One stack. ports: by part. task: the ready task whose data the miners share."""
+    """One stack. ports: by part. task: the ready task whose data the miners share.
+
+    hosts: how many processes serve the miners, who are dealt out among them; 0: one for each miner.
+    """
 
     folder: Path
     ports: dict[str, int]
@@ -42,6 +47,7 @@ class Plan:
     postgres_password: str
     store_password: str
     prefect_password: str
+    hosts: int = 0
 
     @property
     def rpc(self) -> str:
@@ -72,18 +78,29 @@ class Plan:
     def actors(self) -> list[str]:
         return ["publisher", *(f"miner-{number}" for number in range(1, self.miners + 1))]
 
+    @property
+    def workers(self) -> dict[str, list[str]]:
+        """The actors that a worker serves, by the name of its host."""
+        publisher, *miners = self.actors
+        if not self.hosts:
+            return {actor: [actor] for actor in self.actors}
+        hosts = min(self.hosts, len(miners))
+        return {publisher: [publisher], **{f"host-{number + 1}": miners[number::hosts] for number in range(hosts)}}
+
     def home(self, actor: str) -> Path:
         return self.folder / "actors" / actor
 
 
-def open_plan(folder: Path, ports: dict[str, int], miners: int | None, task: str | None = None) -> Plan:
+def open_plan(
+    folder: Path, ports: dict[str, int], miners: int | None, task: str | None = None, hosts: int | None = None
+) -> Plan:
     """The plan kept in this folder with what is given changed, or a fresh one with new secrets; kept again.
 
     Raises ValueError when fewer miners are asked for than there are: they may have money in a task.
     """
     path = folder / "stack.json"
     known = read_plan(folder) if path.exists() else None
-    plan = known or Plan(folder, DEFAULT_PORTS, 5, DEFAULT_TASK, *(secrets.token_hex(24) for _ in range(3)))
+    plan = known or _fresh_plan(folder)
     if known and miners is not None and miners < known.miners:
         raise ValueError(
             f"--miners {miners}: this stack has {known.miners}, who may have money in a task; use another --folder"
@@ -91,6 +108,7 @@ def open_plan(folder: Path, ports: dict[str, int], miners: int | None, task: str
     if known and task not in (None, known.task):
         raise ValueError(f"--task {task}: the miners of this stack have data for {known.task}; use another --folder")
     plan = replace(plan, ports={**plan.ports, **ports}, miners=miners or plan.miners, task=task or plan.task)
+    plan = replace(plan, hosts=hosts or plan.hosts)
     if len(set(plan.ports.values())) < len(plan.ports):
         raise ValueError(f"ports {plan.ports}: two parts cannot have the same")
     if plan != known:
@@ -99,6 +117,11 @@ def open_plan(folder: Path, ports: dict[str, int], miners: int | None, task: str
         kept = {name: value for name, value in asdict(plan).items() if name != "folder"}
         write_private(path, json.dumps(kept, indent=1))
     return plan
+
+
+def _fresh_plan(folder: Path) -> Plan:
+    one, two, three = (secrets.token_hex(24) for _ in range(3))
+    return Plan(folder, DEFAULT_PORTS, 5, DEFAULT_TASK, one, two, three)
 
 
 def read_plan(folder: Path) -> Plan:
@@ -148,7 +171,7 @@ def programs(plan: Plan) -> list[Program]:
     """In the order in which they start; they end in the opposite one."""
     servers = [postgres.program(plan.folder / "postgres", plan.ports["postgres"]), store_program(plan)]
     servers += [chain_program(plan), prefect_program(plan)]
-    return [*servers, *(worker_program(plan, actor, plan.home(actor)) for actor in plan.actors)]
+    return [*servers, *(worker_program(plan, host, actors) for host, actors in plan.workers.items())]
 
 
 def store_program(plan: Plan) -> Program:
@@ -182,9 +205,13 @@ def prefect_program(plan: Plan) -> Program:
     return Program("prefect", command, environment, port=port)
 
 
-def worker_program(plan: Plan, actor: str, home: Path) -> Program:
-    """An actor's worker: the very command that its host would run; all else is in its home."""
-    pool = "publisher" if actor == "publisher" else "miners"
-    flags = ["--pool", pool, "--work-queue", actor, "--name", actor, "--type", "healchain"]
-    environment = {"PREFECT_HOME": str(home / "prefect"), "DO_NOT_TRACK": "1", "OMP_NUM_THREADS": "1"}
-    return Program(f"worker-{actor}", [sys.executable, "-m", "prefect", "worker", "start", *flags], environment)
+def worker_program(plan: Plan, host: str, actors: list[str]) -> Program:
+    """The worker of a host: the very command that it would run itself; all else is in the homes of its actors."""
+    pool = "publisher" if host == "publisher" else "miners"
+    queues = [flag for actor in actors for flag in ("--work-queue", actor)]
+    flags = ["--pool", pool, *queues, "--name", host, "--type", "healchain"]
+    environment = {"PREFECT_HOME": str(plan.home(actors[0]) / "prefect"), "DO_NOT_TRACK": "1", "OMP_NUM_THREADS": "1"}
+    if actors != [host]:
+        flags += ["--limit", str(SHARED_STEPS)]
+        environment["HEALCHAIN_HOME"] = str(plan.home(host).parent)
+    return Program(f"worker-{host}", [sys.executable, "-m", "prefect", "worker", "start", *flags], environment)

@@ -51,6 +51,9 @@ def run_step(run_id: str, homes: dict[str, str]) -> None:
             if refusal:
                 client.set_flow_run_state(flow_run.id, Failed(message=refusal), force=True)
                 return
+        if flow_name in STEPS:
+            # Prefect opens a channel of its own, to hear of a suspension, for every run of a deployment: half a second.
+            flow_run.deployment_id = None
         with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):  # `beating` is in their place
             run_flow(patient(flow_of(flow_name), flow_run.id, actor_of(flow_run.parameters)), flow_run=flow_run)
 
