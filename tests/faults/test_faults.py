@@ -42,10 +42,11 @@ def test_a_task_runs_to_payment_through_the_pools(undisturbed):
     ("what", "process", "call", "fault"),
     [
         ("training", "contribute.*miner-2", "tasks.contribute:local_round", {"do": "kill-worker"}),
-        pytest.param(
-            *("encrypting", "contribute.*miner-2", "tasks.contribute:store_ciphertext"),
+        (
+            "encrypting",
+            "contribute.*miner-2",
+            "tasks.contribute:store_ciphertext",
             {"do": "kill-worker", "when": "after"},
-            marks=pytest.mark.main,
         ),
         (
             "after the upload, before submitting",
@@ -92,9 +93,12 @@ def test_a_killed_server_loses_nothing(stack, undisturbed, part):
 
 
 @pytest.mark.main
-def test_a_power_cut_and_a_cold_start_lose_nothing(stack, undisturbed):
-    with stack.fault("aggregate", "tasks.opening:store_opening", do="wait"):
+def test_a_killed_worker_a_power_cut_and_a_cold_start_lose_nothing(stack, undisturbed):
+    """kill -9 of a miner's worker between two chunks of its ciphertext, then of everything while the sum is opened."""
+    with stack.fault("contribute.*miner-2", "tasks.contribute:store_ciphertext", do="kill-worker", when="after"):
         begun = stack.begin(task())
+        stack.await_strike()
+    with stack.fault("aggregate", "tasks.opening:store_opening", do="wait"):
         stack.await_strike()
         stack.power_cut()
         stack.up()
