@@ -10,6 +10,7 @@ Nothing here is a secret, and no host believes any of it without a check of its 
 
 import importlib
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,14 @@ def register_queue(actor: str, address: str, pools: Iterable[str]) -> None:
                 client.update_work_queue(found.id, description=address)
             elif found.description != address:
                 raise ValueError(f"queue {actor!r} of pool {pool} belongs to {found.description}: choose another name")
+
+
+def remove_queue(actor: str, pools: Iterable[str]) -> None:
+    """Take an actor out of some pools; where it has no queue, nothing changes."""
+    with get_client(sync_client=True) as client:
+        for pool in pools:
+            with suppress(ObjectNotFound):
+                client.delete_work_queue_by_id(client.read_work_queue_by_name(actor, work_pool_name=pool).id)
 
 
 def register_deployments(definitions: Path) -> list[str]:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from infra.chain_deployment import Checked
     from infra.devstack import Stack
     from infra.publishing import Publisher
+    from infra.doctor import Finding
 
 READY = files("deployments") / "ready"
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Private, paid, verifiable federated learning.")
@@ -37,6 +38,7 @@ app.add_typer(models_app, name="models")
 console = Console(highlight=False)
 HOME = Path("build/stack/actors/publisher")
 
+GATEWAY_FOLDER = typer.Option(envvar="HEALCHAIN_GATEWAY", help="the gateway's folder: its key, settings and members")
 PREFECT_FOLDER = typer.Option(help="where Prefect's database is kept, unless PREFECT_API_URL names a server")
 PublishersHome = Annotated[Path, typer.Option(envvar="HEALCHAIN_HOME", help="the publisher's home on this host")]
 VersionArgument = Annotated[str, typer.Argument(help="a version TASK/ROUND, or the name of a pin")]
@@ -246,8 +248,7 @@ def doctor(
 
     findings = examination.examine(out)
     for finding in findings:
-        mark = "[green]ok[/green]" if finding.in_order else "[red]no[/red]" if finding.needed else "[yellow]--[/yellow]"
-        console.print(f"{mark}  {finding.name:14} {escape(finding.found)}", soft_wrap=True)
+        _show_finding(finding)
     sys.exit(0 if all(finding.in_order or not finding.needed for finding in findings) else 1)
 
 
@@ -685,6 +686,118 @@ def _write(path: Path, text: str, mode: int = 0o644) -> None:
 def _fail(message: str) -> NoReturn:
     Console(stderr=True, highlight=False).print(f"[red]{escape(message)}[/red]")
     raise typer.Exit(2)
+
+
+def _show_finding(finding: "Finding") -> None:
+    mark = "[green]ok[/green]" if finding.in_order else "[red]no[/red]" if finding.needed else "[yellow]--[/yellow]"
+    console.print(f"{mark}  {finding.name:14} {escape(finding.found)}", soft_wrap=True)
+
+
+@app.command()
+def invite(
+    name: Annotated[str, typer.Argument(help="the name of the new member, and of its queue: a-z, 0-9 and -")],
+    valid_hours: Annotated[float, typer.Option(help="until when it can be used")] = 72,
+    folder: Annotated[Path, GATEWAY_FOLDER] = Path("build/gateway"),
+) -> None:
+    """Print an invitation for one new member, or for a fresh key of an old one. Tell it to nobody else."""
+    _take_settings(folder)
+    from infra import gateway
+
+    with _failures():
+        print(gateway.invite(folder.resolve(), name, valid_hours))
+
+
+@app.command("gateway")
+def serve_gateway(
+    folder: Annotated[Path, GATEWAY_FOLDER] = Path("build/gateway"),
+    host: Annotated[str, typer.Option(help="the address to listen on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="the port to listen on")] = 4280,
+) -> None:
+    """Let hosts that have an invitation join. Runs until it is stopped; its settings are in FOLDER/gateway.env, mode 0600."""
+    _take_settings(folder)
+    from infra import chain_deployment, gateway
+
+    folder = folder.resolve()
+    with _failures():
+        gateway.read_settings(os.environ)
+        if gateway.pinned_chain(folder) is None:
+            gateway.pin_chain(folder, chain_deployment.noted())
+            console.print(f"offers the chain of Prefect's block `chain` from here on, as in {folder / 'chain.json'}")
+        console.print(f"members join at http://{host}:{port}")
+        gateway.serve(folder, host, port)
+
+
+@app.command()
+def expel(
+    name: Annotated[str, typer.Argument(help="the member's name")],
+    folder: Annotated[Path, GATEWAY_FOLDER] = Path("build/gateway"),
+) -> None:
+    """Void a member's account at the store and its invitations, remove its queues."""
+    _take_settings(folder)
+    from infra import gateway
+
+    with _failures():
+        gone = gateway.expel(folder.resolve(), gateway.read_settings(os.environ), name)
+    console.print(
+        f"{name}, {gone.address}, is a member no more. It still knows the credentials of Prefect's API, which all members "
+        "share: change PREFECT_SERVER_API_AUTH_STRING and let the others join again"
+    )
+
+
+@app.command()
+def join(
+    server: Annotated[str, typer.Option(help="http(s) address of the consortium's gateway")],
+    store: Annotated[
+        str | None, typer.Option(help="http(s)://HOST:PORT of the store, as this host reaches it; default: as offered")
+    ] = None,
+    invitation: Annotated[
+        str, typer.Option(envvar="HEALCHAIN_INVITATION", help="what the operator gave you; better in the environment")
+    ] = "",
+    name: Annotated[str | None, typer.Option(help="refuse an invitation to another name")] = None,
+    home: Annotated[Path, typer.Option(help="this actor's folder: keys, data, private state")] = Path("~/healchain"),
+    rpc: Annotated[str | None, typer.Option(help="a node of the chain of your own; default: as offered")] = None,
+    new_chain: Annotated[
+        bool, typer.Option("--new-chain", help="take another chain than the one pinned before")
+    ] = False,
+) -> None:
+    """Make this host a miner of a consortium; say what is wrong and how to mend it. Called again it completes or refreshes."""
+    home = home.expanduser().resolve()
+    os.environ.setdefault("PREFECT_HOME", str(home / "prefect"))
+    from infra import joining
+    from infra.membership import Invitation
+
+    with _failures():
+        if not invitation:
+            raise ValueError("an invitation is needed: set HEALCHAIN_INVITATION, or give --invitation")
+        invited = Invitation.read(invitation)
+        if name not in (None, invited.name):
+            raise ValueError(f"--name {name}: the invitation is for {invited.name}; ask for one to {name}")
+        wish = joining.Wish(server, invited, home, store=store, rpc=rpc, has_new_chain=new_chain)
+        try:
+            command = joining.join(wish, _show_finding)
+        except joining.CannotJoin as error:
+            console.print(f"[red]{escape(str(error))}[/red]")
+            raise typer.Exit(1) from None
+    console.print("joined. Start the worker, or restart it if it runs:")
+    print(command)
+
+
+def _take_settings(folder: Path) -> None:
+    """Put the settings of FOLDER/gateway.env into the environment, which comes first; before prefect is imported."""
+    path = folder / "gateway.env"
+    lines = path.read_text().splitlines() if path.exists() else []
+    if lines and path.stat().st_mode & 0o077:
+        _fail(f"{path} holds secrets, and others can read it: chmod 600 {path}")
+    settings = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        name, equals, value = line.partition("=")
+        if not equals:
+            _fail(f"{path}, line {number}: expected NAME=VALUE")
+        settings[name.strip()] = value.strip()
+    os.environ.update({**settings, **os.environ})
+    os.environ.setdefault("PREFECT_HOME", str(folder.resolve() / "prefect"))
 
 
 stack_app = typer.Typer(
