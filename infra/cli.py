@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from contracts.bindings import Deployment
     from infra.chain_deployment import Checked
     from infra.devstack import Stack
-    from infra.publishing import Publisher
     from infra.doctor import Finding
+    from infra.publishing import Publisher
 
 READY = files("deployments") / "ready"
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Private, paid, verifiable federated learning.")
@@ -882,6 +882,23 @@ def stack_restart(
     with _stack_failures():
         supervision.restart(read_plan(folder.resolve()).folder, name)
     console.print(f"{name} is started again")
+
+
+@stack_app.command("fund")
+def stack_fund(
+    address: Annotated[str, typer.Argument(help="of a host that joins, as healchain join prints it")],
+    folder: Annotated[Path, STACK_FOLDER] = Path("build/stack"),
+    wei: Annotated[int, typer.Option(min=1, help="how much")] = 10**19,
+) -> None:
+    """Send coins of the stack's own chain, which are worth nothing elsewhere: for a stake, and for gas."""
+    from infra.stack_plan import read_plan
+
+    with _failures(), _stack_failures():
+        plan = read_plan(folder.resolve())
+        from infra import stack
+
+        has_wei = stack.fund(plan, address, wei)
+    console.print(f"{address} has {has_wei} wei", soft_wrap=True)
 
 
 @contextmanager
