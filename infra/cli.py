@@ -762,6 +762,7 @@ def join(
 ) -> None:
     """Make this host a miner of a consortium; say what is wrong and how to mend it. Called again it completes or refreshes."""
     home = home.expanduser().resolve()
+    home.mkdir(mode=0o700, parents=True, exist_ok=True)
     os.environ.setdefault("PREFECT_HOME", str(home / "prefect"))
     from infra import joining
     from infra.membership import Invitation
