@@ -84,8 +84,16 @@ def remove_queue(actor: str, pools: Iterable[str]) -> None:
 
 
 def register_deployments(definitions: Path) -> list[str]:
-    """The deployments of a prefect.yaml; their names, as flow/deployment."""
-    return [_register(entry) for entry in yaml.safe_load(definitions.read_text())["deployments"]]
+    """The deployments of a prefect.yaml; their names, as flow/deployment. Raises ValueError for one that is none."""
+    entries = yaml.safe_load(definitions.read_text())["deployments"]
+    for place, entry in enumerate(entries):
+        missing = [name for name in ("name", "entrypoint", "work_pool") if name not in entry]
+        if missing or entry["work_pool"].get("name") not in POOLS:
+            wanted = (
+                f"{', '.join(missing)} missing" if missing else f"work_pool.name: expected one of {', '.join(POOLS)}"
+            )
+            raise ValueError(f"{definitions}, deployments[{place}]: {wanted}")
+    return [_register(entry) for entry in entries]
 
 
 def register_schedule(

@@ -769,6 +769,7 @@ def join(
         _fail("an invitation is needed: set HEALCHAIN_INVITATION, or give --invitation")
     home = home.expanduser().resolve()
     with _failures():
+        home.mkdir(mode=0o700, parents=True, exist_ok=True)
         _use_prefect_home(home / "prefect")
     from infra import joining
     from infra.membership import Invitation
@@ -914,6 +915,23 @@ def bench_stack(
 
     failed = benchmark.run(out, console, many=miners_many, quick=quick, document=markdown)
     sys.exit(1 if failed else 0)
+
+
+@stack_app.command("fund")
+def stack_fund(
+    address: Annotated[str, typer.Argument(help="of a host that joins, as healchain join prints it")],
+    folder: Annotated[Path, STACK_FOLDER] = Path("build/stack"),
+    wei: Annotated[int, typer.Option(min=1, help="how much")] = 10**19,
+) -> None:
+    """Send coins of the stack's own chain, which are worth nothing elsewhere: for a stake, and for gas."""
+    from infra.stack_plan import read_plan
+
+    with _failures(), _stack_failures():
+        plan = read_plan(folder.resolve())
+        from infra import stack
+
+        has_wei = stack.fund(plan, address, wei)
+    console.print(f"{address} has {has_wei} wei", soft_wrap=True)
 
 
 @contextmanager

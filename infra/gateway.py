@@ -16,6 +16,7 @@ Errors: Refused, to those who ask; ValueError naming the setting, to the operato
 import fcntl
 import json
 import os
+import re
 import secrets
 import socket
 import time
@@ -38,6 +39,7 @@ from urllib3.exceptions import HTTPError
 from blocks.artifacts import ArtifactStore
 from blocks.chain import Chain
 from blocks.identity import Identity, create_home, write_secret
+from blocks.object_store import parse_url
 from contracts import bindings
 from contracts.messages import Address, Frozen, Membership, key_address, signer_of
 from deployments.register import register_pools, register_queue, remove_queue
@@ -119,6 +121,8 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
     if missing:
         listed = "; ".join(f"{name}: {SETTINGS[name]}" for name in missing)
         raise ValueError(f"settings are missing, write them into the gateway's gateway.env (mode 0600): {listed}")
+    for name in environment.keys() & {name for name in SETTINGS if name.endswith("_URL")}:
+        _check_address(name, environment[name])
     store = ArtifactStore(
         root=environment["HEALCHAIN_STORE_URL"],
         access_key=environment["HEALCHAIN_STORE_ACCESS_KEY"],
@@ -130,6 +134,19 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
         api_auth=environment.get("PREFECT_API_AUTH_STRING", ""),
         store_url=environment.get("HEALCHAIN_MEMBERS_STORE_URL") or store.root,
     )
+
+
+def _check_address(name: str, value: str) -> None:
+    """Raises ValueError; the value is not repeated, somebody may have put a password into it."""
+    if not value:
+        return
+    if "STORE" in name:
+        try:
+            parse_url(value)
+        except ValueError:
+            raise ValueError(f"{name}: expected http(s)://HOST:PORT/BUCKET, nothing more") from None
+    elif not re.fullmatch(r"https?://[^\s@]+/api/?", value):
+        raise ValueError(f"{name}: expected http(s)://HOST:PORT/api")
 
 
 @contextmanager

@@ -5,6 +5,7 @@ middle, adds miners, and starts again cold after a power cut. `down` ends exactl
 """
 
 import json
+import re
 import urllib.request
 from collections.abc import Callable
 from importlib.resources import files
@@ -22,6 +23,7 @@ from blocks.registry import Registry
 from contracts.sending import Sending
 from contracts.task_spec import TaskFile, load_task_file
 from deployments import register
+from deployments.automations import register_automations
 from infra import chain_deployment, chain_node, object_store, postgres, supervision
 from infra.devstack import give_allowances, give_data
 from infra.profiles import write_profile
@@ -142,7 +144,49 @@ def deployments(plan: Plan) -> str:
         pools = ("publisher",) if actor == "publisher" else ("miners", "aggregators")
         register.register_queue(actor, Identity(home=str(plan.home(actor))).address, pools)
     register.offer(deployed_chain(plan))
-    return f"{len(register.register_deployments(DEFINITIONS))} flows in pools {', '.join(register.POOLS)}"
+    rules = register_automations(reports_of(plan))
+    flows = register.register_deployments(DEFINITIONS)
+    return f"{len(flows)} flows in pools {', '.join(register.POOLS)}, {len(rules)} rules"
+
+
+def reports_of(plan: Plan) -> SecretStr | None:
+    """Where failed and stuck tasks are reported to, if the operator has said so. It may hold a key."""
+    path = plan.folder / "report-to"
+    address = path.read_text().strip() if path.exists() else ""
+    if address and not re.match(r"https?://[^/\s]+", address):
+        raise ValueError(f"{path}: expected an address http(s)://..., to which reports are posted; or no such file")
+    return SecretStr(address) if address else None
+
+
+def gateway(plan: Plan) -> str:
+    """What `healchain gateway` needs to let other hosts join. What the operator has added to its settings stays."""
+    from infra.gateway import pin_chain
+
+    folder = plan.folder / "gateway"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    path = folder / "gateway.env"
+    settings = {
+        "PREFECT_API_URL": plan.api_url,
+        "PREFECT_API_AUTH_STRING": plan.prefect_login,
+        "HEALCHAIN_STORE_URL": plan.store_url,
+        "HEALCHAIN_STORE_ACCESS_KEY": STORE_USER,
+        "HEALCHAIN_STORE_SECRET_KEY": plan.store_password,
+    }
+    there = path.read_text().splitlines() if path.exists() else []
+    added = [line for line in there if line.partition("=")[0].strip() not in settings]
+    lines = [*(f"{name}={value}" for name, value in settings.items()), *added]
+    supervision.write_private(path, "\n".join(lines) + "\n")
+    pin_chain(folder, deployed_chain(plan))
+    return f"ready for healchain gateway --folder {folder}"
+
+
+def fund(plan: Plan, address: str, wei: int) -> int:
+    """Send coins of the stack's own chain to an address; what it has then. Raises ValueError for an address that is none."""
+    if not Web3.is_address(address):
+        raise ValueError(f"address {address!r} is none: 0x and 40 hex digits, as healchain join prints it")
+    deployer, chain = Identity(home=str(plan.folder / "deployer")), stack_chain(plan)
+    chain.sender(deployer.account, deployer.journal_path).send(b"", to=address, value_wei=wei, purpose="allowance")
+    return chain.balance_of(address)
 
 
 def workers(plan: Plan) -> str:
@@ -165,6 +209,7 @@ STEPS: Steps = [
     *SERVERS,
     ("connections", connections),
     ("deployments", deployments),
+    ("gateway", gateway),
     ("workers", workers),
 ]
 

@@ -10,6 +10,8 @@ Nothing here loads Prefect, which reads where its server is when it is first imp
 """
 
 import json
+import os
+import re
 import secrets
 import socket
 import sys
@@ -18,6 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from infra import postgres
+from infra.chain_node import BINARY_ENVIRONMENT
 from infra.supervision import Program, Status, write_private
 
 HOST = "127.0.0.1"
@@ -128,11 +131,30 @@ def read_plan(folder: Path) -> Plan:
     """Raises ValueError when there is no stack in this folder, or what is written there is none."""
     path = folder / "stack.json"
     try:
-        return Plan(folder=folder, **json.loads(path.read_text()))
+        plan = Plan(folder=folder, **json.loads(path.read_text()))
     except FileNotFoundError as error:
         raise ValueError(f"--folder {folder}: there is no stack; healchain stack up makes one") from error
     except (TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not what was written: {error}. Restore it from a backup") from error
+    if problem := _wrong_setting(plan):
+        raise ValueError(f"{path}: {problem}")
+    return plan
+
+
+def _wrong_setting(plan: Plan) -> str:
+    """What cannot be used, or an empty string. It may have been edited by hand."""
+    if not isinstance(plan.ports, dict) or set(plan.ports) != set(DEFAULT_PORTS):
+        return f"ports = {plan.ports!r}: expected one for each of {', '.join(DEFAULT_PORTS)}"
+    for part, port in plan.ports.items():
+        if type(port) is not int or not 1 <= port <= 65535:
+            return f"ports.{part} = {port!r}: expected a number from 1 to 65535"
+    if type(plan.miners) is not int or plan.miners < 1:
+        return f"miners = {plan.miners!r}: expected a number from 1 up"
+    for name in ("postgres_password", "store_password", "prefect_password"):
+        # They stand in addresses and in supervisord's file; shorter ones than 8 the store refuses.
+        if not re.fullmatch(r"[A-Za-z0-9_-]{8,}", str(getattr(plan, name))):
+            return f"{name}: expected 8 or more letters, digits, - and _; for example those of openssl rand -hex 24"
+    return ""
 
 
 def check_ports(plan: Plan, running: list[Status]) -> None:
@@ -185,7 +207,8 @@ def store_program(plan: Plan) -> Program:
 def chain_program(plan: Plan) -> Program:
     folder, port = plan.folder / "chain", plan.ports["chain"]
     command = [sys.executable, "-m", "infra.chain_node", "--folder", str(folder), "--host", HOST, "--port", str(port)]
-    return Program("chain", command, port=port)
+    named = {name: os.environ[name] for name in (BINARY_ENVIRONMENT,) if name in os.environ}
+    return Program("chain", command, named, port=port)
 
 
 def prefect_program(plan: Plan) -> Program:
