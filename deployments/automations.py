@@ -1,7 +1,7 @@
 """The rules by which a Prefect server looks after runs by itself. Doing it again changes nothing.
 
-silent     a run that has a host and of which nothing is heard for SILENCE_S goes back to its queue: its process was killed
-           together with its worker, or its host is gone or cut off. A live worker takes it, and finds what was done
+silent     a run whose process has begun, and of which nothing is heard for SILENCE_S, goes back to its queue: the process was
+           killed together with its worker, or its host is gone or cut off. A live worker takes it, and finds what was done
 failed     a task's run that failed, crashed or finds no worker is reported
 stuck      a task's run that works for longer than its limit is reported; waiting for chain time is not work
 
@@ -25,6 +25,9 @@ SILENCE_S = 40
 """Four heartbeats: one that is lost or late is not yet silence; with the server's look every 5 s, noticed within a minute."""
 LIMIT_S = 6 * 3600
 """A task may be at work for so long before it is reported, unless the operator says otherwise."""
+BODY_ENDED = "healchain.run.body-ended"
+"""What a step's process says last. A server that was restarted in the middle of a run holds back the events of the run's states
+for a quarter of an hour, because it has not seen those before them; it does so with no other event."""
 RUNS = {"prefect.resource.id": "prefect.flow-run.*"}
 OF_A_TASK = {"prefect.resource.role": "flow", "prefect.resource.name": "run-task"}
 WITH_A_HOST = {"prefect.resource.role": "deployment", "prefect.resource.id": "prefect.deployment.*"}
@@ -56,12 +59,15 @@ STUCK = "A task's run works for longer than its limit: tell the operator."
 
 
 def _silent() -> EventTrigger:
-    """Of a run that is handed to a host, and after each sign of life, the next one is expected in time."""
+    """After each sign of life of a run's process the next one is expected in time, unless it was the last.
+
+    By none of the run's states alone: one that is held back would begin a watch over a run that has ended.
+    """
     return EventTrigger(
         match=ResourceSpecification(RUNS),
         match_related=ResourceSpecification(WITH_A_HOST),
-        after={"prefect.flow-run.Pending", "prefect.flow-run.heartbeat"},
-        expect={"prefect.flow-run.heartbeat", *_states(*ENDED, *PUT_OFF)},
+        after={"prefect.flow-run.heartbeat"},
+        expect={"prefect.flow-run.heartbeat", BODY_ENDED, *_states(*ENDED, *PUT_OFF)},
         for_each={"prefect.resource.id"},
         posture=Posture.Proactive,
         threshold=1,

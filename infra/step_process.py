@@ -33,6 +33,7 @@ from blocks import pools
 from blocks.chain import NotYet
 from blocks.connections import connections_of
 from blocks.identity import Identity, residents
+from deployments.automations import BODY_ENDED
 from tasks.dispatch import STEPS
 from tasks.records import station
 
@@ -124,7 +125,7 @@ def beating() -> Iterator[None]:
 
     def beat(flow_run: FlowRun, server_began: Any) -> None:
         while not ended.is_set():
-            _beat(flow_run, server_began + timedelta(seconds=time.monotonic() - began_s))
+            _say("prefect.flow-run.heartbeat", flow_run, server_began + timedelta(seconds=time.monotonic() - began_s))
             ended.wait(BEAT_S)
 
     context, state = contextvars.copy_context(), run.flow_run.state
@@ -135,12 +136,13 @@ def beating() -> Iterator[None]:
     finally:
         ended.set()
         thread.join(1.0)
+        _say(BODY_ENDED, run.flow_run, state.timestamp + timedelta(seconds=time.monotonic() - began_s))
 
 
-def _beat(flow_run: FlowRun, moment: Any) -> None:
+def _say(event: str, flow_run: FlowRun, moment: Any) -> None:
     related = [{"prefect.resource.id": f"prefect.flow.{flow_run.flow_id}", "prefect.resource.role": "flow"}]
     if flow_run.deployment_id:
         name = f"prefect.deployment.{flow_run.deployment_id}"
         related.append({"prefect.resource.id": name, "prefect.resource.role": "deployment"})
     resource = {"prefect.resource.id": f"prefect.flow-run.{flow_run.id}", "prefect.resource.name": flow_run.name}
-    emit_event("prefect.flow-run.heartbeat", resource=resource, related=related, occurred=moment)
+    emit_event(event, resource=resource, related=related, occurred=moment)
