@@ -34,7 +34,7 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.responses import WorkerFlowRunResponse
-from prefect.settings import PREFECT_API_URL, PREFECT_HOME
+from prefect.settings import PREFECT_HOME
 from prefect.states import Scheduled
 from prefect.workers.base import BaseJobConfiguration, BaseWorker, BaseWorkerResult
 
@@ -103,11 +103,6 @@ class HealChainWorker(BaseWorker[BaseJobConfiguration, Any, StepProcess]):
 
     def __init__(self, work_pool_name: str, *args: Any, **options: Any) -> None:
         super().__init__(work_pool_name, *args, **{**options, "create_pool_if_not_found": False})
-        if not PREFECT_API_URL.value():
-            raise ValueError(
-                f"PREFECT_API_URL: no server is named in {PREFECT_HOME.value() / 'profiles.toml'} nor in the environment; "
-                "start the worker with PREFECT_HOME=HOME/prefect, or run healchain join"
-            )
         self._homes = homes_here()
         self._work_queues = self._work_queues or set(self._homes)
         if unknown := sorted(self._work_queues - set(self._homes)):

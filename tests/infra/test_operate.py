@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 OPERATE, README = ROOT / "docs/operate.md", ROOT / "README.md"
 PACKAGES = ("blocks", "contracts", "deployments", "flows", "infra", "tasks")
 OTHER_SOURCES = (ROOT / "prefect.yaml", ROOT / "infra/compose.yaml", ROOT / "infra/Dockerfile")
-COMMAND = re.compile(r"(?<!--type )\bhealchain(?= [a-z-]|$)[^`\n|#;()]*")
+COMMAND = re.compile(r"(?<!--type )(?<!=)\bhealchain(?= [a-z-]|$)[^`\n|#;()]*")
 
 
 def python_files() -> list[Path]:
@@ -30,14 +30,17 @@ def sources() -> str:
 
 
 def in_code(text: str) -> list[str]:
-    """What stands in fences, a command a line, and between backticks."""
-    fenced = [line for block in re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S) for line in block.splitlines()]
+    """What stands in fences, a command a line (with prompts, those lines alone), and between backticks."""
+    fenced = []
+    for block in re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S):
+        lines = block.splitlines()
+        fenced += [line for line in lines if line.startswith("$ ")] or lines
     prose = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
     return [*fenced, *re.findall(r"`([^`]+)`", prose)]
 
 
 def commands(path: Path) -> list[str]:
-    """Every `healchain ...` with a subcommand; what a terminal printed is shown without the prompt."""
+    """Every `healchain ...` with a subcommand."""
     found = []
     for code in in_code(path.read_text()):
         for one in COMMAND.findall(code):
@@ -127,11 +130,8 @@ def test_every_link_leads_somewhere() -> None:
 
 def test_every_section_that_is_linked_exists() -> None:
     text = OPERATE.read_text()
-    titles = {
-        re.sub(r"[^\w -]", "", line[3:]).strip().lower().replace(" ", "-")
-        for line in text.splitlines()
-        if line[:3] == "## "
-    }
+    titles = re.findall(r"^## (.+)", text, re.M)
+    anchors = {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
     assert set(re.findall(r"\]\(#([^)]+)\)", text)) == anchors
 
 
