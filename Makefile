@@ -1,8 +1,10 @@
 # make round   set up, then run one task from publication to payment
+# make stack   set up, then start the real parts on this machine, each a process of its own; make stack-down ends them
 # make test    set up, then lint, type-check and run all tests
+# make test-faults   strike a real stack in every way: kill -9, servers, power, network, disk, clocks; half an hour
 # make bench   set up, then measure learning under encryption; bench-model: a network of 409 034 parameters;
 #              bench-crypto: the cryptography beside its peers; bench-gas: what a task costs on chain;
-#              bench-stream: 25 million coordinates through the disk
+#              bench-stream: 25 million coordinates through the disk; bench-stack: the real parts, with 5 and 100 miners
 # make fuzz    set up, then compare ten million random coordinates with an independent implementation
 # make contracts-deep   10 000 random histories of the contracts, and their fuzz tests 20 000 times each
 # Each sets up what it needs in the project's own virtual environment, .venv; a second call finds it ready.
@@ -14,11 +16,18 @@ SHELL := /bin/bash
 FORGE := cd contracts && node_modules/@foundry-rs/forge-linux-amd64/bin/forge
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: round test bench bench-model bench-crypto bench-gas bench-stream fuzz contracts contracts-deep clean
+.PHONY: round stack stack-down test test-faults bench bench-model bench-crypto bench-gas bench-stream bench-stack fuzz contracts contracts-deep clean
 .DEFAULT_GOAL := round
 
 round: $(READY)
 	$(VENV)/bin/healchain run breast-cancer --out build/round --again
+
+# Ports and more miners: make stack STACK="--miners 7 --prefect-port 4300"; they are kept.
+stack: $(READY) contracts/node_modules/ready
+	$(VENV)/bin/healchain stack up $(STACK)
+
+stack-down: $(READY)
+	$(VENV)/bin/healchain stack down
 
 test: $(READY) contracts/node_modules/ready
 	$(VENV)/bin/ruff check .
@@ -26,6 +35,10 @@ test: $(READY) contracts/node_modules/ready
 	$(VENV)/bin/mypy
 	$(VENV)/bin/pytest
 	$(FORGE) test
+
+test-faults: $(READY) contracts/node_modules/ready
+	@command -v faketime >/dev/null || echo "faketime is missing, the case of wrong clocks is left out. On Debian: apt-get install -y faketime"
+	$(VENV)/bin/pytest -p no:xdist -o addopts="-v --strict-markers" --timeout=1500 tests/faults
 
 bench: $(READY)
 	$(VENV)/bin/healchain bench --out build/bench.json
@@ -41,6 +54,9 @@ bench-gas: $(READY)
 
 bench-stream: $(READY)
 	$(VENV)/bin/healchain bench-stream --out build/bench-stream.json
+
+bench-stack: $(READY) contracts/node_modules/ready
+	$(VENV)/bin/healchain bench-stack --out build/bench-stack.json
 
 fuzz: $(READY)
 	$(VENV)/bin/healchain fuzz --out build/fuzz.json

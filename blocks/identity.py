@@ -25,7 +25,7 @@ from prefect.blocks.core import Block
 from pydantic import Field
 
 from blocks.artifacts import sync_folder
-from contracts.messages import Address, Bytes, Domain, KeyPossession, Message, sign
+from contracts.messages import Address, Bytes, Domain, KeyPossession, Membership, Message, sign
 from tasks.crypto import ecies, ndd_fe
 
 # scrypt work factor: the passphrase that `create_home` makes has 256 random bits, so stretching adds little.
@@ -72,7 +72,7 @@ class Identity(Block):
     def _scalar(self) -> int:
         return int.from_bytes(_open_keystore(self.home, "encryption").key, "big")
 
-    def sign(self, message: Message, domain: Domain) -> Bytes:
+    def sign(self, message: Message | Membership, domain: Domain) -> Bytes:
         return sign(message, domain, bytes(self.account.key))
 
     def sign_as_key_owner(self, message: KeyPossession, domain: Domain) -> Bytes:

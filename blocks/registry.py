@@ -6,7 +6,7 @@
 Recording the same thing twice changes nothing. What an event of the chain says replaces what is there; what a record says fills
 only what is empty. Opening a database brings its schema to this version (blocks.schema).
 
-Errors: UnknownSchema, UnknownVersion, LookupError (an actor); SQLAlchemy's own when the database stays away.
+Errors: UnknownSchema, UnknownVersion, RegistryUnavailable, LookupError (an actor).
 """
 
 import json
@@ -24,7 +24,8 @@ from pydantic import Field as BlockField
 from pydantic import SecretStr
 from sqlalchemy import Engine, Table, delete, event, func, insert, text, update
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.pool import NullPool
 from sqlmodel import Session, SQLModel, col, create_engine, select
 
@@ -44,6 +45,7 @@ from blocks.tables import (
 )
 from contracts.bindings import Logged, TaskPublished
 from contracts.messages import Abort, Address, Announcement, Message
+from contracts.task_spec import Start
 
 PATIENCE_S = 60.0  # longest wait for a database that restarts
 RETRY_S = 0.2
@@ -52,6 +54,10 @@ INSERT: Mapping[str, Any] = {"sqlite": sqlite.insert, "postgresql": postgresql.i
 _write_lock = threading.Lock()
 _opening = threading.Lock()
 T = TypeVar("T")
+
+
+class RegistryUnavailable(ConnectionError):
+    """The database cannot be reached or opened; the message says which one."""
 
 
 class UnknownVersion(LookupError):
@@ -192,6 +198,11 @@ class Registry(Block):
             raise UnknownVersion(f"{name!r} is no model version and no pin: `healchain models list` shows them")
         return found
 
+    def start_from(self, name: str) -> Start:
+        """What a task's terms say to start from a version or a pin. Raises UnknownVersion."""
+        version = self.find_version(name)
+        return Start(uri=version.uri, sha256=version.sha256)
+
     def pin(self, name: str, version: str) -> ModelVersionRow:
         """Let a name stand for a model version; what it stood for before is kept for `unpin`. Raises UnknownVersion."""
         if "/" in name or not name:
@@ -265,7 +276,7 @@ class Registry(Block):
             with self._session() as session:
                 return work(session)
 
-        return _patiently(run)
+        return self._patiently(run)
 
     def _write(self, work: Callable[[Session], Any]) -> None:
         """Do the work in one transaction; again, when the server went away in between: all of it, once, is the same as twice."""
@@ -275,24 +286,27 @@ class Registry(Block):
                 work(session)
                 session.commit()
 
-        _patiently(run)
+        self._patiently(run)
+
+    def _patiently(self, run: Callable[[], T]) -> T:
+        """Try again while the database server is away, for at most PATIENCE_S. Raises RegistryUnavailable."""
+        give_up_s = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                return run()
+            except OperationalError as error:
+                if not is_away(error) or time.monotonic() > give_up_s:
+                    where = make_url(self.url.get_secret_value()).render_as_string(hide_password=True)
+                    said = " ".join(str(error.orig).split())[:300]
+                    raise RegistryUnavailable(
+                        f"registry {where}: {said}. Is it running, and is registry.url right?"
+                    ) from error
+            time.sleep(RETRY_S)
 
     @contextmanager
     def _session(self) -> Iterator[Session]:
         with Session(_open(self.url.get_secret_value()), expire_on_commit=False) as session:
             yield session
-
-
-def _patiently(run: Callable[[], T]) -> T:
-    """Try again while the database server is away, for at most PATIENCE_S."""
-    give_up_s = time.monotonic() + PATIENCE_S
-    while True:
-        try:
-            return run()
-        except DBAPIError as error:
-            if not is_away(error) or time.monotonic() > give_up_s:
-                raise
-        time.sleep(RETRY_S)
 
 
 def _put(session: Session, row: SQLModel, *, replaces: bool = False, key: Sequence[str] = ()) -> None:

@@ -32,7 +32,9 @@ PublicKey = Annotated[str, StringConstraints(pattern=r"^0x0[23][0-9a-f]{64}$")]
 Salt = Annotated[str, StringConstraints(pattern=r"^0x[0-9a-f]{32}$")]
 Address = Annotated[str, StringConstraints(pattern=r"^0x[0-9a-fA-F]{40}$"), AfterValidator(_checksummed)]
 TaskId = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{2,63}$")]
+ActorName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,31}$")]
 Uint32 = Annotated[int, Field(ge=0, lt=2**32, strict=True)]
+Uint64 = Annotated[int, Field(ge=0, lt=2**64, strict=True)]
 Wei = Annotated[int, Field(ge=0, lt=2**88, strict=True)]
 Addresses = tuple[Address, ...]
 Bytes32s = tuple[Bytes32, ...]
@@ -46,7 +48,9 @@ SOLIDITY: dict[Any, str] = {
     Salt: "bytes",
     Address: "address",
     TaskId: "string",
+    ActorName: "string",
     Uint32: "uint32",
+    Uint64: "uint64",
     Wei: "uint96",
     str: "string",
     bool: "bool",
@@ -326,6 +330,18 @@ class Abort(Message):
     detail: str
 
 
+class Membership(Frozen):
+    """What a host signs to join a consortium, of no task: its name and encryption key, bound to its wallet.
+
+    moment_ms: the gateway's clock, as the gateway told it.
+    """
+
+    name: ActorName
+    address: Address
+    encryption_key: PublicKey
+    moment_ms: Uint64
+
+
 class AbortReason(StrEnum):
     """Why a task ends without a block. The reward goes back to the publisher when the deadline has passed."""
 
@@ -341,35 +357,35 @@ class AbortReason(StrEnum):
     DEADLINE_PASSED = "deadline passed"
 
 
-def struct_fields(kind: type[Message]) -> list[dict[str, str]]:
+def struct_fields(kind: type[Frozen]) -> list[dict[str, str]]:
     """The EIP-712 members of a message, in the order of its fields."""
     hints = get_type_hints(kind, include_extras=True)
     return [{"name": name, "type": SOLIDITY[hints[name]]} for name in kind.model_fields]
 
 
-def type_string(kind: type[Message]) -> str:
+def type_string(kind: type[Frozen]) -> str:
     """encodeType of EIP-712, e.g. ``Attestation(string task_id,uint32 round_number,...)``."""
     members = ",".join(f"{field['type']} {field['name']}" for field in struct_fields(kind))
     return f"{kind.__name__}({members})"
 
 
-def typed_data(message: Message, domain: Domain) -> SignableMessage:
+def typed_data(message: Frozen, domain: Domain) -> SignableMessage:
     kind = type(message)
     return encode_typed_data(domain.as_eip712(), {kind.__name__: struct_fields(kind)}, message.model_dump(mode="json"))
 
 
-def struct_hash(message: Message) -> Bytes32:
+def struct_hash(message: Frozen) -> Bytes32:
     """hashStruct of EIP-712, without a domain: the name of a message in other messages and in the contracts."""
     # The body of a signable message is exactly hashStruct; the domain given here does not enter it.
     body = typed_data(message, Domain(chain_id=0, verifying_contract="0x" + "00" * 20)).body
     return "0x" + bytes(body).hex()
 
 
-def sign(message: Message, domain: Domain, key: bytes) -> Bytes:
+def sign(message: Frozen, domain: Domain, key: bytes) -> Bytes:
     return "0x" + bytes(Account.sign_message(typed_data(message, domain), key).signature).hex()
 
 
-def signer_of(message: Message, domain: Domain, signature: Bytes) -> Address:
+def signer_of(message: Frozen, domain: Domain, signature: Bytes) -> Address:
     """The address that signed. Raises ValueError unless the signature is 65 bytes r, s, v in the one form that contracts take.
 
     Other forms of the same signature (v of 0 or 1, a high s) would recover here and be refused on chain.

@@ -15,21 +15,24 @@ Heartbeats are those of infra.step_process: with the server's time in them, a ho
 
 from datetime import timedelta
 from typing import Any
+from uuid import UUID
 
 from prefect.automations import Automation
 from prefect.blocks.webhook import Webhook
 from prefect.client.schemas.objects import StateType
 from prefect.events.actions import CallWebhook, ChangeFlowRunState, DoNothing
-from prefect.events.schemas.automations import EventTrigger, Posture, ResourceSpecification
+from prefect.events.schemas.automations import EventTrigger, Posture
+from prefect.events.schemas.events import ResourceSpecification
 from pydantic import SecretStr
 
+Match = dict[str, str | list[str]]
 SILENCE_S = 40
 """Four heartbeats: one that is lost or late is not yet silence; with the server's look every 5 s, noticed within a minute."""
 LIMIT_S = 6 * 3600
 """A task may be at work for so long before it is reported, unless the operator says otherwise."""
-RUNS = {"prefect.resource.id": "prefect.flow-run.*"}
-OF_A_TASK = {"prefect.resource.role": "flow", "prefect.resource.name": "run-task"}
-WITH_A_HOST = {"prefect.resource.role": "deployment", "prefect.resource.id": "prefect.deployment.*"}
+RUNS: Match = {"prefect.resource.id": "prefect.flow-run.*"}
+OF_A_TASK: Match = {"prefect.resource.role": "flow", "prefect.resource.name": "run-task"}
+WITH_A_HOST: Match = {"prefect.resource.role": "deployment", "prefect.resource.id": "prefect.deployment.*"}
 ENDED = ("Completed", "Failed", "Crashed", "Cancelled", "TimedOut")
 PUT_OFF = ("Scheduled", "Waiting", "AwaitingRetry", "Late", "Paused", "Silent", "Suspended")
 WEBHOOK = "healchain-reports"
@@ -75,7 +78,7 @@ def _silent() -> EventTrigger:
 
 def _set_aside() -> ChangeFlowRunState:
     return ChangeFlowRunState(
-        name="Silent", state=StateType.PAUSED, message=f"nothing was heard of its host for {SILENCE_S} s"
+        name="Silent", state=StateType.PAUSED, force=False, message=f"nothing was heard of its host for {SILENCE_S} s"
     )
 
 
@@ -92,7 +95,7 @@ def _set_silent() -> EventTrigger:
 
 def _give_back() -> ChangeFlowRunState:
     message = f"nothing was heard of its host for {SILENCE_S} s: begun again by the next worker of its queue"
-    return ChangeFlowRunState(name="AwaitingRetry", state=StateType.SCHEDULED, message=message)
+    return ChangeFlowRunState(name="AwaitingRetry", state=StateType.SCHEDULED, force=False, message=message)
 
 
 def _failed() -> EventTrigger:
@@ -128,6 +131,7 @@ def _report(address: SecretStr | None) -> CallWebhook | DoNothing:
     if address is None:
         return DoNothing()
     saved = Webhook(method="POST", url=address).save(WEBHOOK, overwrite=True)
+    assert isinstance(saved, UUID)  # a coroutine only where an event loop runs
     return CallWebhook(block_document_id=saved, payload=REPORT)
 
 

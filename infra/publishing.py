@@ -5,13 +5,17 @@ Errors: ValueError, PoolsUnavailable.
 
 import secrets
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 from blocks import pools
-from blocks.connections import Connections, connections_of
+from blocks.artifacts import ArtifactStore
+from blocks.chain import Chain
+from blocks.connections import connections_of
 from blocks.identity import Identity
+from blocks.registry import Registry
 from contracts.task_spec import TaskFile
 from deployments.register import register_schedule
 from infra.watching import Watcher
@@ -21,64 +25,74 @@ from tasks.publish import approve, check_runnable, decide, largest_score
 POLL_S = 1.0
 
 
-def publisher_of(home: Path) -> tuple[Identity, Connections]:
+@dataclass(frozen=True)
+class Publisher:
+    """A publisher, and what its home connects it to."""
+
+    name: str
+    me: Identity
+    chain: Chain
+    store: ArtifactStore
+    registry: Registry
+
+
+def publisher_of(home: Path) -> Publisher:
     """The publisher whose home this is. Raises ValueError."""
     me = Identity(home=str(home.resolve()))
     pinned = connections_of(me)
     if pinned.registry is None:
         raise ValueError(f"--home {home}: the home of {pinned.name}, which has no registry; name the publisher's")
-    return me, pinned
+    return Publisher(pinned.name, me, pinned.chain, pinned.store, pinned.registry)
 
 
 def submit(home: Path, file: TaskFile) -> tuple[str, UUID]:
     """Decide on the task in the publisher's home and start its run; the task's id and the run's."""
-    me, pinned = publisher_of(home)
+    publisher = publisher_of(home)
     check_runnable(file)
     largest_score(file)
     task_id = f"{file.name}-{secrets.token_hex(6)}"
-    decide(me, task_id, file)
-    parameters = {"spec": file.spec().model_dump(mode="json"), "publisher": pinned.name, "task_id": task_id}
+    decide(publisher.me, task_id, file)
+    parameters = {"spec": file.spec().model_dump(mode="json"), "publisher": publisher.name, "task_id": task_id}
     run = pools.start(
         "run-task/publisher",
-        pinned.name,
+        publisher.name,
         parameters,
-        key=f"{me.address}/{task_id}",
+        key=f"{publisher.me.address}/{task_id}",
         name=task_id,
-        tags=[f"task:{task_id}", f"actor:{pinned.name}"],
+        tags=[f"task:{task_id}", f"actor:{publisher.name}"],
     )
     return task_id, run.id
 
 
 def schedule(home: Path, file: TaskFile, *, cron: str | None, interval_s: float | None) -> str:
     """Approve of tasks with these terms and have the next of them begin on a schedule; the deployment's name."""
-    me, pinned = publisher_of(home)
+    publisher = publisher_of(home)
     check_runnable(file)
     largest_score(file)
-    approve(me, file)
+    approve(publisher.me, file)
     parameters: dict[str, Any] = {
         "spec": file.spec().model_dump(mode="json"),
-        "publisher": pinned.name,
+        "publisher": publisher.name,
         "task_id": "",
         "follow_on": True,
     }
-    return register_schedule(file.name, pinned.name, parameters, cron=cron, interval_s=interval_s)
+    return register_schedule(file.name, publisher.name, parameters, cron=cron, interval_s=interval_s)
 
 
 def follow(home: Path, task_id: str, run_id: UUID, watcher: Watcher) -> tuple[str, str]:
     """Show the steps as they end, until the run has; the task's status and reason as the index has them."""
-    _, pinned = publisher_of(home)
-    assert pinned.registry is not None
+    registry = publisher_of(home).registry
     shown = 0
     while True:
         run = pools.look([run_id]).get(run_id)
-        steps = pinned.registry.steps(task_id)
+        steps = registry.steps(task_id)
         for row in steps[shown:]:
             watcher.tell(
                 StepEvent(row.outcome, row.step, row.actor, task_id, row.round_number, row.seconds, row.detail)
             )
         shown = len(steps)
         if run is None or run.has_ended:
-            task = pinned.registry.find_task(task_id)
+            task = registry.find_task(task_id)
             failed = "" if run is None or run.is_done else f"{run.state}: {run.message}"
             return (task.status if task else "FAILED"), failed or (task.reason if task else "")
         if run.due_in_s > 2 * POLL_S:

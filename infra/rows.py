@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-END = "<!-- end of figures -->"
+FIGURES, END = "<!-- figures:", "<!-- end of figures -->"
 
 
 @dataclass(frozen=True)
@@ -99,14 +99,15 @@ def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 def marked(command: str) -> str:
     """The line of a document after which the figures of this benchmark are."""
-    return f"<!-- figures: healchain {command} --markdown writes between these two lines -->"
+    return f"{FIGURES} healchain {command} --markdown writes between these two lines -->"
 
 
 def refreshed(document: str, start: str, block: str) -> str:
-    """The document with `block` between this mark and END. Raises ValueError when it does not have both, once each."""
-    if document.count(start) != 1 or document.count(END) != 1 or document.index(END) < document.index(start):
+    """The document with `block` between this mark and the END after it. Raises ValueError without both, once each."""
+    before, found, rest = document.partition(start)
+    old, end, after = rest.partition(END)
+    if not (found and end) or start in rest or FIGURES in old:
         raise ValueError(f"the document needs the two lines {start!r} and {END!r}, once each, in this order")
-    before, after = document.split(start)[0], document.split(END)[1]
     return f"{before}{start}\n\n{block}\n\n{END}{after}"
 
 

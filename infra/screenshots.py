@@ -34,7 +34,8 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import Artifact, FlowRun
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_UI_URL
-from websockets.sync.client import ClientConnection, connect
+from websockets.sync.client import connect
+from websockets.sync.connection import Connection
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 WIDTH = 1440
@@ -148,7 +149,7 @@ def _progress_page(client: SyncPrefectClient, run: FlowRun) -> list[Page]:
 class Tab:
     """A page of the browser, through its DevTools protocol."""
 
-    def __init__(self, connection: ClientConnection) -> None:
+    def __init__(self, connection: Connection) -> None:
         self._connection, self._sent = connection, 0
 
     def do(self, method: str, **parameters: Any) -> dict[str, Any]:

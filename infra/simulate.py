@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from contracts.task_spec import TaskSpec
-from infra.devstack import ready_parts
+from infra.devstack import READY_DATASETS, ready_parts
 from tasks.cohort import fixed_weights
 from tasks.contribute import local_round
 from tasks.global_model import GlobalModel, build_network, initial_model, next_model
@@ -52,15 +52,23 @@ def plain_sum(vectors: list[Integers], weights: Sequence[int]) -> Integers:
 
 def shares(spec: TaskSpec, miners: int) -> tuple[list[Dataset], Dataset]:
     """Each miner's part of a ready data set, and the publisher's validation set, as the model takes them."""
-    rules = spec.dataset
-    named = ready_parts(rules, miners, spec.seed)
-    if rules.low:
-        named = {
-            name: rescale(part, low=rules.low, high=rules.high, transform=rules.transform)
-            for name, part in named.items()
-        }
+    named = ready_parts(spec.dataset, miners, spec.seed)
+    named = {name: _as_the_model_takes(spec, part) for name, part in named.items()}
     validation = named.pop("publisher")
     return list(named.values()), validation
+
+
+def ready_sets(spec: TaskSpec) -> tuple[Dataset, Dataset]:
+    """All samples for miners of a ready data set, and the publisher's validation set, as the model takes them."""
+    if spec.dataset.name not in READY_DATASETS:
+        raise ValueError(f"dataset.name = {spec.dataset.name!r}: no ready data set ({', '.join(READY_DATASETS)})")
+    train, validation = (_as_the_model_takes(spec, part) for part in READY_DATASETS[spec.dataset.name](spec.seed))
+    return train, validation
+
+
+def _as_the_model_takes(spec: TaskSpec, part: Dataset) -> Dataset:
+    rules = spec.dataset
+    return rescale(part, low=rules.low, high=rules.high, transform=rules.transform) if rules.low else part
 
 
 def simulate(

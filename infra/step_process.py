@@ -31,6 +31,7 @@ import flows.protocol
 import flows.publisher  # noqa: F401 - loaded before the fork
 from blocks import pools
 from blocks.chain import NotYet
+from blocks.connections import connections_of
 from blocks.identity import Identity, residents
 from tasks.dispatch import STEPS
 from tasks.records import station
@@ -51,8 +52,23 @@ def run_step(run_id: str, homes: dict[str, str]) -> None:
             if refusal:
                 client.set_flow_run_state(flow_run.id, Failed(message=refusal), force=True)
                 return
+        if flow_name in STEPS:
+            # Prefect opens a channel of its own, to hear of a suspension, for every run of a deployment: half a second.
+            flow_run.deployment_id = None
         with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):  # `beating` is in their place
             run_flow(patient(flow_of(flow_name), flow_run.id, actor_of(flow_run.parameters)), flow_run=flow_run)
+
+
+def unusable(homes: dict[str, str]) -> str:
+    """What is wrong with a home of this host, its keys and what it has pinned, or an empty string."""
+    try:
+        for home in homes.values():
+            me = Identity(home=home)
+            connections_of(me)
+            me.address, me.encryption_key  # noqa: B018 - opens both keystores
+    except ValueError as error:  # NotConnected, InvalidHome, WrongPassphrase
+        return str(error)
+    return ""
 
 
 def flow_of(name: str) -> Flow[..., Any]:

@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import os
 from datetime import timedelta
+from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any, TextIO
@@ -64,8 +65,16 @@ def homes_here() -> dict[str, Path]:
         raise ValueError(
             f"HEALCHAIN_HOME = {folder}: no connections.json there or one folder below; run healchain join"
         )
-    # Read as it stands: the worker itself uses no key, no chain and no store, and loads nothing of them.
-    return {str(json.loads((home / "connections.json").read_text())["name"]): home for home in found}
+    return {_name_of(home): home for home in found}
+
+
+def _name_of(home: Path) -> str:
+    """Read as it stands: the worker itself uses no key, no chain and no store, and loads nothing of them."""
+    path = home / "connections.json"
+    try:
+        return str(json.loads(path.read_text())["name"])
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is not what was written: run healchain join again, or restore it") from None
 
 
 def process_name(pid: int) -> str:
@@ -104,7 +113,7 @@ class HealChainWorker(BaseWorker[BaseJobConfiguration, Any, StepProcess]):
         self._pools = SERVED_TOGETHER.get(work_pool_name, (work_pool_name,))
         self._children: dict[UUID, ForkServerProcess] = {}
         self._forkserver = multiprocessing.get_context("forkserver")
-        self._forkserver.set_forkserver_preload(["infra.step_process"])
+        self._forkserver.set_forkserver_preload(["infra.step_warmth"])
 
     async def setup(self) -> None:
         for name in sorted(self._work_queues):
@@ -114,9 +123,17 @@ class HealChainWorker(BaseWorker[BaseJobConfiguration, Any, StepProcess]):
         await super().setup()
 
     def _warm_up(self) -> None:
-        process = self._forkserver.Process(target=_nothing)
+        """Have the first child look whether the homes can be used. Raises ValueError."""
+        answer, said = self._forkserver.Pipe(duplex=False)
+        homes = {name: str(self._homes[name]) for name in sorted(self._work_queues)}
+        process = self._forkserver.Process(target=_look_at, args=(homes, said))
         process.start()
+        said.close()
         process.join()
+        if not answer.poll():
+            raise ValueError(f"the process that looks at the homes ended with code {process.exitcode}")
+        if problem := answer.recv():
+            raise ValueError(problem)
 
     async def sync_with_backend(self) -> None:
         """Say that this host is there, in every pool that it serves, and give back what died."""
@@ -212,8 +229,9 @@ def _run_step(run_id: str, homes: dict[str, str]) -> None:
     importlib.import_module("infra.step_process").run_step(run_id, homes)
 
 
-def _nothing() -> None:
+def _look_at(homes: dict[str, str], said: Connection) -> None:
     """In the first child, whose start waits for the imports."""
+    said.send(importlib.import_module("infra.step_process").unusable(homes))
 
 
 def _lock(home: Path, name: str) -> TextIO:

@@ -15,7 +15,7 @@ from prefect.cache_policies import NO_CACHE
 
 from blocks.artifacts import MissingArtifact, TamperedArtifact
 from contracts.messages import Announcement, Attestation, Candidate, Cohort, RoundResult, Submission, struct_hash
-from contracts.task_spec import PublishedTask
+from contracts.task_spec import PublishedTask, TaskSpec
 from tasks.aggregate import latest_score_commits
 from tasks.cohort import trusted_cohort
 from tasks.contribute import Ciphertext, read_prepared, score_at, submitted_ciphertext
@@ -23,7 +23,7 @@ from tasks.crypto import ndd_fe
 from tasks.crypto.ecies import Unopenable
 from tasks.delivery import deliver, delivered_validation
 from tasks.dispatch import report_progress
-from tasks.global_model import Opening, accepted, build_network, model_after, weights_of
+from tasks.global_model import GlobalModel, Opening, accepted, build_network, model_after, weights_of
 from tasks.keys import encryption_keys
 from tasks.learning.datasets import Dataset
 from tasks.learning.training import Diverged, evaluate
@@ -92,24 +92,27 @@ def check_candidate(st: Station, terms: PublishedTask, cohort: Cohort, candidate
     if model.sha256 != candidate.model_sha256:
         raise Objection(f"the candidate names model {candidate.model_sha256}, the opened sums give {model.sha256}")
 
-    network = build_network(terms.spec)
-    own = load_samples(st.me, terms.spec.dataset, "train")
-    few = own.take(np.arange(0, len(own), max(1, len(own) // LOCAL_SAMPLES)))
     before = model_after(st, terms.spec, cohort, number - 1)
-    was = evaluate(network, before.parameters, few)
-    now = evaluate(network, model.parameters, few)
-    if now.correct + terms.spec.voting.tolerance * now.total < was.correct:
-        raise Objection(
-            f"on {now.total} local samples the model got worse, from {was.correct} to {now.correct} correct: more than "
-            f"the tolerance {terms.spec.voting.tolerance}"
-        )
+    check_locally(terms.spec, before, model, load_samples(st.me, terms.spec.dataset, "train"))
     if (validation := opened_validation(st, terms, number)) is not None:
-        judged = evaluate(network, model.parameters, validation)
+        judged = evaluate(build_network(terms.spec), model.parameters, validation)
         if (judged.correct, judged.total) != (candidate.correct, candidate.total):
             raise Objection(
                 f"the candidate claims {candidate.correct} of {candidate.total} correct, here it is "
                 f"{judged.correct} of {judged.total}"
             )
+
+
+def check_locally(spec: TaskSpec, before: GlobalModel, model: GlobalModel, own: Dataset) -> None:
+    """Raise Objection when the model does worse on some of the voter's own samples, by more than the task tolerates."""
+    network, few = build_network(spec), own.take(np.arange(0, len(own), max(1, len(own) // LOCAL_SAMPLES)))
+    was = evaluate(network, before.parameters, few)
+    now = evaluate(network, model.parameters, few)
+    if now.correct + spec.voting.tolerance * now.total < was.correct:
+        raise Objection(
+            f"on {now.total} local samples the model got worse, from {was.correct} to {now.correct} correct: more than "
+            f"the tolerance {spec.voting.tolerance}"
+        )
 
 
 def opened_validation(st: Station, terms: PublishedTask, round_number: int) -> Dataset | None:

@@ -123,7 +123,7 @@ def train_locally(task_id: str, round_number: int, actor: str) -> None:
         load_samples(st.me, spec.dataset, "train"),
         memory,
         round_number,
-        sample_order=_sample_order(spec, st.address, round_number),
+        sample_order=order_of_samples(spec, st.address, round_number),
         on_epoch=lambda epoch, loss: report_progress(
             epoch / spec.training.local_epochs, f"epoch {epoch}, loss {loss:.3f}"
         ),
@@ -301,7 +301,7 @@ def _memory_before(
     return memory, score
 
 
-def _sample_order(spec: TaskSpec, miner: str, round_number: int) -> int:
+def order_of_samples(spec: TaskSpec, miner: str, round_number: int) -> int:
     """Seed of the order in which a miner sees its samples: repeatable, different for each miner and round."""
     return int.from_bytes(merkle.leaf_hash(f"{spec.seed}|{miner}|{round_number}".encode())[:8], "big")
 

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from eth_utils.address import to_checksum_address
 from pydantic import SecretStr
 
 from blocks.artifacts import ArtifactStore, MissingArtifact, TamperedArtifact, sha256_hex
@@ -42,7 +43,9 @@ def remember(
         follow_chain(registry, chain)
     if isinstance(message, Announcement):
         _index_terms(registry, store, message.task_id)
-    registry.record(message, signer=reference["owner"], path=reference["path"], sha256=reference["sha256"])
+    registry.record(
+        message, signer=to_checksum_address(reference["owner"]), path=reference["path"], sha256=reference["sha256"]
+    )
 
 
 def refuse(

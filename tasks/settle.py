@@ -4,6 +4,8 @@ Algorithms 6 and 7 of the protocol. Every step asks the chain first whether it i
 second time.
 """
 
+from collections.abc import Callable
+
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
@@ -132,13 +134,26 @@ def distribute_and_withdraw(task_id: str, actor: str) -> dict[str, str]:
     if not settlement.is_distributed:
         if settlement.outcome is not Outcome.UNMET and settlement.revealed_count < settlement.participant_count:
             st.chain.wait_until(last_reveal_s(st, task_id, settlement) + 1, "the end of the windows for the reveals")
-        contracts.rewards.distribute(task_id)
+        # Anybody may, and on hosts of their own several do at once.
+        or_found_done(
+            lambda: contracts.rewards.distribute(task_id),
+            lambda: contracts.rewards.get_settlement(task_id).is_distributed,
+        )
     token = contracts.escrow.get_task(task_id).token
     transaction, amount = claim_own_part(st, task_id, token)
     if contracts.rewards.balance_of(st.address, token):
         paid = contracts.rewards.withdraw_to(token=token)
         transaction, amount = paid.transaction, amount + paid.event.amount_wei
     return st.receipt(task_id, 0, "withdraw", transaction, amount)
+
+
+def or_found_done(send: Callable[[], object], is_done: Callable[[], bool]) -> None:
+    """Send what only the first sender can, unless another one was faster. Raises Reverted."""
+    try:
+        send()
+    except Reverted:
+        if not is_done():
+            raise
 
 
 def claim_own_part(st: Station, task_id: str, token: str) -> tuple[str, int]:
@@ -148,7 +163,9 @@ def claim_own_part(st: Station, task_id: str, token: str) -> tuple[str, int]:
     if own is None or contracts.rewards.get_settlement(task_id).outcome is Outcome.UNMET:
         return ZERO32, 0
     score = contracts.rewards.get_score(task_id, own.position)
-    if score.is_claimed or not contracts.rewards.claimable(task_id, own.position, score.score, token):
+    # A claim that rounds to nothing is made as well: its parts leave the divisor, and no wei stays behind.
+    is_owed = score.score or contracts.rewards.claimable(task_id, own.position, score.score, token)
+    if score.is_claimed or not is_owed:
         return ZERO32, 0
     paid = contracts.rewards.claim_to(task_id, own_opening(st, task_id, own), token=token)
     return paid.transaction, paid.event.amount_wei
@@ -193,7 +210,7 @@ def take_compensation(task_id: str, actor: str) -> dict[str, str]:
     is_published = st.chain.contracts().publisher.get_block_meta(task_id) is not None
     if silent not in (None, st.address) and not is_published:
         st.chain.wait_until(stakes.get_draw(task_id).turn_end_s + 1, "the end of the aggregator's turn")
-        stakes.replace_aggregator(task_id)
+        or_found_done(lambda: stakes.replace_aggregator(task_id), lambda: stakes.aggregator_of(task_id) != silent)
     for slashed in st.chain.events(task_id, StakeSlashed):
         mine = stakes.get_cohort(task_id).miners.index(st.address)
         taken = stakes.get_slash(task_id, slashed.position, slashed.offence)

@@ -33,6 +33,7 @@ MAY_IMPORT = {
     # The two that start flows: all of a task in this process, and a step on its actor's host.
     "infra.cli": ("infra", "flows", "tasks", "blocks", "contracts"),
     "infra.step_process": ("infra", "flows", "tasks", "blocks"),
+    "infra.step_warmth": ("infra.step_process", "tasks.crypto"),
 }
 PURE = ("contracts.messages", "contracts.contributions", "contracts.task_spec", "tasks.crypto", "tasks.learning")
 # Read once, at import: which kernels run. That is a matter of the machine; the bits they make are the same.

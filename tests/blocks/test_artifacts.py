@@ -1,6 +1,7 @@
 """The store gives back the bytes that were put, or says what is wrong; it never holds half of anything."""
 
 import hashlib
+import io
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from minio import Minio
 
 from blocks.artifacts import (
     MAX_RECORD_BYTES,
@@ -17,6 +19,8 @@ from blocks.artifacts import (
     TamperedArtifact,
     sha256_hex,
 )
+from blocks.object_store import parse_url
+from tests.blocks.object_server import ObjectServer
 
 ME = "0x" + "aB" * 20
 OTHER = "0x" + "cd" * 20
@@ -24,17 +28,54 @@ PATH = "a-task/00001/Submission.json"
 
 
 @pytest.fixture
-def store(tmp_path):
+def directory(tmp_path):
     return ArtifactStore(root=str(tmp_path / "store"))
 
 
-def files(store: ArtifactStore) -> list[Path]:
-    return sorted(path for path in Path(store.root).rglob("*") if path.is_file())
+@pytest.fixture(params=["directory", "s3"])
+def store(request):
+    """The same store, once as a directory and once as a bucket of a real server, with its administrator's keys."""
+    if request.param == "directory":
+        return request.getfixturevalue("directory")
+    server: ObjectServer = request.getfixturevalue("object_server")
+    return server.store()
 
 
-def only_file(store: ArtifactStore) -> Path:
-    (path,) = files(store)
-    return path
+def inside(store: ArtifactStore) -> tuple[Minio, str]:
+    """A client of the store's server beside it, and its bucket."""
+    _, endpoint, bucket = parse_url(store.root)
+    keys = {"access_key": store.access_key, "secret_key": store.secret_key.get_secret_value()}
+    return Minio(endpoint=endpoint, secure=False, **keys), bucket
+
+
+def files(store: ArtifactStore) -> list[str]:
+    """Names of all that is stored, also of drafts."""
+    if store.access_key is None:
+        return sorted(str(path.relative_to(store.root)) for path in Path(store.root).rglob("*") if path.is_file())
+    client, bucket = inside(store)
+    return sorted(found.object_name for found in client.list_objects(bucket_name=bucket, recursive=True))
+
+
+def only_file(store: ArtifactStore) -> str:
+    (name,) = files(store)
+    return name
+
+
+def overwrite(store: ArtifactStore, name: str, data: bytes) -> None:
+    """Change what is stored, behind the store's back."""
+    if store.access_key is None:
+        Path(store.root, name).write_bytes(data)
+        return
+    client, bucket = inside(store)
+    client.put_object(bucket_name=bucket, object_name=name, data=io.BytesIO(data), length=len(data))
+
+
+def written_at(store: ArtifactStore, name: str) -> object:
+    if store.access_key is None:
+        return Path(store.root, name).stat().st_mtime_ns
+    client, bucket = inside(store)
+    (found,) = client.list_objects(bucket_name=bucket, prefix=name)  # in milliseconds, where stat_object has seconds
+    return found.last_modified
 
 
 # Content by digest
@@ -51,38 +92,38 @@ def test_what_was_put_comes_back(store, data):
 
 def test_putting_again_changes_nothing(store):
     first = store.put(ME, b"model")
-    written = only_file(store).stat()
+    written = written_at(store, only_file(store))
     assert store.put(ME, b"model") == first
-    assert only_file(store).stat().st_mtime_ns == written.st_mtime_ns
+    assert written_at(store, only_file(store)) == written
 
 
 @pytest.mark.parametrize("durable", [True, False])
 @pytest.mark.parametrize("left", [b"", b"mod", b"modeL", bytes(5)])
 def test_putting_again_repairs_what_a_power_cut_left(store, left, durable):
     reference = store.put(ME, b"model", durable=durable)
-    only_file(store).write_bytes(left)
+    overwrite(store, only_file(store), left)
     assert store.put(ME, b"model", durable=durable) == reference
     assert store.get(ME, reference.sha256) == b"model"
     assert len(files(store)) == 1
 
 
-def test_many_blobs_share_one_sync(store, monkeypatch):
+def test_many_blobs_share_one_sync(directory, monkeypatch):
     """Each put of its own syncs file and folder; with durable=False none does, and one sync is for all."""
     synced = []
     real = os.fsync
     monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(descriptor) or real(descriptor))
     for number in range(10):
-        store.put(ME, bytes([number]), durable=False)
-    store.sync()
+        directory.put(ME, bytes([number]), durable=False)
+    directory.sync()
     assert synced == []
-    assert len(files(store)) == 10
-    store.put(ME, b"at once")
+    assert len(files(directory)) == 10
+    directory.put(ME, b"at once")
     assert len(synced) == 2
 
 
-def test_a_store_that_is_not_there_cannot_be_synced(store):
+def test_a_store_that_is_not_there_cannot_be_synced(directory):
     with pytest.raises(FileNotFoundError):
-        store.sync()
+        directory.sync()
 
 
 def test_each_owner_has_a_folder_of_its_own(store):
@@ -100,7 +141,7 @@ def test_an_unknown_digest_is_missing(store):
 @pytest.mark.parametrize("stored", [b"", b"mode", b"modeL", b"model "])
 def test_truncated_or_changed_content_is_refused(store, stored):
     reference = store.put(ME, b"model")
-    only_file(store).write_bytes(stored)
+    overwrite(store, only_file(store), stored)
     with pytest.raises(TamperedArtifact, match="truncated or changed"):
         store.get(ME, reference.sha256)
 
@@ -112,13 +153,13 @@ def test_content_may_be_as_large_as_allowed_and_no_larger(store):
         store.get(ME, reference.sha256, max_bytes=99)
 
 
-def test_oversized_content_is_not_read(store):
+def test_oversized_content_is_not_read(directory):
     """A terabyte that exists in its size only: refused by that."""
-    reference = store.put(ME, b"x")
-    with only_file(store).open("r+b") as file:
+    reference = directory.put(ME, b"x")
+    with Path(directory.root, only_file(directory)).open("r+b") as file:
         file.truncate(1 << 40)
     with pytest.raises(TamperedArtifact, match="bytes, at most"):
-        store.get(ME, reference.sha256, max_bytes=1 << 20)
+        directory.get(ME, reference.sha256, max_bytes=1 << 20)
 
 
 # Records by name
@@ -149,7 +190,7 @@ def test_a_record_may_be_as_large_as_allowed_and_no_larger(store):
 
 def test_a_record_that_grew_in_the_store_is_refused(store):
     store.post(ME, PATH, b"x")
-    only_file(store).write_bytes(b"x" * (MAX_RECORD_BYTES + 1))
+    overwrite(store, only_file(store), b"x" * (MAX_RECORD_BYTES + 1))
     with pytest.raises(TamperedArtifact, match="at most"):
         store.find(ME, PATH)
 
@@ -163,24 +204,37 @@ def test_records_are_listed_in_order_by_owner(store):
     assert store.list_records("0x" + "00" * 20) == []
 
 
-# Names that lead elsewhere
+def test_owners_of_a_record_are_found_in_order(store):
+    """Those who posted exactly this one, whatever else is stored."""
+    owners = [sha256_hex(bytes([number]))[:42] for number in range(12)]
+    for owner in owners[:10]:
+        store.post(owner, PATH, b"{}")
+    store.post(owners[10], "a-task/00002/Submission.json", b"{}")
+    store.put(owners[11], b"{}")
+    assert [owner.lower() for owner in store.owners_of(PATH)] == sorted(owners[:10])
+    assert store.owners_of("a-task/00001/Submission") == []
+    store.post(ME.lower(), "one.json", b"{}")
+    assert store.owners_of("one.json") == ["0xABaBaBaBABabABabAbAbABAbABabababaBaBABaB"]
+
+
+# Names that lead elsewhere: refused before it matters where the bytes are
 
 
 @pytest.mark.parametrize(
     "owner",
     ["", "..", "0x", "publisher", "0x" + "ab" * 19, "0x" + "ab" * 21, f"../{ME}", f"{ME}/..", f"{ME}\n", f"{ME}\0"],
 )
-def test_an_owner_that_is_no_address_is_refused(store, owner):
+def test_an_owner_that_is_no_address_is_refused(directory, owner):
     for attempt in (
-        lambda: store.put(owner, b"x"),
-        lambda: store.get(owner, sha256_hex(b"x")),
-        lambda: store.post(owner, PATH, b"x"),
-        lambda: store.find(owner, PATH),
-        lambda: store.list_records(owner),
+        lambda: directory.put(owner, b"x"),
+        lambda: directory.get(owner, sha256_hex(b"x")),
+        lambda: directory.post(owner, PATH, b"x"),
+        lambda: directory.find(owner, PATH),
+        lambda: directory.list_records(owner),
     ):
         with pytest.raises(ValueError, match="is not an address"):
             attempt()
-    assert files(store) == []
+    assert files(directory) == []
 
 
 @pytest.mark.parametrize(
@@ -207,21 +261,21 @@ def test_an_owner_that_is_no_address_is_refused(store, owner):
         "$HOME/a",
     ],
 )
-def test_a_path_that_could_lead_elsewhere_is_refused(store, path):
+def test_a_path_that_could_lead_elsewhere_is_refused(directory, path):
     with pytest.raises(ValueError, match="record path"):
-        store.post(ME, path, b"x")
+        directory.post(ME, path, b"x")
     with pytest.raises(ValueError, match="record path"):
-        store.find(ME, path)
-    assert files(store) == []
+        directory.find(ME, path)
+    assert files(directory) == []
 
 
 @pytest.mark.parametrize(
     "digest",
     ["", "0x", "ab" * 32, "0x" + "ab" * 31, "0x" + "AB" * 32, "0x" + "../" * 21 + "x", "0x" + "ab" * 32 + "\n"],
 )
-def test_a_digest_that_is_none_is_refused(store, digest):
+def test_a_digest_that_is_none_is_refused(directory, digest):
     with pytest.raises(ValueError, match="hex digits"):
-        store.get(ME, digest)
+        directory.get(ME, digest)
 
 
 # Many at once, killed, full
@@ -254,20 +308,23 @@ def test_many_may_put_the_same_at_once(store):
     assert len(files(store)) == 1
 
 
-def test_of_many_different_records_at_once_one_stays_whole(store):
+def test_of_many_different_records_at_once_one_stays_whole(directory):
     records = [bytes([index]) * 50_000 for index in range(16)]
-    outcomes = at_once(lambda index: store.post(ME, PATH, records[index]), 16)
+    outcomes = at_once(lambda index: directory.post(ME, PATH, records[index]), 16)
     assert outcomes.count(None) == 1
     assert all(isinstance(error, AlreadyPosted) for error in outcomes if error is not None)
-    assert store.find(ME, PATH) == records[outcomes.index(None)]
-    assert len(files(store)) == 1
+    assert directory.find(ME, PATH) == records[outcomes.index(None)]
+    assert len(files(directory)) == 1
 
 
+# The parent has used the store, and its connections, before each child does.
 KILLED = """
 import os, signal, sys, time
 from blocks.artifacts import ArtifactStore
-store = ArtifactStore(root=sys.argv[1])
+root, access_key, secret_key = [setting or None for setting in sys.stdin.read().split(",")]
+store = ArtifactStore(root=root, access_key=access_key, secret_key=secret_key)
 for attempt in range(10):
+    store.post("0x" + "ab" * 20, "t/parent.json", b"x")
     pid = os.fork()
     if pid == 0:
         for number in range(10**9):
@@ -281,11 +338,13 @@ for attempt in range(10):
 
 
 def test_a_killed_writer_leaves_nothing_half_written(store):
-    subprocess.run([sys.executable, "-c", KILLED, store.root], check=True)
-    blobs = [path for path in files(store) if "blobs" in path.parts and not path.name.startswith(".")]
+    settings = (store.root, store.access_key or "", store.secret_key.get_secret_value() if store.secret_key else "")
+    subprocess.run([sys.executable, "-c", KILLED], input=",".join(settings), text=True, check=True)
+    blobs = [name for name in map(Path, files(store)) if "blobs" in name.parts and not name.name.startswith(".")]
     assert blobs
-    assert all(store.get(ME, f"0x{path.name}") for path in blobs)
+    assert all(store.get(ME, f"0x{name.name}") for name in blobs)
     posted = store.list_records(ME)
+    posted.remove("t/parent.json")
     assert posted
     assert all(store.find(ME, path) == int(path[2:7]).to_bytes(8, "big") * 25_000 for path in posted)
 
@@ -306,11 +365,11 @@ store.put("0x" + "ab" * 20, b"small")
 """
 
 
-def test_a_write_that_the_system_cuts_short_leaves_nothing(store):
+def test_a_write_that_the_system_cuts_short_leaves_nothing(directory):
     """A file-size limit in place of a full disk: the write fails midway, with part of the bytes on disk."""
-    done = subprocess.run([sys.executable, "-c", FULL, store.root], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", FULL, directory.root], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["OSError", "27"] * 2  # EFBIG
-    assert only_file(store).read_bytes() == b"small"
+    assert Path(directory.root, only_file(directory)).read_bytes() == b"small"
 
 
 @pytest.fixture
@@ -337,12 +396,12 @@ def test_a_full_disk_leaves_nothing_half_written_and_heals(small_disk):
     assert len(files(store)) == 1
     assert store.find(ME, PATH) is None
     assert store.get(ME, kept.sha256) == b"k" * 100_000
-    only_file(store).unlink()
+    Path(store.root, only_file(store)).unlink()
     store.post(ME, PATH, b"x" * 200_000)
     assert store.find(ME, PATH) == b"x" * 200_000
 
 
-def test_a_store_without_permission_says_so(store):
-    Path(store.root).write_text("a file where the folder should be")
+def test_a_store_without_permission_says_so(directory):
+    Path(directory.root).write_text("a file where the folder should be")
     with pytest.raises(OSError, match=r"Not a directory|File exists"):
-        store.put(ME, b"x")
+        directory.put(ME, b"x")

@@ -12,7 +12,7 @@ from tests.protocol.world import ORDER, World, reopen, task_file
 _snapshots: dict[str, dict[str, Path]] = {}
 
 
-def _snapshot(folder: Path, file: TaskFile, step: str) -> Path:
+def snapshot(folder: Path, file: TaskFile, step: str) -> Path:
     """The folder of a closed world in which everybody has done `step`."""
     made = _snapshots.setdefault(file.model_dump_json(), {})
     if step not in made:
@@ -39,7 +39,7 @@ def world_after(
         if step is None:
             world = World(target, file)
         else:
-            world = reopen(_snapshot(tmp_path_factory.mktemp("snapshot") / "run", file, step), target, file)
+            world = reopen(snapshot(tmp_path_factory.mktemp("snapshot") / "run", file, step), target, file)
         open_worlds.append(world)
         return world
 

@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 
+from blocks.registry import Registry
+from blocks.tables import INDEX
 from contracts.messages import AbortReason
 from infra import cli, facts
 from infra.devstack import Stack, set_up
 from infra.report import render_html
-from tasks import dispatch
+from tasks import dispatch, index
 from tasks.contribute import read_prepared
 from tasks.dispatch import StepEvent
 from tasks.publish import decide, secrets_of
@@ -73,6 +75,24 @@ def test_a_task_runs_to_payment(paid):
     assert paid.report["task"]["status"] == "PAID"
     assert {event.kind for event in paid.events} <= {"started", "progress", "ok"}
     assert [vote["accepted"] for vote in paid.report["votes"]] == [True] * 5
+
+
+def assert_rebuilt_alike(run: Run, folder: Path) -> Registry:
+    """The index that the run left is, row by row, the one that chain and store give."""
+    rebuilt = Registry(url=f"sqlite:///{folder / 'rebuilt.sqlite'}")
+    index.reindex(
+        rebuilt, run.stack.chain, run.stack.artifacts, run.stack.identity("publisher").address, lambda *_: None
+    )
+    for table in INDEX:
+        assert rebuilt.rows(table) == run.stack.registry.rows(table), table.__tablename__
+    return rebuilt
+
+
+def test_the_index_of_a_paid_task_is_what_chain_and_store_say(paid, tmp_path):
+    rebuilt = assert_rebuilt_alike(paid, tmp_path)
+    assert rebuilt.find_task(TASK_ID).status == "PAID"
+    filled = {table.__tablename__ for table in INDEX if rebuilt.rows(table)}
+    assert {table.__tablename__ for table in INDEX} - filled == {"slashes", "refusals"}
 
 
 def test_no_step_opens_another_actors_home(paid):
@@ -163,7 +183,7 @@ def test_the_runs_are_named_by_step_task_round_and_actor(paid):
 def test_flow_parameters_are_references_and_public_terms_only(paid):
     for (parameters,) in prefect_rows(paid, "SELECT parameters FROM flow_run"):
         given = json.loads(parameters)
-        assert set(given) <= {"task_id", "round_number", "actor", "publisher", "spec"}
+        assert set(given) <= {"task_id", "round_number", "actor", "publisher", "spec", "follow_on"}
         assert "required_accuracy" not in given.get("spec", {})
 
 
@@ -263,6 +283,7 @@ def test_a_task_that_never_reaches_its_accuracy_is_refunded(tmp_path, prefect_ho
     assert run.report["task"]["reason"].startswith(AbortReason.MAX_ROUNDS)
     assert run.report["refund_wei"] == run.report["task"]["reward_wei"]
     assert "refunded" in render_html(run.report).lower()
+    assert_rebuilt_alike(run, tmp_path)
     run.stack.chain.close()
 
 
@@ -308,6 +329,8 @@ def test_a_miner_that_hangs_is_left_behind_and_the_others_go_on(tmp_path, prefec
     reasons = [one["reason"] for one in run.report["rounds"][0]["refused"]]
     assert "no answer within 20 s" in reasons
     assert "nothing submitted in time" in reasons
+    rebuilt = assert_rebuilt_alike(run, tmp_path)
+    assert "no answer within 20 s" in [row.reason for row in rebuilt.refusals(TASK_ID)]
     shown = {row["miner"]: row["decision"] for row in told(run, f"submissions-{TASK_ID}")[-1]}
     assert shown.pop("miner-2").startswith("refused: n")
     assert set(shown.values()) == {"accepted"}

@@ -16,7 +16,7 @@ from blocks.registry import Registry
 from contracts.messages import Abort, Cohort, Message, Registration
 from contracts.task_spec import TaskFile
 from infra.devstack import Stack, set_up
-from tasks import aggregate, attest, cohort, contribute, keys, opening, publish, settle
+from tasks import aggregate, attest, cohort, contribute, index, keys, opening, publish, settle
 from tasks.records import Station, load_record, record_path, station
 
 TASK_ID = "test-task-1"
@@ -131,11 +131,22 @@ class World:
 
     def do(self, step: str, name: str, r: int = 1) -> Any:
         """Run one actor's step; return its record, checked as the dispatcher does."""
-        if step == "publish":
-            reference = publish.lock_reward.fn(TASK_ID, self.file.spec(), name)
-        else:
-            reference = STEPS[step](name, r)
+        reference = self.answer(step, name, r)
         return None if reference is None else load_record(self.store, self.chain.domain, reference)
+
+    def answer(self, step: str, name: str, r: int = 1) -> Any:
+        """Run one actor's step; return the reference that it answers."""
+        if step == "publish":
+            return publish.lock_reward.fn(TASK_ID, self.file.spec(), name)
+        return STEPS[step](name, r)
+
+    def follow(self, *steps: str, r: int = 1) -> None:
+        """Run steps of everybody, and remember their answers as the dispatcher does. A step that was done answers again."""
+        for step in steps:
+            for name in self.actors_of(step):
+                if (reference := self.answer(step, name, r)) is not None:
+                    record = load_record(self.store, self.chain.domain, reference)
+                    index.remember(self.registry, self.chain, self.store, record, reference)
 
     def everybody(self, step: str, r: int = 1) -> list[Any]:
         """Run a step for all who have it."""

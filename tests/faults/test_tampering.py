@@ -1,0 +1,139 @@
+"""Whoever rules over Prefect's database, or over the store, in the middle of a task: it ends right, or stops with the reason."""
+
+import json
+
+import psycopg
+import pytest
+
+from blocks import pools
+from contracts.messages import Submission
+from infra import postgres
+from tasks.records import record_path
+from tests.faults.stack import REWARD_WEI, StackUnderTest, check, task
+
+pytestmark = [pytest.mark.timeout(1500)]
+
+
+def prefect_database(stack: StackUnderTest) -> psycopg.Connection:
+    plan = json.loads((stack.folder / "stack.json").read_text())
+    return psycopg.connect(
+        host="127.0.0.1",
+        port=stack.ports["postgres"],
+        user=postgres.USER,
+        password=plan["postgres_password"],
+        dbname="prefect",
+        autocommit=True,
+    )
+
+
+def test_code_that_the_server_orders_is_not_run(stack, undisturbed, tmp_path):
+    """Commands, environments, entrypoints and pull steps in the database, which a process worker would have run."""
+    planted = tmp_path / "planted"
+    order = f"touch {planted}"
+    template = {"job_configuration": {"command": order, "env": {"BASH_ENV": order}}, "variables": {"properties": {}}}
+    pull = [{"prefect.deployments.steps.run_shell_script": {"script": order}}]
+    with prefect_database(stack) as database:
+        database.execute("UPDATE work_pool SET base_job_template = %s", [json.dumps(template)])
+        database.execute(
+            "UPDATE deployment SET entrypoint = %s, pull_steps = %s, path = %s",
+            ["os.system", json.dumps(pull), str(tmp_path)],
+        )
+        result = stack.finish(stack.begin(task()))
+    check(stack, result, undisturbed)
+    assert not planted.exists()
+    stack.up()  # puts the deployments right again
+
+
+def test_another_chain_and_store_in_the_servers_blocks_mislead_nobody(stack, undisturbed):
+    with prefect_database(stack) as database:
+        changed = database.execute("UPDATE block_document SET data = %s", [json.dumps({"rpc": "http://127.0.0.1:1"})])
+        assert changed.rowcount > 0
+        result = stack.finish(stack.begin(task()))
+    check(stack, result, undisturbed)
+    stack.up()
+
+
+def test_a_step_that_the_server_calls_done_is_not_believed(stack, undisturbed):
+    """Its answer is not in the store: the round goes on without it, and says so."""
+    with stack.fault("contribute.*miner-2", "tasks.contribute:local_round", do="wait"):
+        begun = stack.begin(task())
+        stack.await_strike()
+        with prefect_database(stack) as database:
+            database.execute(
+                "UPDATE flow_run SET state_type = 'COMPLETED', state_name = 'Completed' "
+                "WHERE state_type = 'RUNNING' AND name LIKE %s",
+                ["M3 contribute%miner-2"],
+            )
+        address = stack.station("miner-2").address
+        stack.wait(lambda: any(entry[2] == address for entry in stack.result(begun[0]).refused), "miner-2 is refused")
+        stack.go_on()
+        result = stack.finish(begun)
+    assert result.status == "PAID"
+    assert any("posted no Submission" in reason for _, _, actor, reason in result.refused if actor == address)
+    assert sum(result.rewards_wei.values()) == REWARD_WEI
+
+
+def test_parameters_that_the_server_changes_spend_nothing(stack, undisturbed):
+    """A run of `run-task` with a tenfold reward in its terms: the publisher has decided on others."""
+    spec = task().spec().model_dump(mode="json")
+    spec["money"]["reward_wei"] *= 10
+    begun = stack.begin(task())
+    with prefect_database(stack) as database:
+        row = database.execute("SELECT parameters FROM flow_run WHERE id = %s", [begun[1]]).fetchone()
+        assert row is not None
+    forged = pools.start(
+        "run-task/publisher",
+        "publisher",
+        {"spec": spec, "publisher": "publisher", "task_id": "forged-task"},
+        key="forged",
+        name="forged-task",
+        tags=[],
+    )
+    stack.wait(lambda: pools.look([forged.id])[forged.id].has_ended, "the forged task ends")
+    seen = pools.look([forged.id])[forged.id]
+    assert not seen.is_done
+    assert "DepositFailed" in seen.message or "not in the publisher's home" in seen.message
+    chain = stack.station("publisher").chain
+    assert chain.contracts().escrow.get_task("forged-task").reward_wei == 0
+    check(stack, stack.finish(begun), undisturbed)
+
+
+def test_a_record_and_a_ciphertext_that_the_store_changes_are_refused(stack, undisturbed):
+    """The store puts another miner's signed submission in the place of one, and spoils the ciphertext of a second."""
+    from minio import Minio
+
+    plan = json.loads((stack.folder / "stack.json").read_text())
+    client = Minio(
+        f"127.0.0.1:{stack.ports['store']}",
+        access_key="healchain",
+        secret_key=plan["store_password"],
+        secure=False,
+    )
+    with stack.fault("collect", "tasks.aggregate:check_submission", do="wait"):
+        begun = stack.begin(task())
+        stack.await_strike()
+        cohort = stack.cohort(begun[0])
+        others = [miner for miner in cohort.miners if miner != cohort.aggregator]
+        path = record_path(Submission, begun[0], 1)
+        foreign = client.get_object("healchain", f"{others[1].lower()}/records/{path}").read()
+        put(client, f"{others[0].lower()}/records/{path}", foreign)
+        spoiled = stack.station("publisher").find(Submission, others[2], begun[0], 1)
+        assert spoiled is not None
+        digest = spoiled.chunks_sha256[2:]
+        put(client, f"{others[2].lower()}/blobs/{digest[:2]}/{digest}", b"spoiled")
+        stack.go_on()
+        result = stack.finish(begun)
+    reasons = {actor: reason for number, _, actor, reason in result.refused if number == 1}
+    assert "is signed by" in reasons[others[0]]
+    assert "truncated or changed" in reasons[others[2]]
+    assert result.status in ("PAID", "REFUNDABLE", "REFUNDED")
+    if result.status == "PAID":
+        assert sum(result.rewards_wei.values()) == REWARD_WEI
+    else:
+        assert result.reason
+
+
+def put(client, key, data):
+    import io
+
+    client.put_object("healchain", key, io.BytesIO(data), len(data))
