@@ -108,7 +108,7 @@ def pages_of(client: SyncPrefectClient, run: FlowRun) -> list[Page]:
         *_progress_page(client, run),
         Page("work-pools", "/work-pools", ("publisher", "miners", "aggregators"), 630),
         Page("work-queues", "/work-pools/work-pool/miners?tab=Work+Queues", ("miner-1",), 700),
-        Page("run-form", f"/deployments/deployment/{run.deployment_id}/run", ("spec", "participants"), 1500),
+        Page("run-form", f"/deployments/deployment/{run.deployment_id}/run", ("spec", "Participants"), 1500),
         Page("automations", "/automations", ("healchain: silent", "healchain: failed"), 1240),
     ]
     return pages
@@ -139,7 +139,7 @@ def _progress_page(client: SyncPrefectClient, run: FlowRun) -> list[Page]:
             flow_run_id=ArtifactFilterFlowRunId(any_=[step.id]), key=ArtifactFilterKey(like_="progress-%")
         )
         if client.read_artifacts(artifact_filter=filtered, limit=1):
-            return [Page("progress", f"/runs/flow-run/{step.id}", ("progress-",), 900, tab="Artifacts")]
+            return [Page("progress", f"/runs/flow-run/{step.id}", ("progress-",), 1000, tab="Artifacts")]
     return []
 
 

@@ -320,9 +320,11 @@ def curve(points: Sequence[tuple[int, float]], required: float | None) -> str:
 
     parts = [f'<rect width="{WIDTH}" height="{HEIGHT}" rx="6" fill="#fff"/>', *_axes(x, y, low, last)]
     if required is not None:
+        # At the left, on the side away from the curve: there it begins, and seldom near what it has to reach.
+        beside = -6 if points[0][1] < required else 16
         parts += [
             f'<path d="M{LEFT} {y(required)}H{WIDTH - RIGHT}" stroke="#c2410c" stroke-dasharray="6 5"/>',
-            f'<text x="{WIDTH - RIGHT}" y="{y(required) - 6}" text-anchor="end" fill="#c2410c">required {required:.2%}</text>',
+            f'<text x="{LEFT + 4}" y="{y(required) + beside}" fill="#c2410c">required {required:.2%}</text>',
         ]
     line = " ".join(f"{x(number)},{y(accuracy)}" for number, accuracy in points)
     parts.append(f'<polyline points="{line}" fill="none" stroke="#1d4ed8" stroke-width="2.5"/>')
