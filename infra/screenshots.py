@@ -40,7 +40,7 @@ from websockets.sync.connection import Connection
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 WIDTH = 1440
 PAGE_S = 120.0  # longest wait for a page to show what it must
-SETTLE_S = 4.0  # for pictures, graphs and moving panels, once the text is there
+SETTLE_S = 4.0  # for pictures, graphs and moving panels to settle, once the text is there
 COLOURS = 128
 OPEN_TAB = (
     "[...document.querySelectorAll('*')].find(one => !one.children.length && one.textContent.trim() === %s).click()"
@@ -109,7 +109,7 @@ def pages_of(client: SyncPrefectClient, run: FlowRun) -> list[Page]:
         Page("work-pools", "/work-pools", ("publisher", "miners", "aggregators"), 630),
         Page("work-queues", "/work-pools/work-pool/miners?tab=Work+Queues", ("miner-1",), 700),
         Page("run-form", f"/deployments/deployment/{run.deployment_id}/run", ("spec", "participants"), 1500),
-        Page("automations", "/automations", ("healchain: silent", "healchain: failed"), 960),
+        Page("automations", "/automations", ("healchain: silent", "healchain: failed"), 1240),
     ]
     return pages
 
