@@ -75,6 +75,7 @@ class Bench:
 
     def part(self, title: str, work: Callable[[Status], list[Row]], plan: Plan | None = None) -> bool:
         """Do one part and show its rows, or say why there are none; whether it went well."""
+        self.console.print(f"{datetime.now():%H:%M:%S} {title}", style="dim")
         try:
             with self.console.status(title) as status:
                 rows = work(status)
