@@ -75,13 +75,14 @@ class Bench:
 
     def part(self, title: str, work: Callable[[Status], list[Row]], plan: Plan | None = None) -> bool:
         """Do one part and show its rows, or say why there are none; whether it went well."""
+        self.console.print(f"{datetime.now():%H:%M:%S} {title}", style="dim")
         try:
             with self.console.status(title) as status:
                 rows = work(status)
         except Exception as error:  # whatever it is, the other parts can still be measured
             self.failed.append(title)
             said = "".join(traceback.format_exception(error)) + (_logs(plan) if plan else "")
-            self.console.print(f"{title} failed\n{said}", style="red", markup=False)
+            self.console.print(f"{title} failed\n{said}", style="red", markup=False, soft_wrap=True)
             return False
         if rows:
             show(rows, self.console)
@@ -250,7 +251,8 @@ def states_of(run_id: UUID) -> list[tuple[str, float]]:
 
 
 def phases(asked_s: float, states: Sequence[tuple[str, float]], answered_s: float) -> dict[str, float]:
-    """Seconds by phase of a run that went straight through STATES. Raises ValueError for any other."""
+    """Seconds by phase of a run that went straight through STATES, late or not. Raises ValueError for any other."""
+    states = [one for one in states if one[0] != "Late"]
     if tuple(name for name, _ in states) != STATES:
         raise ValueError(f"a run went through {', '.join(name for name, _ in states)}, not {', '.join(STATES)}")
     moments = [asked_s, *(at_s for _, at_s in states), answered_s]

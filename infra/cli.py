@@ -5,6 +5,7 @@ Prefect reads where its server is when it is first imported, and `--help` should
 import json
 import os
 import secrets
+import signal
 import subprocess
 import sys
 import time
@@ -913,6 +914,7 @@ def bench_stack(
     os.environ.update(PREFECT_HOME=str(folder), DO_NOT_TRACK="1")
     from infra import bench_stack as benchmark
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a terminated benchmark takes its stacks down, too
     failed = benchmark.run(out, console, many=miners_many, quick=quick, document=markdown)
     sys.exit(1 if failed else 0)
 

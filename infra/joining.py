@@ -29,7 +29,7 @@ from web3.exceptions import Web3Exception
 from blocks.artifacts import ArtifactStore
 from blocks.chain import Chain
 from blocks.connections import Connections, NotConnected, connections_of
-from blocks.identity import Identity, InvalidHome, create_home, write_secret
+from blocks.identity import Identity, InvalidHome, create_home
 from blocks.object_store import Bucket, parse_url
 from contracts import bindings
 from contracts.messages import Membership
@@ -47,6 +47,7 @@ from infra.membership import (
     versions_here,
     welcome_context,
 )
+from infra.profiles import write_profile
 from tasks.crypto import ecies
 
 ANSWER_S = 60.0  # the gateway makes an account and two queues
@@ -58,13 +59,6 @@ LARGEST_ANSWER_BYTES = 64 * 1024
 SKEW_TOLD_S, SKEW_MAX_S = 30.0, 720.0
 # A public chain has a block every few seconds; a development chain may stand still, or be ahead.
 CHAIN_BEHIND_S, CHAIN_AHEAD_S = 900.0, 30.0
-
-PROFILE = {
-    "PREFECT_WORKER_QUERY_SECONDS": "1",  # a step that is asked for begins a second later, not ten
-    "PREFECT_WORKER_HEARTBEAT_SECONDS": "10",  # as often, runs that died here are given back
-    "PREFECT_CLIENT_MAX_RETRIES": "8",
-    "PREFECT_CLIENT_SERVER_VERSION_CHECK_ENABLED": "false",  # a request for each client; joining has compared them
-}
 
 
 class CannotJoin(RuntimeError):
@@ -118,7 +112,7 @@ def join(wish: Wish, tell: Callable[[Finding], None]) -> str:
         findings.note(finding)
     findings.end_stage()
     Connections(name=wish.invitation.name, chain=chain, store=store).pin(me)
-    write_profile(wish.home, welcome)
+    write_profile(wish.home, welcome.api_url, welcome.api_auth)
     return worker_command(wish.home, wish.invitation.name)
 
 
@@ -395,17 +389,6 @@ def own_resources(me: Identity) -> list[Finding]:
         remedy = f"put a MedMNIST-style .npz there, or the path of one or of an image folder into {home / 'data.link'}"
         data = Finding("data", f"{home / 'data.npz'} is not there yet: {remedy}", False, needed=False)
     return [data, doctor.disk(home), doctor.curve_core()]
-
-
-def write_profile(home: Path, welcome: Welcome) -> None:
-    """Prefect's settings of the worker, mode 0600, so that no credential is on its command line."""
-    folder = home / "prefect"
-    folder.mkdir(exist_ok=True)
-    settings = {"PREFECT_API_URL": welcome.api_url, **PROFILE}
-    if welcome.api_auth:
-        settings["PREFECT_API_AUTH_STRING"] = welcome.api_auth
-    lines = [f"{name} = {json.dumps(value)}" for name, value in settings.items()]
-    write_secret(folder / "profiles.toml", "\n".join(['active = "healchain"', "", "[profiles.healchain]", *lines, ""]))
 
 
 def worker_command(home: Path, name: str) -> str:

@@ -52,11 +52,12 @@ def run_step(run_id: str, homes: dict[str, str]) -> None:
             if refusal:
                 client.set_flow_run_state(flow_run.id, Failed(message=refusal), force=True)
                 return
+        body = patient(flow_of(flow_name), flow_run, actor_of(flow_run.parameters))
         if flow_name in STEPS:
             # Prefect opens a channel of its own, to hear of a suspension, for every run of a deployment: half a second.
             flow_run.deployment_id = None
         with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):  # `beating` is in their place
-            run_flow(patient(flow_of(flow_name), flow_run.id, actor_of(flow_run.parameters)), flow_run=flow_run)
+            run_flow(body, flow_run=flow_run)
 
 
 def unusable(homes: dict[str, str]) -> str:
@@ -91,14 +92,15 @@ def why_not(flow_name: str, parameters: dict[str, Any], homes: dict[str, str]) -
     return ""
 
 
-def patient(flow: Flow[..., Any], run_id: UUID, actor: str) -> Flow[..., Any]:
+def patient(flow: Flow[..., Any], flow_run: FlowRun, actor: str) -> Flow[..., Any]:
     """The flow, which for a moment of chain time that is far ahead goes away and begins again then."""
+    run_id, deployment_id = flow_run.id, flow_run.deployment_id
 
     def waiting(body: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(body)
         def run(*args: Any, **options: Any) -> Any:
             try:
-                with beating():
+                with beating(deployment_id):
                     return body(*args, **options)
             except NotYet as wait:
                 ahead_s = wait.moment_s - station(actor).chain.now_s()
@@ -112,7 +114,7 @@ def patient(flow: Flow[..., Any], run_id: UUID, actor: str) -> Flow[..., Any]:
 
 
 @contextmanager
-def beating() -> Iterator[None]:
+def beating(deployment_id: UUID | None) -> Iterator[None]:
     """Tell the server every BEAT_S that the process of this run lives, until its body ends: see deployments.automations.
 
     Prefect's own heartbeats carry the time of the host. Its rules would take a host whose clock is behind for dead, and one
@@ -127,7 +129,7 @@ def beating() -> Iterator[None]:
 
     def beat(flow_run: FlowRun, server_began: Any) -> None:
         while not ended.is_set():
-            _beat(flow_run, server_began + timedelta(seconds=time.monotonic() - began_s))
+            _beat(flow_run, deployment_id, server_began + timedelta(seconds=time.monotonic() - began_s))
             ended.wait(BEAT_S)
 
     context, state = contextvars.copy_context(), run.flow_run.state
@@ -140,10 +142,10 @@ def beating() -> Iterator[None]:
         thread.join(1.0)
 
 
-def _beat(flow_run: FlowRun, moment: Any) -> None:
+def _beat(flow_run: FlowRun, deployment_id: UUID | None, moment: Any) -> None:
     related = [{"prefect.resource.id": f"prefect.flow.{flow_run.flow_id}", "prefect.resource.role": "flow"}]
-    if flow_run.deployment_id:
-        name = f"prefect.deployment.{flow_run.deployment_id}"
+    if deployment_id:
+        name = f"prefect.deployment.{deployment_id}"
         related.append({"prefect.resource.id": name, "prefect.resource.role": "deployment"})
     resource = {"prefect.resource.id": f"prefect.flow-run.{flow_run.id}", "prefect.resource.name": flow_run.name}
     emit_event("prefect.flow-run.heartbeat", resource=resource, related=related, occurred=moment)

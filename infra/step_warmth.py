@@ -5,7 +5,6 @@ Nothing here may start a thread: a forked process has only the one that forked i
 
 import torch._dynamo  # noqa: F401 - the first optimiser of a process loads it, in a second
 
-import infra.step_process  # noqa: F401
 from tasks.crypto import pedersen
 
 # The rows are never written again, so all children share their 42 MiB.

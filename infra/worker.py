@@ -113,7 +113,7 @@ class HealChainWorker(BaseWorker[BaseJobConfiguration, Any, StepProcess]):
         self._pools = SERVED_TOGETHER.get(work_pool_name, (work_pool_name,))
         self._children: dict[UUID, ForkServerProcess] = {}
         self._forkserver = multiprocessing.get_context("forkserver")
-        self._forkserver.set_forkserver_preload(["infra.step_warmth"])
+        self._forkserver.set_forkserver_preload(["infra.step_process", "infra.step_warmth"])
 
     async def setup(self) -> None:
         for name in sorted(self._work_queues):

@@ -60,6 +60,7 @@ def test_the_phases_of_a_step_add_up():
     found = phases(10.0, STATES, 13.5)
     assert list(found.values()) == [0.5, 0.5, 0.25, 2.0, 0.25]
     assert found["the step"] == 2.0
+    assert phases(10.0, [STATES[0], ("Late", 10.75), *STATES[1:]], 13.5) == found
 
 
 @pytest.mark.parametrize(
