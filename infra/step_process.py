@@ -5,6 +5,8 @@ A run is believed as far as its id, its flow's name and its parameters; which co
 
 import contextvars
 import importlib
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -99,6 +101,9 @@ def patient(flow: Flow[..., Any], flow_run: FlowRun, actor: str) -> Flow[..., An
     def waiting(body: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(body)
         def run(*args: Any, **options: Any) -> Any:
+            # A host that is stopped ends its steps like a power cut, and its next worker gives them back. Prefect's own
+            # handler would call them crashed, for good.
+            signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
             try:
                 with beating(deployment_id):
                     return body(*args, **options)

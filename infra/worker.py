@@ -192,6 +192,15 @@ class HealChainWorker(BaseWorker[BaseJobConfiguration, Any, StepProcess]):
             await self._give_back(flow_run, f"its process ended with code {child.exitcode}")
         return StepProcess(identifier=name, status_code=child.exitcode or 0)
 
+    async def _cancel_run(self, flow_run_id: UUID) -> None:
+        """What somebody cancels in the UI ends, also when it has begun."""
+        child = self._children.get(flow_run_id)
+        if child is None or not child.is_alive():
+            await super()._cancel_run(flow_run_id)
+            return
+        await self._mark_flow_run_as_cancelled(await self.client.read_flow_run(flow_run_id))
+        child.kill()
+
     async def _give_back_dead_runs(self) -> None:
         """Runs that the server thinks are running here, and whose process is gone."""
         found = await self.client.read_flow_runs(
