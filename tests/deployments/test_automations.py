@@ -20,6 +20,9 @@ ADDRESS = SecretStr("http://127.0.0.1:4999/reports?key=4f1d")
 def client() -> Iterator[SyncPrefectClient]:
     with get_client(sync_client=True) as opened:
         yield opened
+        # The server is that of the whole test run, whose other tests' runs are not to be looked after.
+        for rule in rules(opened).values():
+            opened._client.delete(f"/automations/{rule.id}").raise_for_status()
 
 
 def rules(client: SyncPrefectClient) -> dict[str, Automation]:
