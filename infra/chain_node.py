@@ -68,6 +68,7 @@ READS = NEWEST | {
 WRITES = frozenset(
     {"eth_sendRawTransaction", "evm_mine", "anvil_mine", "evm_increaseTime", "evm_setNextBlockTimestamp"}
 )
+_REMEDY = "use the anvil that made it, or restore blocks.jsonl"
 log = logging.getLogger("chain")
 
 
@@ -203,16 +204,17 @@ class Gate:
         return whole.count(b"\n")
 
     def _mine_again(self, number: int, block: dict[str, Any]) -> None:
-        for signed in block["transactions"]:
-            self._call("eth_sendRawTransaction", signed)
-        self._call("evm_setNextBlockTimestamp", block["timestamp"])
-        self._call("evm_mine")
+        try:
+            for signed in block["transactions"]:
+                self._call("eth_sendRawTransaction", signed)
+            self._call("evm_setNextBlockTimestamp", block["timestamp"])
+            self._call("evm_mine")
+        except Refused as refused:
+            raise NotTheSameChain(f"block {number} cannot be made again, {refused}: {_REMEDY}") from None
         if block["transactions"] or number % 100 == 0:  # a hash covers all blocks before it
             mined = self._call("eth_getBlockByNumber", hex(number), False)["hash"]
             if mined != block["hash"]:
-                raise NotTheSameChain(
-                    f"block {number} is {mined}, was {block['hash']}: use the anvil that made it, or restore blocks.jsonl"
-                )
+                raise NotTheSameChain(f"block {number} is {mined}, was {block['hash']}: {_REMEDY}")
 
     def _head(self) -> int:
         return int(self._call("eth_blockNumber"), 16)

@@ -150,13 +150,15 @@ def test_a_line_that_a_kill_cut_off_is_left_out(node: Node) -> None:
         assert node.web3.eth.get_transaction_receipt(receipt.transactionHash) == receipt
 
 
-def test_a_changed_file_is_refused(node: Node) -> None:
+@pytest.mark.parametrize("later_s", [-1, 1])
+def test_a_changed_file_is_refused(node: Node, later_s: int) -> None:
     node.send(to=OWNER.address)
     node.kill()
     blocks = node.folder / "blocks.jsonl"
     first, *others = blocks.read_text().splitlines()
-    earlier = {**json.loads(first), "timestamp": json.loads(first)["timestamp"] - 1}
-    blocks.write_text("\n".join([json.dumps(earlier), *others]) + "\n")
+    changed = {**json.loads(first), "timestamp": json.loads(first)["timestamp"] + later_s}
+    blocks.write_text("\n".join([json.dumps(changed), *others]) + "\n")
     command = [sys.executable, "-m", "infra.chain_node", "--folder", str(node.folder), "--port", str(node.port)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=30)
-    assert "NotTheSameChain: block 1 is 0x" in ended.stderr
+    assert "NotTheSameChain: block 1 " in ended.stderr
+    assert "restore blocks.jsonl" in ended.stderr

@@ -56,15 +56,15 @@ def test_every_home_gets_its_part_and_a_second_call_changes_nothing(idx_folder, 
     for home in homes.values():
         home.mkdir(parents=True)
     rules = requirement("fashion-mnist", samples_min=50)
-    devstack._give_data(homes, rules, 0, {})
+    devstack.give_data(homes, rules, 0, {})
     written = {name: (home / "data.npz").read_bytes() for name, home in homes.items()}
     sizes = {name: len(decode_npz(data, "train", 10)) for name, data in written.items()}
     assert sizes["publisher"] == 297
     assert sizes["miner-1"] + sizes["miner-2"] == 1500
-    devstack._give_data(homes, rules, 1, {})
+    devstack.give_data(homes, rules, 1, {})
     assert {name: (home / "data.npz").read_bytes() for name, home in homes.items()} == written
 
 
 def test_a_data_set_that_is_not_ready_asks_for_the_parties_own(tmp_path):
     with pytest.raises(ValueError, match=r"'x-rays' is no ready data set .*fashion-mnist.* missing for publisher"):
-        devstack._give_data({"publisher": tmp_path}, requirement("digits").model_copy(update={"name": "x-rays"}), 0, {})
+        devstack.give_data({"publisher": tmp_path}, requirement("digits").model_copy(update={"name": "x-rays"}), 0, {})

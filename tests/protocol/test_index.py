@@ -4,7 +4,6 @@ import sqlite3
 
 import numpy as np
 import pytest
-from prefect.blocks.core import Block
 from typer.testing import CliRunner
 
 from blocks.artifacts import ArtifactStore, MissingArtifact, TamperedArtifact
@@ -22,7 +21,7 @@ from tasks.publish import DepositFailed, decide, published_task, terms_on_chain,
 from tasks.records import BadRecord
 from tests.protocol import world as worlds
 from tests.protocol.conftest import snapshot
-from tests.protocol.world import MINERS, ORDER, TASK_ID, load_block, reopen, task_file
+from tests.protocol.world import MINERS, ORDER, TASK_ID, reopen, task_file
 
 
 def rebuild(world, url):
@@ -38,20 +37,17 @@ def contents(registry):
 @pytest.fixture(scope="module")
 def followed(tmp_path_factory):
     """The folder of a paid task whose steps were followed as the dispatcher does."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Block, "load", staticmethod(load_block))
-        file = task_file()
-        paid = snapshot(tmp_path_factory.mktemp("paid") / "run", file, "withdraw")
-        world = reopen(paid, tmp_path_factory.mktemp("followed") / "run", file)
-        world.follow(*ORDER)
-        assert index.catch_up(world.registry, world.chain, world.store, TASK_ID) == "PAID"
-        world.close()
+    file = task_file()
+    paid = snapshot(tmp_path_factory.mktemp("paid") / "run", file, "withdraw")
+    world = reopen(paid, tmp_path_factory.mktemp("followed") / "run", file)
+    world.follow(*ORDER)
+    assert index.catch_up(world.registry, world.chain, world.store, TASK_ID) == "PAID"
+    world.close()
     return world.folder
 
 
 @pytest.fixture
-def paid(followed, tmp_path, monkeypatch):
-    monkeypatch.setattr(Block, "load", staticmethod(load_block))
+def paid(followed, tmp_path):
     world = reopen(followed, tmp_path / "run", task_file())
     yield world
     world.close()
@@ -359,4 +355,7 @@ def test_an_unknown_version_or_home_is_named(paid, tmp_path):
     code, output = healchain(paid, "models", "fetch", "no-such", "--out", str(tmp_path / "x"))
     assert (code, "'no-such' is no model version and no pin" in output) == (2, True)
     done = CliRunner().invoke(cli.app, ["reindex", "--home", str(tmp_path / "nowhere" / "at" / "all")])
-    assert (done.exit_code, "no home of a set-up folder" in " ".join(done.output.split())) == (2, True)
+    assert (done.exit_code, "connections.json is missing: set the home up first" in " ".join(done.output.split())) == (
+        2,
+        True,
+    )
