@@ -6,6 +6,7 @@ not read here: the scheduler is not asked for anything that could not be checked
 Errors: PoolsUnavailable. A server that restarts is waited for.
 """
 
+import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -16,12 +17,14 @@ from typing import Any, TypeVar
 from uuid import UUID
 
 import httpx
-from prefect.client.orchestration import get_client
+from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL
 from prefect.states import Cancelled, Scheduled
+from pydantic import SecretStr
 
 PATIENCE_S = 900.0
 """A server that is away longer than this ends the run that waits for it; a later one takes up its work."""
@@ -74,8 +77,7 @@ def server_now() -> datetime:
 @lru_cache(maxsize=1)
 def _clock_offset(_: int) -> timedelta:
     """What the server's clock is ahead of this host's, to a second; asked once in CLOCK_S."""
-    with get_client(sync_client=True) as client:
-        answered = client._client.get("/health").headers.get("date")
+    answered = _client()._client.get("/health").headers.get("date")
     here = datetime.now(UTC)
     return (parsedate_to_datetime(answered) if answered else here) - here
 
@@ -108,12 +110,10 @@ def look(ids: Iterable[UUID]) -> dict[UUID, StepRun]:
 
     def read() -> dict[UUID, StepRun]:
         found: dict[UUID, StepRun] = {}
-        with get_client(sync_client=True) as client:
-            for first in range(0, len(wanted), PAGE):
-                page = FlowRunFilter(id=FlowRunFilterId(any_=wanted[first : first + PAGE]))
-                found |= {
-                    run.id: _seen(run.id, run.state) for run in client.read_flow_runs(flow_run_filter=page, limit=PAGE)
-                }
+        for first in range(0, len(wanted), PAGE):
+            page = FlowRunFilter(id=FlowRunFilterId(any_=wanted[first : first + PAGE]))
+            runs = _client().read_flow_runs(flow_run_filter=page, limit=PAGE)
+            found |= {run.id: _seen(run.id, run.state) for run in runs}
         return found
 
     return _patiently(read, "read the runs of steps") if wanted else {}
@@ -123,8 +123,7 @@ def take_back(run: StepRun, reason: str) -> None:
     """End a run that nobody waits for any more, whatever it does; a host that comes back does not begin it."""
 
     def cancel() -> None:
-        with get_client(sync_client=True) as client:
-            client.set_flow_run_state(run.id, Cancelled(message=reason), force=True)
+        _client().set_flow_run_state(run.id, Cancelled(message=reason), force=True)
 
     _patiently(cancel, "take a run back")
 
@@ -135,8 +134,7 @@ def come_back(run_id: UUID, in_s: float, reason: str) -> None:
     def schedule() -> None:
         state: State[Any] = Scheduled(scheduled_time=server_now() + timedelta(seconds=in_s), message=reason)
         state.name = "Waiting"
-        with get_client(sync_client=True) as client:
-            client.set_flow_run_state(run_id, state, force=True)
+        _client().set_flow_run_state(run_id, state, force=True)
 
     _patiently(schedule, "schedule the run again")
 
@@ -145,14 +143,23 @@ def queues(pool: str) -> list[Queue]:
     """The actors that serve a pool. A queue's description is its actor's address."""
 
     def read() -> list[Queue]:
-        with get_client(sync_client=True) as client:
-            found, first = [], 0
-            while page := client.read_work_queues(work_pool_name=pool, limit=PAGE, offset=first):
-                found += page
-                first += len(page)
+        found, first = [], 0
+        while page := _client().read_work_queues(work_pool_name=pool, limit=PAGE, offset=first):
+            found += page
+            first += len(page)
         return [Queue(one.name, one.description or "", one.is_paused) for one in found if one.name != "default"]
 
     return _patiently(read, f"read the queues of pool {pool}")
+
+
+def _client() -> SyncPrefectClient:
+    return _client_for(PREFECT_API_URL.value(), PREFECT_API_AUTH_STRING.value(), os.getpid())
+
+
+@lru_cache(maxsize=1)
+def _client_for(address: str | None, login: SecretStr | None, process: int) -> SyncPrefectClient:
+    """One for all calls of a process: to make one takes longer than a call."""
+    return get_client(sync_client=True).__enter__()
 
 
 def _seen(run_id: UUID, state: State[Any] | None) -> StepRun:
