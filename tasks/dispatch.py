@@ -16,11 +16,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field
+from functools import wraps
 from typing import Any
 
 from prefect import Flow, tags
 from prefect.client.schemas.objects import StateType
+from prefect.context import TagsContext
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
@@ -400,7 +403,7 @@ def _run(me: Conductor, asked: Asked) -> Message:
     try:
         # The heartbeats of the run around it say that this process lives; its own would cost a second.
         with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}), tags(*asked.tags):
-            asked.flow(**asked.parameters)
+            _with_untagged_tasks(asked.flow)(**asked.parameters)
         record = _read_answer(me, asked)
         outcome, detail = ("aborted", record.reason) if isinstance(record, Abort) else ("ok", _headline(record))
     except Exception as error:
@@ -412,6 +415,19 @@ def _run(me: Conductor, asked: Asked) -> Message:
     if isinstance(record, Abort):
         raise TaskAborted(f"{record.reason}: {record.detail}")
     return record
+
+
+def _with_untagged_tasks(flow: Flow[..., Any]) -> Flow[..., Any]:
+    """The flow, whose tasks do not inherit its run's tags: for a tag, each would ask the server for a slot of its limit."""
+
+    @wraps(flow.fn)
+    def body(*args: Any, **options: Any) -> Any:
+        with TagsContext(current_tags=set()):
+            return flow.fn(*args, **options)
+
+    tagged = copy(flow)
+    tagged.fn = body
+    return tagged
 
 
 def _read_answer(me: Conductor, asked: Asked) -> Message:
