@@ -68,7 +68,6 @@ READS = NEWEST | {
 WRITES = frozenset(
     {"eth_sendRawTransaction", "evm_mine", "anvil_mine", "evm_increaseTime", "evm_setNextBlockTimestamp"}
 )
-_REMEDY = "use the anvil that made it, or restore blocks.jsonl"
 log = logging.getLogger("chain")
 
 
@@ -210,11 +209,15 @@ class Gate:
             self._call("evm_setNextBlockTimestamp", block["timestamp"])
             self._call("evm_mine")
         except Refused as refused:
-            raise NotTheSameChain(f"block {number} cannot be made again, {refused}: {_REMEDY}") from None
+            raise NotTheSameChain(
+                f"block {number} cannot be made again, {refused}: use the anvil that made it, or restore blocks.jsonl"
+            ) from None
         if block["transactions"] or number % 100 == 0:  # a hash covers all blocks before it
             mined = self._call("eth_getBlockByNumber", hex(number), False)["hash"]
             if mined != block["hash"]:
-                raise NotTheSameChain(f"block {number} is {mined}, was {block['hash']}: {_REMEDY}")
+                raise NotTheSameChain(
+                    f"block {number} is {mined}, was {block['hash']}: use the anvil that made it, or restore blocks.jsonl"
+                )
 
     def _head(self) -> int:
         return int(self._call("eth_blockNumber"), 16)

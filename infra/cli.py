@@ -21,6 +21,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from contracts.messages import ZERO_ADDRESS
 from contracts.task_spec import InvalidTask, TaskFile, load_task_file
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ HOME = Path("build/stack/actors/publisher")
 GATEWAY_FOLDER = typer.Option(envvar="HEALCHAIN_GATEWAY", help="the gateway's folder: its key, settings and members")
 PREFECT_FOLDER = typer.Option(help="where Prefect's database is kept, unless PREFECT_API_URL names a server")
 PublishersHome = Annotated[Path, typer.Option(envvar="HEALCHAIN_HOME", help="the publisher's home on this host")]
+MostTasks = Annotated[int, typer.Option("--tasks", min=1, help="most tasks that may be started on this approval")]
 VersionArgument = Annotated[str, typer.Argument(help="a version TASK/ROUND, or the name of a pin")]
 TaskArgument = Annotated[str, typer.Argument(metavar="TASK.toml", help="a task file, or the name of a ready one")]
 
@@ -187,6 +189,7 @@ def schedule(
     task: TaskArgument,
     cron: Annotated[str | None, typer.Option(help='when, e.g. "0 3 * * 1": every Monday at three')] = None,
     every_s: Annotated[float | None, typer.Option(min=1, help="or the seconds from one to the next")] = None,
+    most_tasks: MostTasks = 100,
     home: PublishersHome = HOME,
 ) -> None:
     """Have tasks with these terms begin by themselves, each from the last published model, one at a time."""
@@ -195,12 +198,13 @@ def schedule(
     from infra import publishing
 
     with _failures():
-        name = publishing.schedule(home, file, cron=cron, interval_s=every_s)
+        name = publishing.schedule(home, file, cron=cron, interval_s=every_s, most_tasks=most_tasks)
     console.print(f"deployment [bold]{name}[/bold]: pause and resume its schedule in the Prefect UI")
+    console.print(_approved(file, most_tasks))
 
 
 @app.command()
-def approve(task: TaskArgument, home: PublishersHome = HOME) -> None:
+def approve(task: TaskArgument, most_tasks: MostTasks = 100, home: PublishersHome = HOME) -> None:
     """Let tasks of this name be started from the Prefect UI: what decides about money and safety stays as it is here."""
     file = _load(task, {})
     use_prefect_of_home(home)
@@ -208,8 +212,16 @@ def approve(task: TaskArgument, home: PublishersHome = HOME) -> None:
     from tasks.publish import approve as approve_tasks
 
     with _failures():
-        approve_tasks(publishing.publisher_of(home).me, file)
+        approve_tasks(publishing.publisher_of(home).me, file, most_tasks)
     console.print(f"tasks named {file.name} may be started from the form of run-task/publisher")
+    console.print(_approved(file, most_tasks))
+
+
+def _approved(file: TaskFile, most_tasks: int) -> str:
+    """What an approval can cost at most."""
+    money = file.money
+    unit = "wei" if money.reward_token == ZERO_ADDRESS else f"units of the token {money.reward_token}"
+    return f"approved: {most_tasks} tasks, {most_tasks * money.reward_wei} {unit} in rewards at most"
 
 
 @app.command()

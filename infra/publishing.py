@@ -20,7 +20,7 @@ from contracts.task_spec import TaskFile
 from deployments.register import register_schedule
 from infra.watching import Watcher
 from tasks.dispatch import StepEvent
-from tasks.publish import approve, check_runnable, decide, largest_score
+from tasks.publish import TASKS_APPROVED, approve, check_runnable, decide, largest_score
 
 POLL_S = 1.0
 
@@ -64,12 +64,14 @@ def submit(home: Path, file: TaskFile) -> tuple[str, UUID]:
     return task_id, run.id
 
 
-def schedule(home: Path, file: TaskFile, *, cron: str | None, interval_s: float | None) -> str:
-    """Approve of tasks with these terms and have the next of them begin on a schedule; the deployment's name."""
+def schedule(
+    home: Path, file: TaskFile, *, cron: str | None, interval_s: float | None, most_tasks: int = TASKS_APPROVED
+) -> str:
+    """Approve of so many tasks with these terms and have them begin on a schedule; the deployment's name."""
     publisher = publisher_of(home)
     check_runnable(file)
     largest_score(file)
-    approve(publisher.me, file)
+    approve(publisher.me, file, most_tasks)
     parameters: dict[str, Any] = {
         "spec": file.spec().model_dump(mode="json"),
         "publisher": publisher.name,

@@ -16,7 +16,7 @@ from prefect.cache_policies import NO_CACHE
 from blocks.artifacts import MissingArtifact, TamperedArtifact, sha256_hex
 from blocks.identity import Identity, write_secret
 from contracts.bindings import Status, TaskOnChain, Terms
-from contracts.messages import ZERO_ADDRESS, AbortReason, Announcement, Bytes32, accuracy_commit
+from contracts.messages import ZERO_ADDRESS, AbortReason, Announcement, Bytes32, Frozen, accuracy_commit
 from contracts.sending import InsufficientFunds, Reverted
 from contracts.task_spec import MAX_SCORE, PPM, PublishedTask, TaskFile, TaskSpec
 from tasks.crypto import ecies
@@ -204,14 +204,24 @@ def decide(me: Identity, task_id: str, file: TaskFile) -> None:
 
 
 APPROVED_AS_A_WHOLE = ("money", "participants", "windows", "dataset", "voting")
+TASKS_APPROVED = 100  # of one name, unless the publisher says otherwise
 
 
-def approve(me: Identity, file: TaskFile) -> None:
-    """The publisher's standing approval: tasks of this name may be started by others, from a form or by a schedule.
+class Approval(Frozen):
+    """The publisher's standing approval of tasks with one name. number: what tells it from earlier ones."""
+
+    task: TaskFile
+    most_tasks: int
+    number: str
+
+
+def approve(me: Identity, file: TaskFile, most_tasks: int = TASKS_APPROVED) -> None:
+    """Let others start so many tasks of this name, from a form or by a schedule; it replaces an earlier approval.
 
     Whoever starts one may choose how it trains; what it costs, who takes part and what is checked stays as approved.
     """
-    write_secret(_approval(me, file.name), file.model_dump_json())
+    approval = Approval(task=file, most_tasks=most_tasks, number=secrets.token_hex(8))
+    write_secret(_approval(me, file.name), approval.model_dump_json())
 
 
 def decide_as_approved(me: Identity, task_id: str, spec: TaskSpec) -> None:
@@ -219,15 +229,27 @@ def decide_as_approved(me: Identity, task_id: str, spec: TaskSpec) -> None:
     path = _approval(me, spec.name)
     if me.read_private(f"{task_id}/commitment.json") is not None or not path.exists():
         return
-    approved = TaskFile.model_validate_json(path.read_text())
+    approval = Approval.model_validate_json(path.read_text())
     for section in APPROVED_AS_A_WHOLE:
-        if getattr(spec, section) != getattr(approved, section):
+        if getattr(spec, section) != getattr(approval.task, section):
             raise DepositFailed(
                 f"[{section}] of {task_id} is not what the publisher approved for tasks named {spec.name}: approve it "
                 "first (healchain approve TASK.toml)"
             )
+    _take_turn(me, approval, task_id)
     fields = {name: getattr(spec, name) for name in TaskSpec.model_fields}
-    decide(me, task_id, TaskFile(**fields, required_accuracy=approved.required_accuracy))
+    decide(me, task_id, TaskFile(**fields, required_accuracy=approval.task.required_accuracy))
+
+
+def _take_turn(me: Identity, approval: Approval, task_id: str) -> None:
+    """Count the task among those approved, once however often it is asked. Raises DepositFailed when there are enough."""
+    for turn in range(approval.most_tasks):
+        if me.claim(f"approvals/{approval.number}/{turn}", task_id.encode()) == task_id.encode():
+            return
+    raise DepositFailed(
+        f"the publisher approved of {approval.most_tasks} tasks named {approval.task.name}, and as many were started: "
+        "approve of more (healchain approve TASK.toml --tasks NUMBER)"
+    )
 
 
 def _approval(me: Identity, name: str) -> Path:

@@ -26,8 +26,25 @@ from hypothesis import settings
 
 from infra import postgres
 
+# Files of minutes, before the many of seconds: no worker is left alone with one of them at the end.
+LONGEST = (
+    "tests/faults/",
+    "tests/protocol/test_resume.py",
+    "tests/protocol/test_run.py",
+    "tests/infra/test_joining.py",
+)
+
 settings.register_profile("numba", deadline=None)
 settings.load_profile("numba")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first; otherwise as they were found."""
+
+    def turn(item: pytest.Item) -> int:
+        return next((place for place, path in enumerate(LONGEST) if item.nodeid.startswith(path)), len(LONGEST))
+
+    items.sort(key=turn)
 
 
 @pytest.fixture(scope="session", autouse=True)
