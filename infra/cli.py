@@ -743,6 +743,33 @@ def serve_gateway(
         gateway.serve(folder, host, port)
 
 
+@app.command("publisher")
+def set_up_publisher(
+    home: Annotated[Path, typer.Option(help="the publisher's home; made if there is none")],
+    folder: Annotated[Path, GATEWAY_FOLDER] = Path("build/gateway"),
+    name: Annotated[str, typer.Option(help="its name, and that of its work queue")] = "publisher",
+    rpc: Annotated[
+        str | None, typer.Option(help="deploy the contracts there, unless Prefect's server notes some")
+    ] = None,
+    chain_id: Annotated[int | None, typer.Option(min=1, help="refuse a node of another chain")] = None,
+    confirmations: Annotated[int, typer.Option(min=1, help="blocks that make a transaction final")] = 1,
+) -> None:
+    """Set up a publisher on servers that run already. Settings: the environment, or FOLDER/gateway.env. It can be repeated."""
+    _take_settings(folder)
+    from blocks.identity import create_home
+    from contracts.sending import Sending
+    from infra import publisher_home
+
+    home = home.resolve()
+    with _failures():
+        home.mkdir(parents=True, exist_ok=True, mode=0o700)
+        me = create_home(home)
+        console.print(f"publisher {me.address}: needs money on the chain, for gas and rewards")
+        rules = Sending(chain_id=chain_id, confirmations=confirmations)
+        publisher_home.set_up(me, name, rpc, rules, os.environ, lambda line: console.print(line, soft_wrap=True))
+    console.print(f"\nits worker    {publisher_home.worker_command(home, name)}", soft_wrap=True)
+
+
 @app.command()
 def expel(
     name: Annotated[str, typer.Argument(help="the member's name")],

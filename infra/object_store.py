@@ -8,6 +8,7 @@ An account's access key is the actor's address. It may write below its address, 
 there is signed, or encrypted for its readers), and in ``private/`` read and write only the folder of its address.
 """
 
+import json
 import os
 import secrets
 import socket
@@ -25,6 +26,7 @@ from urllib3 import PoolManager, Timeout
 from urllib3.exceptions import HTTPError
 
 from blocks.artifacts import ArtifactStore
+from blocks.identity import Identity, write_secret
 from blocks.object_store import StoreUnavailable, parse_url
 
 VOLUME = "healchain"
@@ -134,6 +136,16 @@ def admit(root: ArtifactStore, address: str) -> tuple[str, str]:
     admin.user_add(access_key, secret_key)
     admin.policy_set(_policy_name(parse_url(root.root)[2]), user=access_key)
     return access_key, secret_key
+
+
+def account_of(root: ArtifactStore, me: Identity) -> tuple[str, str]:
+    """An actor's access key and secret key, kept in its home, mode 0600. The first call makes the account."""
+    path = Path(me.home) / "store-account.json"
+    if not path.exists():
+        access_key, secret_key = admit(root, me.address)
+        write_secret(path, json.dumps({"access_key": access_key, "secret_key": secret_key}))
+    kept = json.loads(path.read_text())
+    return kept["access_key"], kept["secret_key"]
 
 
 def expel(root: ArtifactStore, address: str) -> None:

@@ -4,7 +4,6 @@
 middle, adds miners, and starts again cold after a power cut. `down` ends exactly what was started and keeps the data.
 """
 
-import json
 import re
 import urllib.request
 from collections.abc import Callable
@@ -112,7 +111,7 @@ def homes(plan: Plan) -> str:
     deployer = Identity(home=str(plan.folder / "deployer"))
     give_allowances(stack_chain(plan).sender(deployer.account, deployer.journal_path), addresses)
     for actor in plan.actors:
-        store_account(plan, actor)
+        object_store.account_of(administered_store(plan), Identity(home=str(plan.home(actor))))
     return ", ".join(plan.actors)
 
 
@@ -120,7 +119,8 @@ def connections(plan: Plan) -> str:
     """What each home believes in, how its processes find Prefect, and data of its own."""
     chain, registry = deployed_chain(plan), Registry(url=SecretStr(plan.database_url("healchain", "psycopg")))
     for actor in plan.actors:
-        access_key, secret_key = store_account(plan, actor)
+        me = Identity(home=str(plan.home(actor)))
+        access_key, secret_key = object_store.account_of(administered_store(plan), me)
         store = ArtifactStore(root=plan.store_url, access_key=access_key, secret_key=SecretStr(secret_key))
         is_publisher = actor == "publisher"
         Connections(
@@ -129,7 +129,7 @@ def connections(plan: Plan) -> str:
             store=store,
             registry=registry if is_publisher else None,
             uses_pools=is_publisher,
-        ).pin(Identity(home=str(plan.home(actor))))
+        ).pin(me)
         write_profile(plan.home(actor), plan.api_url, plan.prefect_login)
     registry.record_actor("publisher", Identity(home=str(plan.home("publisher"))).address, "publisher")
     task = ready_task(plan.task)
@@ -224,17 +224,6 @@ def ready_task(name: str) -> TaskFile:
 
 def administered_store(plan: Plan) -> ArtifactStore:
     return ArtifactStore(root=plan.store_url, access_key=STORE_USER, secret_key=SecretStr(plan.store_password))
-
-
-def store_account(plan: Plan, actor: str) -> tuple[str, str]:
-    """An actor's access key and secret key at the store, kept in its home, mode 0600. The first call makes the account."""
-    home = plan.home(actor)
-    path = home / "store-account.json"
-    if not path.exists():
-        access_key, secret_key = object_store.admit(administered_store(plan), Identity(home=str(home)).address)
-        supervision.write_private(path, json.dumps({"access_key": access_key, "secret_key": secret_key}))
-    kept = json.loads(path.read_text())
-    return kept["access_key"], kept["secret_key"]
 
 
 def stack_chain(plan: Plan) -> Chain:

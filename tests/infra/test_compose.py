@@ -21,7 +21,8 @@ INFRA = Path(stack_plan.__file__).parent
 MANIFESTS = sorted(path for path in (INFRA / "kubernetes").glob("*.yaml") if path.name != "kustomization.yaml")
 PINNED = re.compile(r"[a-z0-9./-]+:[A-Za-z.]*\d[\w.-]*(@sha256:[0-9a-f]{64})?")
 SECRET = re.compile("PASSWORD|SECRET|TOKEN|AUTH|CREDENTIAL|CONNECTION_URL|PRIVATE|PASSPHRASE")
-SECRET_FILES = ("postgres-password", "store-password", "prefect-server.env")
+SECRET_FILES = ("postgres-password", "store-password", "prefect-server.env", "gateway.env")
+ONCE = "set-up"  # runs, and ends
 COMPOSE = Path(sys.executable).with_name("docker-compose")
 
 
@@ -44,8 +45,8 @@ def faults_of_compose(composed: dict[str, Any]) -> list[str]:
     for name, service in composed["services"].items():
         rules = {
             "image": bool(PINNED.fullmatch(service["image"])),
-            "healthcheck": bool(service.get("healthcheck", {}).get("test")),
-            "restart": service.get("restart") == "unless-stopped",
+            "healthcheck": name == ONCE or bool(service.get("healthcheck", {}).get("test")),
+            "restart": service.get("restart") == ("no" if name == ONCE else "unless-stopped"),
             "read_only": service.get("read_only") is True,
             "cap_drop": service.get("cap_drop") == ["ALL"],
             "security_opt": "no-new-privileges:true" in service.get("security_opt", []),
@@ -68,7 +69,8 @@ def literal_secrets(environment: dict[str, str | None]) -> Iterator[str]:
 
 
 def test_compose_keeps_the_rules(composed: dict[str, Any]) -> None:
-    assert set(composed["services"]) == {"postgres", "store", "chain", "prefect", "miner-1"}
+    servers = {"postgres", "store", "chain", "prefect", "gateway"}
+    assert set(composed["services"]) == servers | {ONCE, "publisher", "miner-1"}
     assert faults_of_compose(composed) == []
 
 
@@ -101,7 +103,7 @@ def documents() -> list[dict[str, Any]]:
 
 
 def workloads() -> list[dict[str, Any]]:
-    return [document for document in documents() if document["kind"] in ("Deployment", "StatefulSet")]
+    return [document for document in documents() if document["kind"] in ("Deployment", "StatefulSet", "Job")]
 
 
 def test_every_manifest_is_what_kubernetes_expects_and_is_listed() -> None:
@@ -116,9 +118,10 @@ def test_every_manifest_is_what_kubernetes_expects_and_is_listed() -> None:
 
 
 def test_manifests_keep_the_rules() -> None:
-    assert len(workloads()) == 5
+    assert len(workloads()) == 8
     for workload in workloads():
-        assert workload["spec"]["replicas"] == 1  # each has a volume, or a queue, of its own
+        ends = workload["kind"] == "Job"
+        assert ends or workload["spec"]["replicas"] == 1  # each has a volume, or a queue, of its own
         pod = workload["spec"]["template"]["spec"]
         assert pod["automountServiceAccountToken"] is False
         assert pod["securityContext"]["runAsNonRoot"] is True
@@ -127,14 +130,14 @@ def test_manifests_keep_the_rules() -> None:
         assert not [volume for volume in pod["volumes"] if "hostPath" in volume]
         for container in pod["containers"]:
             assert PINNED.fullmatch(container["image"])
-            assert {"startupProbe", "readinessProbe", "livenessProbe"} <= set(container)
+            assert ends or {"startupProbe", "readinessProbe", "livenessProbe"} <= set(container)
             hardened = container["securityContext"]
             assert hardened["readOnlyRootFilesystem"] is True
             assert hardened["allowPrivilegeEscalation"] is False
             assert hardened["capabilities"]["drop"] == ["ALL"]
             assert container["resources"]["limits"]["memory"]
             assert not list(literal_secrets({one["name"]: one.get("value") for one in container["env"]}))
-            assert not [port for port in container["ports"] if "hostPort" in port]
+            assert not [port for port in container.get("ports", []) if "hostPort" in port]
 
 
 def test_nothing_is_reached_from_outside_and_no_secret_is_in_a_file() -> None:
@@ -161,15 +164,16 @@ def test_the_commands_are_those_of_the_package_and_of_prefect(composed: dict[str
             filled = [part if "--owner=" not in part else "--owner=0x" + "1" * 40 for part in command[3:]]
             assert chain_node.read_arguments(filled).port == 8545
             continue
-        assert command[0] == "prefect"
+        program = {"prefect": "prefect", "healchain": "infra.cli"}[command[0]]
         words = [part for part in command if not part.startswith("-")]
         asked = " ".join(words)
         if asked not in helps:
-            shown = subprocess.run([sys.executable, "-m", *words, "--help"], capture_output=True, text=True, check=True)
+            asking = [sys.executable, "-m", program, *words[1:], "--help"]
+            shown = subprocess.run(asking, capture_output=True, text=True, check=True)
             helps[asked] = shown.stdout
         for flag in command[len(words) :]:
             assert flag.partition("=")[0] in helps[asked], (asked, flag)
-    assert set(helps) == {"prefect server start", "prefect worker start"}
+    assert set(helps) == {"prefect server start", "prefect worker start", "healchain publisher", "healchain gateway"}
 
 
 def names_in_files() -> set[str]:

@@ -23,6 +23,7 @@ from minio.error import S3Error
 from urllib3.exceptions import HTTPError
 from web3 import Web3
 
+from blocks.connections import connections_of
 from blocks.identity import Identity
 from infra import postgres, stack, stack_plan, supervision
 from infra.object_store import free_port
@@ -116,10 +117,10 @@ def pids(plan: Plan) -> dict[str, int]:
     return {one.name: one.pid for one in supervision.statuses(plan.folder) if one.name in SERVERS}
 
 
-def healchain(*arguments: object) -> "subprocess.CompletedProcess[str]":
+def healchain(*arguments: object, group: tuple[str, ...] = ("stack",)) -> "subprocess.CompletedProcess[str]":
     """The command as an operator gives it."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
-    command = [sys.executable, "-m", "infra.cli", "stack", *map(str, arguments)]
+    command = [sys.executable, "-m", "infra.cli", *group, *map(str, arguments)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
 
@@ -166,6 +167,39 @@ def test_no_secret_is_on_a_command_line_in_a_log_or_readable_by_others(plan: Pla
     for path in ("stack.json", "supervisord.conf", "prefect-login", "actors/miner-1/store-account.json"):
         assert (plan.folder / path).stat().st_mode & 0o777 == 0o600
     assert plan.folder.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_publisher_is_set_up_on_servers_that_run_already(plan: Plan, tmp_path: Path) -> None:
+    """With one command: refused without money, then done, then found done."""
+    home, folder = tmp_path / "clinic", tmp_path / "gateway"
+    folder.mkdir()
+    settings = {
+        "PREFECT_API_URL": plan.api_url,
+        "PREFECT_API_AUTH_STRING": plan.prefect_login,
+        "HEALCHAIN_STORE_URL": plan.store_url,
+        "HEALCHAIN_STORE_ACCESS_KEY": stack_plan.STORE_USER,
+        "HEALCHAIN_STORE_SECRET_KEY": plan.store_password,
+        "HEALCHAIN_REGISTRY_URL": plan.database_url("healchain", "psycopg"),
+    }
+    supervision.write_private(folder / "gateway.env", "".join(f"{name}={value}\n" for name, value in settings.items()))
+    command = ["publisher", "--home", home, "--folder", folder, "--name", "clinic", "--rpc", plan.rpc]
+    without_money = healchain(*command, group=())
+    assert without_money.returncode == 2
+    address = Identity(home=str(home)).address
+    assert f"account {address} has 0 wei" in " ".join(without_money.stderr.split())
+    stack.fund(plan, address, 10**18)
+    done, again = healchain(*command, group=()), healchain(*command, group=())
+    assert (done.returncode, again.returncode) == (0, 0), done.stderr + again.stderr
+    assert done.stdout == again.stdout
+    assert not [value for name, value in settings.items() if "SECRET" in name and value in done.stdout]
+    pinned = connections_of(Identity(home=str(home)))
+    assert pinned.store.get(address, pinned.store.put(address, b"terms").sha256) == b"terms"
+    assert pinned.registry is not None
+    assert [(actor.name, actor.address) for actor in pinned.registry.actors() if actor.name == "clinic"] == [
+        ("clinic", address)
+    ]
+    assert call(plan, "work_pools/publisher/queues/clinic")["description"] == address
+    assert call(plan, "deployments/name/run-task/publisher")["work_pool_name"] == "publisher"
 
 
 def test_up_again_changes_nothing(plan: Plan, kept: Kept) -> None:
