@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL
 
 from blocks.connections import connections_of
@@ -186,6 +188,12 @@ class StackUnderTest:
             rounds=len(registry.records(task_id, RoundResult.__name__)),
             refused=[(one.round_number, one.step, one.actor, one.reason) for one in registry.refusals(task_id)],
         )
+
+    def state_of_run(self, name: str) -> str:
+        """The state of the run with this name, as the scheduler has it."""
+        with get_client(sync_client=True) as client:
+            [run] = client.read_flow_runs(flow_run_filter=FlowRunFilter(name=FlowRunFilterName(any_=[name])))
+        return str(run.state_name)
 
     def cohort(self, task_id: str) -> Cohort:
         return trusted_cohort(self.station("publisher"), task_id)

@@ -19,6 +19,7 @@ import pytest
 from contracts.messages import Submission
 from tests.faults.stack import REWARD_WEI, Result, StackUnderTest, check, task
 
+SEEN_S = 60.0 + 10.0  # a heartbeat may have come just before
 pytestmark = [pytest.mark.timeout(1500)]
 
 
@@ -128,6 +129,23 @@ def test_a_host_that_is_away_for_a_round_takes_part_in_the_next(stack, undisturb
     assert address in result.rewards_wei
     assert sum(result.rewards_wei.values()) == REWARD_WEI
     assert stack.index_differences() == {}
+
+
+def test_a_frozen_host_is_noticed_within_a_minute_and_its_step_begins_again(stack, undisturbed):
+    """Nothing of it runs and nothing of it is dead: neither it nor its init can say so. Then it is killed, and comes back."""
+    with stack.fault("contribute.*miner-2", "tasks.contribute:local_round", do="wait"):
+        begun = stack.begin(task())
+        stack.await_strike()
+        name = f"M3 contribute · {begun[0]} · round 1 · miner-2"
+        group = os.getpgid(stack.pid("worker-miner-2"))
+        os.killpg(group, signal.SIGSTOP)
+        assert stack.state_of_run(name) == "Running"
+        stack.wait(lambda: stack.state_of_run(name) != "Running", "the run is taken from its host", within_s=SEEN_S)
+        os.killpg(group, signal.SIGKILL)
+        stack.go_on()
+        result = stack.finish(begun)
+    check(stack, result, undisturbed)
+    assert result.refused == []
 
 
 def test_a_network_cut_between_a_miner_and_the_server(stack, undisturbed):
