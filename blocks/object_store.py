@@ -33,8 +33,9 @@ LARGEST_BYTES = 5 * 1024**3
 SMALLEST_PART_BYTES = 5 * 1024**2
 PIECE_BYTES = 256 * 1024
 AT_ONCE = 8
-# A server that has just started answers before it has read its users: measured, for 35 ms.
-STARTING_S = 2.0
+# A server that has just started answers before it has read its users: for 35 ms, or, when the one before it was killed while
+# it read them, until that one's lock is void: measured, for 6 to 10 s (infra.object_store).
+STARTING_S = 20.0
 PASSING = {408, 429, 500, 502, 503, 504}
 
 REMEDIES = {

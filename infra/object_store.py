@@ -56,6 +56,8 @@ def gateway_command(folder: Path, port: int) -> list[str]:
         *(str(PROGRAM), "--no-agent", "gateway"),  # the agent would show the process's memory on a port
         *("--multi-buckets", "--no-banner", "--no-usage-report"),  # the banner shows the secret key
         *("--backup-meta", "0", "--metrics", "127.0.0.1:0"),
+        # What a killed server had locked (the accounts, for an instant at its start) is free after five of these seconds.
+        *("--heartbeat", "1"),
         *(
             "--io-retries",
             "2",
@@ -85,14 +87,18 @@ def gateway_environment(folder: Path, access_key: str, secret_key: str) -> dict[
     }
 
 
-def wait_until_ready(root: ArtifactStore, timeout_s: float = 20) -> None:
-    """Return when the server takes its administrator's requests. Raises StoreUnavailable, or PermissionError at once."""
+def wait_until_ready(root: ArtifactStore, timeout_s: float = 30) -> None:
+    """Return when the server takes its administrator's requests, and has read its accounts.
+
+    Raises StoreUnavailable, or PermissionError at once.
+    """
     client, deadline = _client(root), time.monotonic() + timeout_s
     while True:
         try:
             client.list_buckets()
+            _admin(root).user_list()
             return
-        except (HTTPError, MinioException) as error:
+        except (HTTPError, MinioException, MinioAdminException) as error:
             if isinstance(error, S3Error) and error.response.status == 403:
                 raise PermissionError(
                     f"{root.root}: the server there was not started with this administrator's keys ({error.code})"

@@ -13,7 +13,7 @@ from pathlib import Path
 _PREFECT_HOME = tempfile.TemporaryDirectory(prefix="healchain-prefect-")
 os.environ["PREFECT_HOME"] = _PREFECT_HOME.name
 os.environ.pop("PREFECT_API_URL", None)
-# Two workers on two cores: more threads in each would only get in the way of the other.
+# Three workers, of which one often waits, on two cores: more threads in each would only get in the way of the others.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["PREFECT_SERVER_ALLOW_EPHEMERAL_MODE"] = "true"
 os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"

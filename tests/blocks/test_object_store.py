@@ -365,6 +365,19 @@ def test_killed_in_the_middle_of_a_put_the_server_has_all_or_nothing(object_serv
         assert mine.get(ME, digest) == data
 
 
+def test_a_server_that_was_killed_at_its_start_knows_its_accounts_once_it_is_ready(object_server, mine):
+    """Killed while it reads them, it leaves a lock behind, which the next one finds void after some seconds."""
+    impatient = mine.model_copy(update={"patience_s": 0})
+    for after_s in (0.15, 0.2, 0.25):
+        object_server.kill()
+        object_server.start()
+        time.sleep(after_s)
+        object_server.kill()
+        object_server.start()
+        object_server.wait()
+        assert impatient.get(ME, impatient.put(ME, b"known").sha256) == b"known"
+
+
 def test_a_bucket_that_is_not_there_is_named_and_not_waited_for(root):
     lost = root.model_copy(update={"root": root.root + "-lost"})
     for attempt in every_verb(lost):
