@@ -77,7 +77,7 @@ class Update(BaseModel):
         for name in sorted(self.update):
             tensor = self.update[name]
             said.update(json.dumps([name, tensor.shape]).encode())
-            said.update(np.ascontiguousarray(tensor, dtype="<f8").tobytes())
+            said.update(np.asarray(tensor, dtype="<f8", order="C").tobytes())
         return said.hexdigest()
 
 
@@ -161,13 +161,13 @@ def update_of(found: Any) -> Update:
     return _modelled(
         Update,
         {
-            "round_id": found["round_id"][:MAX_NAME],
-            "proplet_id": found["proplet_id"][:MAX_NAME],
+            "round_id": found["round_id"],
+            "proplet_id": found["proplet_id"],
             "base_model_uri": "" if base is None else base,
             "num_samples": samples,
             "metrics": _metrics(found.get("metrics")),
             "update": {} if error else read_tensors(given, "update"),
-            "error": error[:MAX_ERROR],
+            "error": error[:MAX_ERROR].replace("\0", "\N{REPLACEMENT CHARACTER}"),
         },
     )
 
@@ -283,7 +283,7 @@ def encode_model(tensors: Mapping[str, npt.NDArray[Any]]) -> bytes:
 def encode_tensors(tensors: Mapping[str, npt.NDArray[Any]]) -> bytes:
     """The same in safetensors, float64."""
     return safetensors.numpy.save(
-        {name: np.ascontiguousarray(tensor, dtype=np.float64) for name, tensor in tensors.items()}
+        {name: np.asarray(tensor, dtype=np.float64, order="C") for name, tensor in tensors.items()}
     )
 
 
@@ -392,6 +392,8 @@ def _require(found: dict[Any, Any], name: str) -> None:
         raise Refusal(400, f"{name} is required", name)
     if not isinstance(found[name], str):
         raise Refusal(400, f"{name}: expected text, got {type(found[name]).__name__}", name)
+    if len(found[name]) > MAX_NAME or not found[name].isprintable():
+        raise Refusal(400, f"{name} = {found[name]!r:.60}: expected at most {MAX_NAME} printable characters", name)
 
 
 def _check_samples(samples: Any, is_error: bool) -> None:
