@@ -26,9 +26,9 @@ from blocks.artifacts import MissingArtifact, TamperedArtifact
 from blocks.edge_ledger import UnknownRound
 from blocks.registry import RegistryUnavailable
 from blocks.tables import EdgeMessageRow
-from infra import edge_data, edge_settings
+from infra import edge_data, edge_server
 from infra.edge_metrics import Metrics
-from infra.edge_settings import EdgeSettings
+from infra.edge_server import EdgeSettings
 from tasks.edge import intake, rounds, wire
 from tasks.edge.experiment import Server, start_again, utc_now
 from tasks.edge.wire import CBOR_TYPES, JSON_TYPE, Refusal
@@ -80,7 +80,7 @@ class Bridge:
             self._settings.mqtt_host,
             self._settings.mqtt_port,
             username=self._settings.mqtt_user,
-            password=edge_settings.server_password(self._folder, self._settings),
+            password=edge_server.server_password(self._folder, self._settings),
             identifier=f"{IDENTIFIER}-{self._server.pinned.tenant}-{self._server.pinned.channel}",
             clean_session=False,
             keepalive=15,
@@ -152,8 +152,8 @@ class Bridge:
             raise Refusal(400, "expected an object")
         results = found.get("results")
         sender = found.get("proplet_id") or (results.get("proplet_id") if isinstance(results, dict) else None)
-        if not isinstance(sender, str) or not edge_settings.is_name(sender):
-            raise Refusal(400, f"proplet_id = {sender!r:.60}: expected {edge_settings.NAME_RULE}", "proplet_id")
+        if not isinstance(sender, str) or not edge_server.is_name(sender):
+            raise Refusal(400, f"proplet_id = {sender!r:.60}: expected {edge_server.NAME_RULE}", "proplet_id")
         self._check_known(sender)
         self._take_word(name, sender, found)
 
@@ -169,8 +169,8 @@ class Bridge:
             start_again(self._server, sender)
         elif name == rounds.ALIVE:
             said = found.get("status", intake.ALIVE)
-            known = (intake.ALIVE, intake.OFFLINE, intake.UNHEALTHY)
-            ledger.beat(sender, said if said in known else intake.UNHEALTHY, now)
+            is_well = said in (intake.ALIVE, intake.OFFLINE) and found.get("healthy", True) is not False
+            ledger.beat(sender, said if is_well else intake.UNHEALTHY, now)
         elif name == rounds.RESULTS:
             edge_data.record_results(self._server, found, sender)
             self._take_envelope(found.get("results"))

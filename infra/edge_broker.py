@@ -30,8 +30,8 @@ from amqtt.session import Session
 
 from blocks.edge_ledger import EdgeLedger, mosquitto_hash
 from blocks.identity import residents, write_secret
-from infra import edge_settings
-from infra.edge_settings import EdgeSettings
+from infra import edge_server
+from infra.edge_server import EdgeSettings
 from tasks.edge import rounds
 from tasks.edge.experiment import Server, server_of
 
@@ -203,8 +203,8 @@ class Mosquitto:
 
 def door_of(folder: Path, settings: EdgeSettings) -> Door:
     """Raises NotConnected for a folder that was not set up."""
-    residents["edge"] = edge_settings.home_of(folder)
-    return Door(server_of("edge"), settings, edge_settings.server_password(folder, settings))
+    residents["edge"] = edge_server.home_of(folder)
+    return Door(server_of("edge"), settings, edge_server.server_password(folder, settings))
 
 
 async def _serve(door: Door) -> None:
@@ -220,7 +220,7 @@ def main() -> None:
     flags = argparse.ArgumentParser(prog="python -m infra.edge_broker")
     flags.add_argument("--folder", type=Path, required=True)
     folder = flags.parse_args().folder.resolve()
-    settings = edge_settings.read_settings(os.environ)
+    settings = edge_server.read_settings(os.environ)
     door = door_of(folder, settings)
     if settings.broker == "mosquitto":
         child = Mosquitto(folder, door)

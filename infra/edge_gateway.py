@@ -39,8 +39,8 @@ from blocks.edge_ledger import ENDED, RUNNING, AlreadyWritten, UnknownModel, Unk
 from blocks.identity import Identity, residents
 from blocks.registry import RegistryUnavailable
 from blocks.tables import EdgeDeviceRow, EdgeModelRow, EdgeTaskRow
-from infra import edge_data, edge_metrics, edge_settings
-from infra.edge_settings import EdgeSettings
+from infra import edge_data, edge_metrics, edge_server
+from infra.edge_server import EdgeSettings
 from infra.gateway import listening_socket
 from tasks.edge import intake, rounds, wire
 from tasks.edge.experiment import Server, form_of, server_of, tensors_in, utc_now
@@ -181,8 +181,8 @@ class Gateway:
     def register(self, body: bytes) -> dict[str, Any]:
         found = _object(body)
         proplet_id, namespace = found.get("proplet_id"), found.get("namespace") or "default"
-        if not isinstance(proplet_id, str) or not edge_settings.is_name(proplet_id):
-            raise Refusal(400, f"proplet_id = {proplet_id!r:.60}: expected {edge_settings.NAME_RULE}", "proplet_id")
+        if not isinstance(proplet_id, str) or not edge_server.is_name(proplet_id):
+            raise Refusal(400, f"proplet_id = {proplet_id!r:.60}: expected {edge_server.NAME_RULE}", "proplet_id")
         details = found.get("metadata") or {}
         if not isinstance(details, dict) or not isinstance(namespace, str):
             raise Refusal(400, "metadata: expected an object; namespace: expected text", "metadata")
@@ -709,7 +709,7 @@ def start_by_prefect(flow: str, parameters: dict[str, Any], key: str) -> None:
 def gateway_of(folder: Path, settings: EdgeSettings) -> Gateway:
     """The gateway of a folder that `healchain edge up` has set up. Raises NotConnected."""
     residents["edge"] = Identity(home=str(folder / "home"))
-    return Gateway(server_of("edge"), edge_settings.admin_key(folder), settings.body_bytes, start_by_prefect)
+    return Gateway(server_of("edge"), edge_server.admin_key(folder), settings.body_bytes, start_by_prefect)
 
 
 async def serve(
@@ -752,7 +752,7 @@ def main() -> None:
     flags.add_argument("--port", type=int, default=8080)
     flags.add_argument("--ports", action="store_true", help="each part on its own port as well")
     given = flags.parse_args()
-    settings = edge_settings.read_settings(os.environ)
+    settings = edge_server.read_settings(os.environ)
     gateway = gateway_of(given.folder.resolve(), settings)
     ports = {part: own for part, own in settings.ports.items() if own != given.port} if given.ports else {}
     from infra import edge_bridge

@@ -1,6 +1,7 @@
 """The flow over a ledger: rounds by k and by deadline, combinations that fail, and that a killed run goes on."""
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from prefect.client.orchestration import get_client
 
 from blocks.edge_ledger import COMPLETED, FAILED, WARNING
 from blocks.identity import residents
@@ -250,9 +252,12 @@ def test_a_run_that_was_killed_goes_on_from_the_ledger(server, step):
     home = residents["edge"].home
     sending = send_when_open(server, UPDATES)
 
+    with get_client(sync_client=True) as client:  # a server of its own would outlive the process that is killed
+        environment = {**os.environ, "PREFECT_API_URL": str(client.api_url)}
+
     def run(killed_after: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-c", KILLED, home, killed_after]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
 
     assert run(step).returncode == -9
     sending.join()

@@ -13,7 +13,7 @@ from fastapi.testclient import TestClient
 
 from blocks.edge_ledger import FAILED, WARNING
 from blocks.identity import residents
-from infra import edge_gateway, edge_settings
+from infra import edge_gateway, edge_server
 from infra.edge_gateway import Gateway, service
 from tasks.edge.experiment import utc_now
 from tasks.edge.wire import Refusal
@@ -475,13 +475,11 @@ def test_the_model_of_a_round_is_what_was_sent(ask):
 )
 def test_a_wrong_setting_is_named(name, value, said):
     with pytest.raises(ValueError, match=said):
-        edge_settings.read_settings({f"HEALCHAIN_EDGE_{name}": value})
+        edge_server.read_settings({f"HEALCHAIN_EDGE_{name}": value})
 
 
 def test_settings_come_through_the_environment():
-    settings = edge_settings.read_settings(
-        {"HEALCHAIN_EDGE_OPEN": "1", "HEALCHAIN_EDGE_MQTT_PORT": "1884", "OTHER": "x"}
-    )
+    settings = edge_server.read_settings({"HEALCHAIN_EDGE_OPEN": "1", "HEALCHAIN_EDGE_MQTT_PORT": "1884", "OTHER": "x"})
     assert (settings.open, settings.mqtt_port) == (True, 1884)
-    assert edge_settings.read_settings(edge_settings.in_environment(settings)) == settings
-    assert edge_settings.read_settings({}).ports == edge_gateway.PORTS
+    assert edge_server.read_settings(edge_server.in_environment(settings)) == settings
+    assert edge_server.read_settings({}).ports == edge_gateway.PORTS
