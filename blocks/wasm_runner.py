@@ -55,9 +55,9 @@ class ModuleFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class Limits:
-    """What one run may use. fuel: a 2-GHz core burns some 10^9 a second; memory_bytes: of the module, not of this process."""
+    """What one run may use. fuel: a core burns 10^9 to 10^10 a second; memory_bytes: of the module, not of this process."""
 
-    fuel: int = 20_000_000_000
+    fuel: int = 200_000_000_000
     memory_bytes: int = 256 * MIB
     wall_clock_s: float = 120.0
     stdout_bytes: int = 64 * MIB
