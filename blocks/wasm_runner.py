@@ -47,10 +47,13 @@ class ModuleFailed(RuntimeError):
     """A module gave no result. reason: as in REMEDIES, an exit with its code; log: the end of what it wrote to stderr."""
 
     def __init__(self, reason: str, detail: str, log: str = "") -> None:
-        self.reason, self.log = reason, log
-        remedy = REMEDIES["exit" if reason.startswith("exit ") else reason]
-        said = f". It said: {log.strip()[-TOLD_CHARACTERS:]}" if log.strip() else ""
-        super().__init__(f"{reason}: {detail}: {remedy}{said}")
+        super().__init__(reason, detail, log)
+        self.reason, self.detail, self.log = reason, detail, log
+
+    def __str__(self) -> str:
+        remedy = REMEDIES["exit" if self.reason.startswith("exit ") else self.reason]
+        said = f". It said: {self.log.strip()[-TOLD_CHARACTERS:]}" if self.log.strip() else ""
+        return f"{self.reason}: {self.detail}: {remedy}{said}"
 
 
 @dataclass(frozen=True)

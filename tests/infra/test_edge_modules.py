@@ -232,8 +232,15 @@ def test_the_committed_digest_is_that_of_the_module():
     path = build.module_path("logistic")
     noted, name = path.with_suffix(".wasm.sha256").read_text().split()
     assert (noted, name) == (hashlib.sha256(MODULE).hexdigest(), path.name)
-    assert build.module_of(noted) == path
-    assert build.module_of("00" * 32) is None
+    assert build.module_of(noted) == MODULE
+
+
+def test_a_module_is_found_by_its_digest_among_ones_own_and_these(tmp_path):
+    (tmp_path / "own.wasm").write_bytes(b"own")
+    own = hashlib.sha256(b"own").hexdigest()
+    assert build.module_of(own, tmp_path) == b"own"
+    assert build.module_of(own) is None
+    assert build.module_of(hashlib.sha256(MODULE).hexdigest(), tmp_path) == MODULE
 
 
 @pytest.fixture
