@@ -34,6 +34,8 @@ READY = files("deployments") / "ready"
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Private, paid, verifiable federated learning.")
 chain_app = typer.Typer(no_args_is_help=True, help="The contracts on an Ethereum chain: deploy them, check them.")
 app.add_typer(chain_app, name="chain")
+edge_app = typer.Typer(no_args_is_help=True, help="Rounds on small devices that train WebAssembly modules.")
+app.add_typer(edge_app, name="edge")
 models_app = typer.Typer(no_args_is_help=True, help="Model versions: list, compare, fetch, pin, roll back.")
 app.add_typer(models_app, name="models")
 console = Console(highlight=False)
@@ -958,6 +960,15 @@ def stack_fund(
 
         has_wei = stack.fund(plan, address, wei)
     console.print(f"{address} has {has_wei} wei", soft_wrap=True)
+
+
+@edge_app.command(
+    "device", context_settings={"ignore_unknown_options": True, "allow_extra_args": True}, add_help_option=False
+)
+def edge_device(context: typer.Context) -> None:
+    """Take part in rounds as a device; its own flags are shown by --help. A small host calls healchain-device instead."""
+    # Another program takes this one's place: a device has no memory to spare for what this one imported.
+    os.execv(sys.executable, [sys.executable, "-m", "infra.edge_device", *context.args])
 
 
 @contextmanager
