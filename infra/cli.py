@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from contracts.task_spec import InvalidTask, TaskFile, load_task_file
+from infra import edge_cli
 
 if TYPE_CHECKING:
     from contracts.bindings import Deployment
@@ -36,6 +37,7 @@ chain_app = typer.Typer(no_args_is_help=True, help="The contracts on an Ethereum
 app.add_typer(chain_app, name="chain")
 edge_app = typer.Typer(no_args_is_help=True, help="Rounds on small devices that train WebAssembly modules.")
 app.add_typer(edge_app, name="edge")
+edge_cli.add_to(edge_app)
 models_app = typer.Typer(no_args_is_help=True, help="Model versions: list, compare, fetch, pin, roll back.")
 app.add_typer(models_app, name="models")
 console = Console(highlight=False)
