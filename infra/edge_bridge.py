@@ -30,7 +30,7 @@ from infra import edge_data, edge_server
 from infra.edge_metrics import Metrics
 from infra.edge_server import EdgeSettings
 from tasks.edge import intake, rounds, wire
-from tasks.edge.experiment import Server, start_again, utc_now
+from tasks.edge.server import Server, start_again, utc_now
 from tasks.edge.wire import CBOR_TYPES, JSON_TYPE, Refusal
 
 CHUNK_BYTES = 512_000

@@ -33,7 +33,7 @@ from blocks.identity import residents, write_secret
 from infra import edge_server
 from infra.edge_server import EdgeSettings
 from tasks.edge import rounds
-from tasks.edge.experiment import Server, server_of
+from tasks.edge.server import Server, server_of
 
 REFRESH_S = 1.0
 MAX_PACKET = 268_435_455

@@ -14,8 +14,8 @@ from uuid import uuid4
 from blocks.artifacts import MissingArtifact
 from blocks.edge_ledger import DONE, PENDING, is_alive
 from blocks.tables import EdgeBlobRow, EdgeDeviceRow, EdgeModelRow, EdgeTaskRow
-from tasks.edge.experiment import Server, utc_now
 from tasks.edge.intake import standing_of
+from tasks.edge.server import Server, utc_now
 from tasks.edge.wire import Refusal
 
 INTERRUPTED = 6

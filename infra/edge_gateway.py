@@ -43,7 +43,7 @@ from infra import edge_data, edge_metrics, edge_server
 from infra.edge_server import EdgeSettings
 from infra.gateway import listening_socket
 from tasks.edge import intake, rounds, wire
-from tasks.edge.experiment import Server, form_of, server_of, tensors_in, utc_now
+from tasks.edge.server import Server, form_of, server_of, tensors_in, utc_now
 from tasks.edge.wire import CBOR_TYPES, JSON_TYPE, Refusal
 from tasks.learning.combining import InvalidRule, NotCombinable, Part, combine
 

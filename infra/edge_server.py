@@ -22,7 +22,7 @@ from blocks.identity import Identity, create_home, write_secret
 from blocks.registry import Registry
 from blocks.tables import EdgeModelRow
 from tasks.edge import wire
-from tasks.edge.experiment import utc_now
+from tasks.edge.server import utc_now
 
 PREFIX = "HEALCHAIN_EDGE_"
 NAME_RULE = "1 to 128 of a-z, A-Z, 0-9 and ._:@-, a letter or digit first"

@@ -11,7 +11,7 @@ from typing import Any
 from blocks.edge_ledger import ENDED, AlreadyWritten, Received, UnknownModel, UnknownRound, is_alive
 from blocks.tables import EdgeRoundRow, EdgeUpdateRow
 from tasks.edge import rounds, wire
-from tasks.edge.experiment import Server, open_next, tensors_in
+from tasks.edge.server import Server, open_next, tensors_in
 from tasks.edge.wire import ExperimentRequest, Refusal, Update
 from tasks.learning.combining import InvalidRule, NotCombinable, Tensors, check_enough, checked_options
 

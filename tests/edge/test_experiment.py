@@ -20,9 +20,8 @@ from prefect.client.orchestration import get_client
 from blocks.edge_ledger import COMPLETED, FAILED, WARNING
 from blocks.identity import residents
 from flows.edge import retry_round, run_experiment
-from tasks.edge import experiment as edge
 from tasks.edge.combiner import decode_answer, encode_job, run_job
-from tasks.edge.experiment import Server, start_alive, utc_now
+from tasks.edge.server import Server, open_next, start_alive, utc_now
 from tasks.learning.combining import NotCombinable, Part, combine
 from tests.edge import world
 from tests.edge.world import ask, make_server, model_of, plain_mean, receive, update
@@ -206,7 +205,7 @@ def test_devices_that_beat_are_started_and_one_that_comes_back_too(server):
         server.ledger.register(one, {}, utc_now())
     server.ledger.beat("a", "alive", utc_now())
     server.ledger.beat("b", "unhealthy", utc_now())
-    row = edge.open_next(server, name, 1, utc_now())
+    row = open_next(server, name, 1, utc_now())
     assert start_alive(server, row) == 1
     server.ledger.beat("c", "alive", utc_now())
     assert start_alive(server, row) == 1
@@ -223,7 +222,7 @@ def test_in_open_mode_devices_that_never_beat_are_started(tmp_path):
     server = make_server(tmp_path, is_open=True)
     name = ask(server)
     server.ledger.beat("a", "offline", utc_now())
-    row = edge.open_next(server, name, 1, utc_now())
+    row = open_next(server, name, 1, utc_now())
     assert start_alive(server, row) == 2
 
 

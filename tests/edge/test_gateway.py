@@ -15,7 +15,7 @@ from blocks.edge_ledger import FAILED, WARNING
 from blocks.identity import residents
 from infra import edge_gateway, edge_server
 from infra.edge_gateway import Gateway, service
-from tasks.edge.experiment import utc_now
+from tasks.edge.server import utc_now
 from tasks.edge.wire import Refusal
 from tests.edge.world import make_server, model_of, plain_mean, update
 

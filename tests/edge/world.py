@@ -15,7 +15,7 @@ from blocks.identity import create_home, residents
 from blocks.registry import Registry
 from blocks.tables import EdgeModelRow, EdgeUpdateRow
 from tasks.edge import wire
-from tasks.edge.experiment import Server, utc_now
+from tasks.edge.server import Server, utc_now
 
 BASE = {"b": 0.0, "w": [0.0, 0.0, 0.0]}
 
