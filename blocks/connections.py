@@ -53,8 +53,9 @@ class EdgeConnections(BaseModel):
     """What the server of edge devices works with. It has no chain: nobody is paid for these rounds.
 
     tenant, channel: of the prefix of MQTT's topics. is_open: devices without keys are let in, and bare topics are served.
-    beat_s: how often a device says that it is well; it is alive for three times that. aggregator_url: who combines, if not a
-    process of this host. public_url: of the gateway, as devices reach it; told to the modules of existing devices.
+    beat_s: how often a device says that it is well; it is alive for three times that. aggregator_url, aggregator_key: who
+    combines, if not a process of this host, and the key that it asks for, if any. public_url: of the gateway, as devices
+    reach it; told to the modules of existing devices.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
@@ -67,6 +68,7 @@ class EdgeConnections(BaseModel):
     is_open: bool = False
     beat_s: float = 10.0
     aggregator_url: str = ""
+    aggregator_key: SecretStr = SecretStr("")
     aggregation_timeout_s: float = 30.0
     aggregation_pause_s: float = 1.0
     public_url: str = ""
@@ -78,8 +80,8 @@ class EdgeConnections(BaseModel):
 
     def pin(self, me: Identity) -> None:
         """Write them into the home, in place of earlier ones."""
-        plain = {name: getattr(self, name) for name in type(self).model_fields}
-        fields = {**plain, "store": _settings(self.store), "registry": _settings(self.registry)}
+        fields = {name: _plain(getattr(self, name)) for name in type(self).model_fields}
+        fields |= {"store": _settings(self.store), "registry": _settings(self.registry)}
         write_secret(_path(me), json.dumps(fields, indent=1))
 
 

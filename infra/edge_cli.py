@@ -38,17 +38,18 @@ def up(
     """Start gateway, broker, Prefect and the worker that conducts rounds; settings are HEALCHAIN_EDGE_... or FOLDER/edge.env."""
     folder = folder.resolve()
     with _failures():
-        from infra.edge_server import read_settings, take_environment
-
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        take_environment(folder)
         has_own = "PREFECT_API_URL" not in os.environ
+        # Before Prefect is imported: it reads where its server is once.
         os.environ.setdefault("PREFECT_API_URL", f"http://127.0.0.1:{prefect_port}/api")
         os.environ.setdefault("PREFECT_HOME", str(folder / "client"))
+        os.environ.setdefault("DO_NOT_TRACK", "1")
         (folder / "client").mkdir(exist_ok=True)
-        take_environment(folder)
-        settings = read_settings({name: value for name, value in os.environ.items() if name != "HEALCHAIN_EDGE_FOLDER"})
         from infra import edge_stack
+        from infra.edge_server import read_settings
 
+        settings = read_settings({name: value for name, value in os.environ.items() if name != "HEALCHAIN_EDGE_FOLDER"})
         plan = edge_stack.Plan(folder, settings, host, port, ports, prefect_port if has_own else 0)
         edge_stack.up(plan, lambda line: console.print(f"[green]ok[/green]  {escape(line)}", soft_wrap=True))
     console.print(
@@ -105,6 +106,18 @@ def retry(
     with _failures():
         said = _ask(folder, url, "POST", f"/fl/rounds/{round_id}/retry", {})
     console.print(f"round {round_id}: {said['status']}, version {said['model_version']}")
+
+
+def take_environment(folder: Path) -> None:
+    """Put the settings of FOLDER/edge.env, mode 0600, into the environment, which comes first."""
+    path = folder / "edge.env"
+    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], start=1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        name, equals, value = line.partition("=")
+        if not equals:
+            raise ValueError(f"{path}, line {number}: expected NAME=VALUE")
+        os.environ.setdefault(name.strip(), value.strip())
 
 
 def _ask(folder: Path, url: str, method: str, path: str, body: Any = None) -> Any:

@@ -6,7 +6,6 @@ store/ unless named elsewhere.
 Errors: ValueError naming the setting.
 """
 
-import os
 import re
 import secrets
 from collections.abc import Mapping
@@ -45,6 +44,7 @@ class EdgeSettings(BaseModel):
     aggregator_url: str = Field(
         default="", description="http(s)://HOST:PORT of another aggregator; else a process here"
     )
+    aggregator_key: SecretStr = Field(default=SecretStr(""), description="that the other aggregator asks for, if any")
     aggregation_timeout_s: float = Field(default=30, gt=0, le=86400, description="longest wait for a combination")
     registry_url: SecretStr = Field(default=SecretStr(""), description="SQLAlchemy URL; else FOLDER/registry.sqlite")
     store_url: str = Field(default="", description="directory, or http(s)://HOST:PORT/BUCKET; else FOLDER/store")
@@ -138,6 +138,7 @@ def set_up(folder: Path, settings: EdgeSettings) -> EdgeConnections:
         is_open=settings.open,
         beat_s=settings.beat_s,
         aggregator_url=settings.aggregator_url,
+        aggregator_key=settings.aggregator_key,
         aggregation_timeout_s=settings.aggregation_timeout_s,
         public_url=settings.public_url,
     )
@@ -181,15 +182,3 @@ def home_of(folder: Path) -> Identity:
 
 def is_name(value: str) -> bool:
     return bool(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,127}", value))
-
-
-def take_environment(folder: Path) -> None:
-    """Put the settings of FOLDER/edge.env, mode 0600, into the environment, which comes first."""
-    path = folder / "edge.env"
-    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], start=1):
-        if not line.strip() or line.lstrip().startswith("#"):
-            continue
-        name, equals, value = line.partition("=")
-        if not equals:
-            raise ValueError(f"{path}, line {number}: expected NAME=VALUE")
-        os.environ.setdefault(name.strip(), value.strip())

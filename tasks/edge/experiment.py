@@ -211,7 +211,8 @@ def _combine_by_url(
         asked |= {"rule": request.rule, "rule_options": request.rule_options}
         asked |= {"base": wire.model_json(base), "state": wire.model_json(state)}
     url = f"{pinned.aggregator_url.rstrip('/')}/aggregate"
-    headers = {"Content-Type": wire.JSON_TYPE}
+    key = pinned.aggregator_key.get_secret_value()
+    headers = {"Content-Type": wire.JSON_TYPE} | ({"Authorization": f"Bearer {key}"} if key else {})
     try:
         answer = httpx.post(url, content=orjson.dumps(asked), headers=headers, timeout=pinned.aggregation_timeout_s)
     except httpx.HTTPError as error:

@@ -7,15 +7,21 @@ import hashlib
 import json
 import os
 import socket
+import ssl
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
 import aiomqtt
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from pydantic import SecretStr
 
 from blocks.identity import residents
@@ -48,7 +54,7 @@ def wait_for(what: Callable[[], Any], within_s: float = 20) -> Any:
 class Site:
     """A broker as a process of its own, and a ledger."""
 
-    def __init__(self, folder: Path, kind: str, **pinned: Any) -> None:
+    def __init__(self, folder: Path, kind: str, more: dict[str, str] | None = None, **pinned: Any) -> None:
         self.folder = folder
         self.server: Server = make_server(folder, beat_s=1, **pinned)
         is_open = "1" if pinned.get("is_open") else "0"
@@ -58,6 +64,7 @@ class Site:
             "HEALCHAIN_EDGE_MQTT_PORT": str(self.port),
             "HEALCHAIN_EDGE_OPEN": is_open,
         }
+        given |= more or {}
         self.environment = given
         self.settings: EdgeSettings = edge_server.read_settings(given)
         password = folder / "broker" / "server-password"
@@ -87,9 +94,10 @@ class Site:
         return Bridge(self.server, self.settings, self.folder, Metrics())
 
 
-@pytest.fixture(params=["amqtt", "mosquitto"])
-def site(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Site]:
-    made = Site(tmp_path, request.param)
+@pytest.fixture(scope="module", params=["amqtt", "mosquitto"])
+def site(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """One for all tests: a process takes seconds to load. Each has a round of its own."""
+    made = Site(tmp_path_factory.mktemp(request.param), request.param)
     yield made
     made.kill()
     residents.pop("edge", None)
@@ -270,21 +278,22 @@ def test_messages_wait_for_a_broker_that_was_killed(site):
 
 def test_an_update_that_comes_while_the_bridge_is_down_is_taken_later(site):
     server = site.server
-    open_next(server, ask(server), 1, utc_now())
+    open_next(server, ask(server, round_id="r-2"), 1, utc_now())
 
     async def nothing() -> None:
         await asyncio.sleep(0.2)
 
     async def send() -> None:
         async with site.client("a") as device:
-            await device.publish(PREFIX + "fl/rounds/r-1/updates/a", json.dumps(update("a")), qos=1)
+            said = json.dumps(update("a", round_id="r-2"))
+            await device.publish(PREFIX + "fl/rounds/r-2/updates/a", said, qos=1)
 
     async def taken() -> None:
-        await until(lambda: server.ledger.count("r-1") == 1)
+        await until(lambda: server.ledger.count("r-2") == 1)
 
     asyncio.run(beside(site.bridge(), nothing()))
     asyncio.run(send())
-    assert server.ledger.count("r-1") == 0
+    assert server.ledger.count("r-2") == 0
     asyncio.run(beside(site.bridge(), taken()))
 
 
@@ -314,6 +323,55 @@ def test_in_open_mode_existing_devices_speak_on_bare_topics(tmp_path, kind):
     finally:
         site.kill()
         residents.pop("edge", None)
+
+
+def certificate(folder: Path) -> dict[str, str]:
+    """A certificate of 127.0.0.1 that signs itself, as settings of the server."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
+    now = utc_now()
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    pem = serialization.Encoding.PEM
+    plain = (serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    (folder / "cert.pem").write_bytes(made.public_bytes(pem))
+    (folder / "key.pem").write_bytes(key.private_bytes(pem, *plain))
+    paths = {"CA": "cert.pem", "CERT": "cert.pem", "KEY": "key.pem"}
+    return {f"HEALCHAIN_EDGE_MQTT_{name}": str(folder / file) for name, file in paths.items()}
+
+
+@pytest.mark.parametrize("kind", ["amqtt", "mosquitto"])
+def test_by_setting_all_is_said_over_tls(tmp_path, kind):
+    site = Site(tmp_path, kind, certificate(tmp_path))
+    trusted = ssl.create_default_context(cafile=str(tmp_path / "cert.pem"))
+
+    async def send() -> None:
+        async with aiomqtt.Client(
+            "127.0.0.1", site.port, username="a", password=site.keys["a"], tls_context=trusted, timeout=10
+        ) as device:
+            await device.publish(PREFIX + rounds.ALIVE, json.dumps({"proplet_id": "a", "status": "alive"}), qos=1)
+            await until(lambda: site.server.ledger.device("a").health == "alive")
+
+    try:
+        asyncio.run(beside(site.bridge(), send()))
+        assert not asyncio.run(is_let_in_plainly(site))
+    finally:
+        site.kill()
+        residents.pop("edge", None)
+
+
+async def is_let_in_plainly(site: Site) -> bool:
+    return await is_let_in(aiomqtt.Client("127.0.0.1", site.port, username="a", password=site.keys["a"], timeout=3))
 
 
 @pytest.mark.parametrize(("size", "count"), [(0, 1), (CHUNK_BYTES, 1), (CHUNK_BYTES + 1, 2)])
