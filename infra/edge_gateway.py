@@ -31,6 +31,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.params import Query
 from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST
+from sqlalchemy.exc import DataError
 from starlette.exceptions import HTTPException
 
 from blocks import pools
@@ -320,6 +321,8 @@ def refusal_of(error: Exception) -> Refusal | None:
         return Refusal(404, str(error))
     if isinstance(error, AlreadyWritten):
         return Refusal(409, str(error))
+    if isinstance(error, DataError):  # PostgreSQL keeps no zero character in a text
+        return Refusal(400, "a text holds a character that cannot be kept; leave zero characters out")
     if isinstance(error, TamperedArtifact):
         return Refusal(500, f"Invalid model file: {error}")
     if isinstance(error, RegistryUnavailable | pools.PoolsUnavailable | OSError):

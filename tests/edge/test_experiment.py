@@ -245,7 +245,7 @@ print(run_experiment("r-1"))
 """
 
 
-@pytest.mark.parametrize("step", ["open_round", "distribute", "collect", "combine", "store"])
+@pytest.mark.parametrize("step", ["distribute", "combine", "store"])
 def test_a_run_that_was_killed_goes_on_from_the_ledger(server, step):
     ask(server)
     home = residents["edge"].home

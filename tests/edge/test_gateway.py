@@ -1,23 +1,31 @@
 """The gateway's routes: names, statuses and texts of existing devices, and who may do what."""
 
 import json
+import re
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import cbor2
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from pydantic import SecretStr
 
 from blocks.edge_ledger import FAILED, WARNING
 from blocks.identity import residents
+from blocks.registry import Registry
 from infra import edge_gateway, edge_server
 from infra.edge_gateway import Gateway, service
-from tasks.edge.server import utc_now
+from tasks.edge.server import server_of, utc_now
 from tasks.edge.wire import Refusal
-from tests.edge.world import make_server, model_of, plain_mean, update
+from tests.edge.world import make_server, plain_mean, update
 
 ADMIN = "the administrator's key"
 EXPERIMENT = {
@@ -458,8 +466,82 @@ def test_metrics_count_what_happened(ask):
         assert line in text
 
 
-def test_the_model_of_a_round_is_what_was_sent(ask):
-    assert model_of(ask.server, 0) == {"b": 0.0, "w": [0.0, 0.0, 0.0]}
+def test_prefect_that_is_away_is_said_at_once():
+    with (
+        temporary_settings({PREFECT_API_URL: "http://127.0.0.1:1/api"}),
+        pytest.raises(Refusal, match="nothing was started") as said,
+    ):
+        edge_gateway.start_by_prefect("edge-experiment", {"experiment_id": "exp-1", "actor": "edge"}, "key")
+    assert said.value.status == 503
+
+
+def test_a_gateway_that_begins_again_has_everything(ask, tmp_path):
+    ask.open()
+    ask("POST", "/update", update("a"), by="a")
+    ask("POST", "/models", {"model": {"w": [1.0]}})
+    again = TestClient(service(Gateway(server_of("edge"), ADMIN)))
+    headers = {"Authorization": f"Bearer {ask.keys['b']}"}
+    assert again.get("/rounds/r-1/complete", headers=headers).json()["num_updates"] == 1
+    assert again.post("/update", json=update("b"), headers=headers).status_code == 200
+    assert again.get("/models", headers=headers).json() == {"versions": [0, 1]}
+
+
+words = st.text(max_size=12) | st.sampled_from(["r-1", "a", "0", "best", "+", "..", "%00", "x" * 300])
+NAMES = [*EXPERIMENT, *update("a"), "version", "model", "updates", "data"]
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | words,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            words | st.sampled_from([*EXPERIMENT, *update("a"), "version", "model", "updates", "data"]),
+            inner,
+            max_size=4,
+        )
+    ),
+    max_leaves=10,
+)
+
+
+def nearly(whole: dict[str, Any]) -> st.SearchStrategy[bytes]:
+    """With some fields replaced."""
+    changes = st.dictionaries(st.sampled_from([*whole]), values, max_size=3)
+    return changes.map(lambda one: json.dumps({**whole, **one}).encode())
+
+
+bodies = st.binary(max_size=60) | values.map(lambda value: json.dumps(value).encode())
+bodies |= nearly(EXPERIMENT) | nearly(update("a"))
+kinds = st.sampled_from(["application/json", "application/cbor", "text/plain", "application/xml", ""])
+
+
+@settings(max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_whatever_is_asked_is_answered_and_as_the_openapi_says(ask, data):
+    paths = ask.client.app.openapi()["paths"]
+    path = data.draw(st.sampled_from(sorted(paths)))
+    method = data.draw(st.sampled_from(sorted(paths[path])))
+    filled = re.sub(r"\{[^}]*\}", lambda _: quote(data.draw(words), safe="") or "x", path)
+    query = {
+        name: data.draw(words) for name in data.draw(st.sets(st.sampled_from(["round_id", "proplet_id", "format"])))
+    }
+    body, kind = (data.draw(bodies), data.draw(kinds)) if method != "get" else (None, "")
+    by = data.draw(st.sampled_from(["admin", "a", None]))
+    answer = ask(method.upper(), filled, body, by=by, params=query, headers={"Content-Type": kind} if kind else {})
+    assert answer.status_code < 500 or (path, answer.status_code) == ("/aggregate", 500)
+    if answer.status_code not in (404, 405):  # what was filled in may lead elsewhere
+        assert str(answer.status_code) in paths[path][method]["responses"]
+
+
+def test_the_same_on_postgresql_for_what_it_cannot_keep(tmp_path, postgres_url):
+    asked = Asked(tmp_path)
+    ledger = replace(asked.server.ledger, registry=Registry(url=SecretStr(postgres_url)))
+    asked.gateway.server = replace(asked.server, ledger=ledger)
+    client = TestClient(service(asked.gateway))
+    headers = {"Authorization": f"Bearer {ADMIN}"}
+    assert client.get("/fl/rounds/%00/complete", headers=headers).status_code == 400
+    assert client.post("/update", json=update("a\0"), headers=headers).status_code == 400
+    assert client.post("/devices", json={"proplet_id": "a", "namespace": "\0"}, headers=headers).status_code == 400
+    assert client.post("/devices", json={"proplet_id": "a"}, headers=headers).status_code == 201
+    residents.pop("edge", None)
 
 
 @pytest.mark.parametrize(

@@ -200,6 +200,7 @@ def check_model(system: System, version: int, expected: dict[str, Any]) -> dict[
 
 
 def test_two_rounds_with_three_devices_are_a_plain_computation(system):
+    assert "3 of 3 devices are alive" in system.healchain("status", "--url", system.url)
     start = system.experiment("two", rounds=2)
     first = system.completed("two")
     assert (first["state"], first["model_version"], first["num_updates"]) == ("COMPLETED", start + 1, 3)
