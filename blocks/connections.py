@@ -49,6 +49,62 @@ class Connections(BaseModel):
         write_secret(_path(me), json.dumps(fields, indent=1))
 
 
+class EdgeConnections(BaseModel):
+    """What the server of edge devices works with. It has no chain: nobody is paid for these rounds.
+
+    tenant, channel: of the prefix of MQTT's topics. is_open: devices without keys are let in, and bare topics are served.
+    beat_s: how often a device says that it is well; it is alive for three times that. aggregator_url, aggregator_key: who
+    combines, if not a process of this host, and the key that it asks for, if any. public_url: of the gateway, as devices
+    reach it; told to the modules of existing devices.
+    """
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    name: str
+    store: ArtifactStore
+    registry: Registry
+    tenant: str = "healchain"
+    channel: str = "edge"
+    is_open: bool = False
+    beat_s: float = 10.0
+    aggregator_url: str = ""
+    aggregator_key: SecretStr = SecretStr("")
+    aggregation_timeout_s: float = 30.0
+    aggregation_pause_s: float = 1.0
+    public_url: str = ""
+
+    @property
+    def alive_within_s(self) -> float:
+        """A device that has missed three beats is not asked."""
+        return 3 * self.beat_s
+
+    def pin(self, me: Identity) -> None:
+        """Write them into the home, in place of earlier ones."""
+        fields = {name: _plain(getattr(self, name)) for name in type(self).model_fields}
+        fields |= {"store": _settings(self.store), "registry": _settings(self.registry)}
+        write_secret(_path(me), json.dumps(fields, indent=1))
+
+
+def is_edge(me: Identity) -> bool:
+    """Whether this is the home of a server of edge devices."""
+    try:
+        return "chain" not in json.loads(_path(me).read_text())
+    except (FileNotFoundError, ValueError):
+        return False
+
+
+def edge_connections_of(me: Identity) -> EdgeConnections:
+    """What the home of a server of edge devices has pinned. Raises NotConnected."""
+    path = _path(me)
+    try:
+        return EdgeConnections.model_validate_json(path.read_text())
+    except FileNotFoundError:
+        raise NotConnected(f"{path} is missing: set the server up first (healchain edge up)") from None
+    except ValidationError as error:
+        fields = sorted({".".join(map(str, problem["loc"])) for problem in error.errors()})
+        raise NotConnected(f"{path}: {', '.join(fields)} cannot be used: run healchain edge up again") from None
+
+
 def connections_of(me: Identity) -> Connections:
     """What the home has pinned. Raises NotConnected."""
     path = _path(me)

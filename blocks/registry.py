@@ -268,6 +268,24 @@ class Registry(Block):
 
     # The database
 
+    def read(self, work: Callable[[Session], T]) -> T:
+        """What the work finds; for those who keep tables of their own here (blocks.edge_ledger)."""
+        return self._read(work)
+
+    def change(self, work: Callable[[Session], T]) -> T:
+        """Do the work in one transaction that no other writer is in the middle of; again, when the server went away."""
+
+        def run() -> T:
+            with _write_lock, self._session() as session:
+                if session.get_bind().dialect.name == "sqlite":
+                    # Otherwise a transaction that has read could not write once another process has.
+                    session.connection().exec_driver_sql("BEGIN IMMEDIATE")
+                found = work(session)
+                session.commit()
+                return found
+
+        return self._patiently(run)
+
     def _all(self, query: Any) -> list[Any]:
         return self._read(lambda session: list(session.exec(query).all()))
 

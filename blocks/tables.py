@@ -2,6 +2,7 @@
 
     INDEX   derived from chain and store (blocks.derived); `healchain reindex` makes them again
     OWN     what only this host knows: who can be asked, how long steps took, which model versions are pinned
+    EDGE    of these, the rounds over edge devices: no chain and no signature holds them, so that these rows are what happened
 
 Amounts in wei, scores and digests are text: no database integer holds them. Times are UTC. A column is empty until the record
 or event that fills it is known.
@@ -243,6 +244,147 @@ class PinRow(SQLModel, table=True):
     undone_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
 
 
+class EdgeExperimentRow(SQLModel, table=True):
+    """Rounds over edge devices that somebody asked for. request: JSON as it was asked; digest: SHA-256 of it."""
+
+    __tablename__ = "edge_experiments"
+    experiment_id: str = Field(primary_key=True)
+    digest: str
+    request: str = Field(sa_type=Text)
+    created_at: datetime = Field(sa_type=UtcDateTime)
+
+
+class EdgeRoundRow(SQLModel, table=True):
+    """One round over edge devices.
+
+    status: OPEN, CLOSED (reason: k, or timeout), then COMPLETED with a version, COMPLETED_WITH_WARNING (the updates wait for a
+    later combination; detail says why), or FAILED (detail says why). closed_by: who won the closing.
+    """
+
+    __tablename__ = "edge_rounds"
+    round_id: str = Field(primary_key=True)
+    experiment_id: str = Field(index=True)
+    number: int
+    base_version: int
+    k_of_n: int
+    timeout_s: int
+    status: str = Field(default="OPEN", index=True)
+    reason: str = ""
+    closed_by: str = ""
+    version: int | None = None
+    detail: str = Field(default="", sa_type=Text)
+    opened_at: datetime = Field(sa_type=UtcDateTime)
+    deadline_at: datetime = Field(sa_type=UtcDateTime)
+    closed_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
+    completed_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
+
+
+class EdgeUpdateRow(SQLModel, table=True):
+    """The last update of a device before the closing of a round. body: the model in JSON; or sha256 of it in the store.
+
+    digest: SHA-256 of what it says, whatever its format. error: why the device has no model; then there is no body.
+    """
+
+    __tablename__ = "edge_updates"
+    round_id: str = Field(primary_key=True)
+    proplet_id: str = Field(primary_key=True)
+    digest: str
+    num_samples: int = Field(sa_type=BigInteger)
+    metrics: str = Field(sa_type=Text)
+    error: str = Field(default="", sa_type=Text)
+    transport: str
+    body: str | None = Field(default=None, sa_type=Text)
+    sha256: str | None = None
+    received_at: datetime = Field(sa_type=UtcDateTime)
+
+
+class EdgeLateRow(SQLModel, table=True):
+    """An update that came after the closing of its round. It is refused."""
+
+    __tablename__ = "edge_late_updates"
+    round_id: str = Field(primary_key=True)
+    proplet_id: str = Field(primary_key=True)
+    digest: str = Field(primary_key=True)
+    num_samples: int = Field(sa_type=BigInteger)
+    received_at: datetime = Field(sa_type=UtcDateTime)
+
+
+class EdgeDeviceRow(SQLModel, table=True):
+    """A device. key_sha256: of its key, which only it has; mqtt_hash: the same for mosquitto's password file.
+
+    health: what it said last: alive, offline or unhealthy; empty before it said anything. details: JSON.
+    """
+
+    __tablename__ = "edge_devices"
+    proplet_id: str = Field(primary_key=True)
+    key_sha256: str | None = Field(default=None, index=True)
+    mqtt_hash: str | None = None
+    namespace: str = "default"
+    details: str = Field(default="{}", sa_type=Text)
+    health: str = ""
+    registered_at: datetime = Field(sa_type=UtcDateTime)
+    last_beat_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
+
+
+class EdgeModelRow(SQLModel, table=True):
+    """A version of an edge model, written once. form: json (in body) or safetensors (in the store); sha256: of these bytes.
+
+    parent: the version that it was trained from. state_sha256: of the rule's state after it, in the store. metrics: JSON.
+    """
+
+    __tablename__ = "edge_models"
+    version: int = Field(primary_key=True, sa_column_kwargs={"autoincrement": False})
+    parent: int | None = None
+    sha256: str
+    form: str
+    body: str | None = Field(default=None, sa_type=Text)
+    state_sha256: str | None = None
+    metrics: str = Field(default="{}", sa_type=Text)
+    experiment_id: str | None = Field(default=None, index=True)
+    round_id: str | None = Field(default=None, unique=True)
+    created_at: datetime = Field(sa_type=UtcDateTime)
+
+
+class EdgeTaskRow(SQLModel, table=True):
+    """A module that a device runs, as the manager's API has it. start: the message that starts it, JSON.
+
+    state: 0 pending, 1 scheduled, 2 running, 3 completed, 4 failed, 5 skipped, 6 interrupted. results: JSON.
+    """
+
+    __tablename__ = "edge_tasks"
+    task_id: str = Field(primary_key=True)
+    round_id: str | None = Field(default=None, index=True)
+    proplet_id: str = Field(default="", index=True)
+    name: str
+    state: int = 0
+    start: str = Field(sa_type=Text)
+    results: str | None = Field(default=None, sa_type=Text)
+    error: str = Field(default="", sa_type=Text)
+    created_at: datetime = Field(sa_type=UtcDateTime)
+    changed_at: datetime = Field(sa_type=UtcDateTime)
+
+
+class EdgeMessageRow(SQLModel, table=True):
+    """What is to be published over MQTT, below the prefix of the topics; empty sent_at: not yet."""
+
+    __tablename__ = "edge_messages"
+    id: int | None = Field(default=None, primary_key=True)
+    topic: str
+    payload: str = Field(sa_type=Text)
+    made_at: datetime = Field(sa_type=UtcDateTime)
+    sent_at: datetime | None = Field(default=None, sa_type=UtcDateTime, index=True)
+
+
+class EdgeBlobRow(SQLModel, table=True):
+    """What devices are given by name, its bytes in the store. kind: module, or dataset (named by its device)."""
+
+    __tablename__ = "edge_blobs"
+    kind: str = Field(primary_key=True)
+    name: str = Field(primary_key=True)
+    sha256: str
+    size_bytes: int = Field(sa_type=BigInteger)
+
+
 INDEX: tuple[type[SQLModel], ...] = (
     TaskRow,
     EventRow,
@@ -257,4 +399,15 @@ INDEX: tuple[type[SQLModel], ...] = (
     SlashRow,
     RefusalRow,
 )
-OWN: tuple[type[SQLModel], ...] = (ActorRow, StepRow, PinRow)
+EDGE: tuple[type[SQLModel], ...] = (
+    EdgeExperimentRow,
+    EdgeRoundRow,
+    EdgeUpdateRow,
+    EdgeLateRow,
+    EdgeDeviceRow,
+    EdgeModelRow,
+    EdgeTaskRow,
+    EdgeMessageRow,
+    EdgeBlobRow,
+)
+OWN: tuple[type[SQLModel], ...] = (ActorRow, StepRow, PinRow, *EDGE)

@@ -225,6 +225,14 @@ class Voting(Frozen):
     )
 
 
+class WorkloadLimits(Frozen):
+    """What one round of the task's WebAssembly module may use on a miner's host."""
+
+    fuel: int = Field(default=200_000_000_000, ge=1, lt=2**63, description="about one unit an instruction")
+    memory_bytes: int = Field(default=2**28, ge=2**16, le=2**32, description="of the module's memory")
+    wall_clock_s: float = Field(default=120.0, gt=0, le=86_400, description="the host's own time")
+
+
 class TaskSpec(Frozen):
     """The public terms of a task. Every limit that a signature, a contract or a recovery relies on is checked here."""
 
@@ -240,6 +248,33 @@ class TaskSpec(Frozen):
     compression: Compression
     aggregation: Aggregation
     voting: Voting
+    workload: str | None = Field(
+        default=None,
+        pattern=r"^wasm:[0-9a-f]{64}$",
+        description="wasm:SHA256 of a WebAssembly module that trains in the miner's own stead; its host runs it in a sandbox",
+    )
+    workload_limits: WorkloadLimits | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_empty_workload(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Terms without a workload have no such field, so that their hash does not depend on whether a program knows it."""
+        fields: dict[str, Any] = dump(self)
+        return {
+            name: value
+            for name, value in fields.items()
+            if value is not None or name not in ("workload", "workload_limits")
+        }
+
+    @model_validator(mode="after")
+    def _limits_something(self) -> Self:
+        if self.workload_limits is not None and self.workload is None:
+            raise ValueError("workload_limits are given without a workload: add it, or remove them")
+        return self
+
+    @property
+    def workload_sha256(self) -> Bytes32 | None:
+        """Digest of the module's bytes, as the store names them."""
+        return None if self.workload is None else "0x" + self.workload.removeprefix("wasm:")
 
     @model_validator(mode="after")
     def _recoverable(self) -> Self:

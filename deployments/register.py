@@ -3,13 +3,13 @@
 blocks        <actor>: the path of a home on its own host. chain: what a consortium offers to those who join, who check it
               and pin it in their homes
 work pools    publisher, miners, aggregators, each with a queue for every actor, whose description is the actor's address
-deployments   the flows of prefect.yaml, each on its pool
+deployments   the flows of prefect.yaml, each on its pool; those of pool edge where a server of edge devices is set up
 
 Nothing here is a secret, and no host believes any of it without a check of its own.
 """
 
 import importlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ POOLS = {
     "miners": "A queue for each miner: register, train, encrypt, submit, vote, reveal, withdraw.",
     "aggregators": "A queue for each miner that may be drawn: collect, open the sum, evaluate, publish.",
 }
+EDGE_POOLS = {"edge": "The server of edge devices: it conducts their rounds (healchain edge up)."}
 WORKER_TYPE = "healchain"
 # The workers take nothing from it: what would be run here is written in the package.
 JOB_TEMPLATE: dict[str, Any] = {
@@ -49,10 +50,10 @@ def offer(chain: Chain) -> None:
     chain.save("chain", overwrite=True)
 
 
-def register_pools() -> None:
-    """The three work pools."""
+def register_pools(pools: Mapping[str, str] = POOLS) -> None:
+    """The work pools of these names, with their descriptions; those of a consortium without."""
     with get_client(sync_client=True) as client:
-        for name, description in POOLS.items():
+        for name, description in pools.items():
             fields: dict[str, Any] = {"description": description, "base_job_template": JOB_TEMPLATE}
             try:
                 client.create_work_pool(WorkPoolCreate(name=name, type=WORKER_TYPE, **fields))
@@ -83,17 +84,19 @@ def remove_queue(actor: str, pools: Iterable[str]) -> None:
                 client.delete_work_queue_by_id(client.read_work_queue_by_name(actor, work_pool_name=pool).id)
 
 
-def register_deployments(definitions: Path) -> list[str]:
-    """The deployments of a prefect.yaml; their names, as flow/deployment. Raises ValueError for one that is none."""
+def register_deployments(definitions: Path, pools: Collection[str] = POOLS) -> list[str]:
+    """The deployments of a prefect.yaml in these pools; their names, as flow/deployment.
+
+    Raises ValueError for one that is none.
+    """
     entries = yaml.safe_load(definitions.read_text())["deployments"]
     for place, entry in enumerate(entries):
         missing = [name for name in ("name", "entrypoint", "work_pool") if name not in entry]
-        if missing or entry["work_pool"].get("name") not in POOLS:
-            wanted = (
-                f"{', '.join(missing)} missing" if missing else f"work_pool.name: expected one of {', '.join(POOLS)}"
-            )
+        if missing or entry["work_pool"].get("name") not in {**POOLS, **EDGE_POOLS}:
+            known = ", ".join({**POOLS, **EDGE_POOLS})
+            wanted = f"{', '.join(missing)} missing" if missing else f"work_pool.name: expected one of {known}"
             raise ValueError(f"{definitions}, deployments[{place}]: {wanted}")
-    return [_register(entry) for entry in entries]
+    return [_register(entry) for entry in entries if entry["work_pool"]["name"] in pools]
 
 
 def register_schedule(

@@ -23,6 +23,7 @@ from rich.markup import escape
 
 from contracts.messages import ZERO_ADDRESS
 from contracts.task_spec import InvalidTask, TaskFile, load_task_file
+from infra import edge_cli
 
 if TYPE_CHECKING:
     from contracts.bindings import Deployment
@@ -35,6 +36,9 @@ READY = files("deployments") / "ready"
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Private, paid, verifiable federated learning.")
 chain_app = typer.Typer(no_args_is_help=True, help="The contracts on an Ethereum chain: deploy them, check them.")
 app.add_typer(chain_app, name="chain")
+edge_app = typer.Typer(no_args_is_help=True, help="Rounds on small devices that train WebAssembly modules.")
+app.add_typer(edge_app, name="edge")
+edge_cli.add_to(edge_app)
 models_app = typer.Typer(no_args_is_help=True, help="Model versions: list, compare, fetch, pin, roll back.")
 app.add_typer(models_app, name="models")
 console = Console(highlight=False)
@@ -90,7 +94,7 @@ def run(
 
     use_temporary_prefect(folder)
     try:
-        report = _run(folder, file, begun)
+        report = _run(folder, task, file, begun)
     except Exception as error:
         (folder / "error.txt").write_text("".join(traceback.format_exception(error)))
         notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))
@@ -101,7 +105,7 @@ def run(
     sys.exit(0 if report["task"]["status"] in ("PAID", "REFUNDED") else 1)
 
 
-def _run(folder: Path, file: TaskFile, begun: dict[str, Any]) -> dict[str, Any]:
+def _run(folder: Path, task: str, file: TaskFile, begun: dict[str, Any]) -> dict[str, Any]:
     """Set up, run or resume, report."""
     with console.status("setting up: homes, chain, contracts, data"):
         from infra import devstack
@@ -114,6 +118,8 @@ def _run(folder: Path, file: TaskFile, begun: dict[str, Any]) -> dict[str, Any]:
             stack = devstack.set_up(folder, file.dataset, begun["miners"], file.seed, data)
         except ValueError as error:
             _fail(str(error))
+        if (module := _workload_of(task, file)) is not None:
+            stack.artifacts.put(stack.identity("publisher").address, module)
         decide(stack.identity("publisher"), begun["task_id"], file)
     console.print(f"task [bold]{begun['task_id']}[/bold]: {begun['miners']} miners, folder {folder}")
     watcher = Watcher(console)
@@ -173,7 +179,9 @@ def submit(
     from infra import publishing
     from infra.watching import Watcher
 
+    module = _workload_of(task, file)
     with _failures():
+        publishing.provide(home, module)
         task_id, run_id = publishing.submit(home, file)
         console.print(f"task [bold]{task_id}[/bold], run {run_id}")
         if detach:
@@ -197,7 +205,9 @@ def schedule(
     use_prefect_of_home(home)
     from infra import publishing
 
+    module = _workload_of(task, file)
     with _failures():
+        publishing.provide(home, module)
         name = publishing.schedule(home, file, cron=cron, interval_s=every_s, most_tasks=most_tasks)
     console.print(f"deployment [bold]{name}[/bold]: pause and resume its schedule in the Prefect UI")
     console.print(_approved(file, most_tasks))
@@ -211,7 +221,9 @@ def approve(task: TaskArgument, most_tasks: MostTasks = 100, home: PublishersHom
     from infra import publishing
     from tasks.publish import approve as approve_tasks
 
+    module = _workload_of(task, file)
     with _failures():
+        publishing.provide(home, module)
         approve_tasks(publishing.publisher_of(home).me, file, most_tasks)
     console.print(f"tasks named {file.name} may be started from the form of run-task/publisher")
     console.print(_approved(file, most_tasks))
@@ -228,6 +240,7 @@ def _approved(file: TaskFile, most_tasks: int) -> str:
 def check(task: TaskArgument) -> None:
     """Validate a task file as a whole, without spending anything."""
     file = _load(task, {})
+    _workload_of(task, file)
     from tasks.publish import check_runnable, largest_score
 
     try:
@@ -657,6 +670,21 @@ def _load(task: str, overrides: dict[str, Any]) -> TaskFile:
         _fail(f"{task} is not a valid task:\n{error}")
 
 
+def _workload_of(task: str, file: TaskFile) -> bytes | None:
+    """The module that the task file names: a .wasm file beside it, or one that comes with the system."""
+    if file.workload is None:
+        return None
+    from infra.edge_modules import build
+
+    folder = Path(task).resolve().parent
+    module = build.module_of(file.workload.removeprefix("wasm:"), folder)
+    if module is None:
+        _fail(
+            f"workload = {file.workload}: no .wasm file in {folder} has this SHA-256: put the module beside the task file"
+        )
+    return module
+
+
 def _finished_report(folder: Path) -> dict[str, Any] | None:
     """The report of a task whose money has arrived, or None when there is still something to do."""
     path = folder / "report.json"
@@ -973,6 +1001,15 @@ def stack_fund(
 
         has_wei = stack.fund(plan, address, wei)
     console.print(f"{address} has {has_wei} wei", soft_wrap=True)
+
+
+@edge_app.command(
+    "device", context_settings={"ignore_unknown_options": True, "allow_extra_args": True}, add_help_option=False
+)
+def edge_device(context: typer.Context) -> None:
+    """Take part in rounds as a device; its own flags are shown by --help. A small host calls healchain-device instead."""
+    # Another program takes this one's place: a device has no memory to spare for what this one imported.
+    os.execv(sys.executable, [sys.executable, "-m", "infra.edge_device", *context.args])
 
 
 @contextmanager

@@ -432,11 +432,12 @@ def serve(folder: Path, host: str, port: int) -> None:
         timeout_keep_alive=5,
         server_header=False,
     )
-    with _listening(host, port) as listening:
+    with listening_socket(host, port) as listening:
         uvicorn.Server(config).run(sockets=[listening])
 
 
-def _listening(host: str, port: int) -> socket.socket:
+def listening_socket(host: str, port: int) -> socket.socket:
+    """Raises ValueError when nobody can listen there."""
     try:
         return socket.create_server((host, port))
     except OSError as error:

@@ -45,6 +45,13 @@ def publisher_of(home: Path) -> Publisher:
     return Publisher(pinned.name, me, pinned.chain, pinned.store, pinned.registry)
 
 
+def provide(home: Path, module: bytes | None) -> None:
+    """Put a task's module, if it has one, where its miners find it: in the publisher's folder of the store."""
+    if module is not None:
+        publisher = publisher_of(home)
+        publisher.store.put(publisher.me.address, module)
+
+
 def submit(home: Path, file: TaskFile) -> tuple[str, UUID]:
     """Decide on the task in the publisher's home and start its run; the task's id and the run's."""
     publisher = publisher_of(home)

@@ -28,17 +28,23 @@ from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settin
 from prefect.states import Failed
 
 import flows.aggregator
+import flows.edge
 import flows.miner
 import flows.protocol
 import flows.publisher  # noqa: F401 - loaded before the fork
 from blocks import pools
 from blocks.chain import NotYet
-from blocks.connections import connections_of
+from blocks.connections import connections_of, edge_connections_of, is_edge
 from blocks.identity import Identity, residents
 from tasks.dispatch import STEPS
 from tasks.records import station
 
-ENTRYPOINTS = {name: step.entrypoint for name, step in STEPS.items()} | {"run-task": "flows.protocol.run_task"}
+ORDERING = {
+    "run-task": "flows.protocol.run_task",
+    "edge-experiment": "flows.edge.run_experiment",
+    "edge-retry": "flows.edge.retry_round",
+}
+ENTRYPOINTS = {name: step.entrypoint for name, step in STEPS.items()} | ORDERING
 SOONEST_S = 5.0
 BEAT_S = 10.0
 
@@ -67,7 +73,7 @@ def unusable(homes: dict[str, str]) -> str:
     try:
         for home in homes.values():
             me = Identity(home=home)
-            connections_of(me)
+            edge_connections_of(me) if is_edge(me) else connections_of(me)
             me.address, me.encryption_key  # noqa: B018 - opens both keystores
     except ValueError as error:  # NotConnected, InvalidHome, WrongPassphrase
         return str(error)

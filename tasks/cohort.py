@@ -46,6 +46,7 @@ from tasks.samples import (
     parse_proof,
     prove,
 )
+from tasks.workload import check_workload
 
 MAX_PROOF_BYTES = 1 << 20
 MAX_LISTED = 500  # refusals in one record, of at most 300 characters each: below the size of a record
@@ -135,9 +136,12 @@ def apply_for_task(task_id: str, actor: str) -> dict[str, str]:
     stake. So it is signed only for a task that the chain has, under terms that were read from it.
     """
     st = station(actor)
-    spec = published_task(st, task_id).spec
+    terms = published_task(st, task_id)
+    spec = terms.spec
+    # What cannot be read or run is noticed before anything is staked.
     if spec.model.start is not None:
-        start_parameters(spec, st.store)  # what cannot be read is noticed before anything is staked
+        start_parameters(spec, st.store)
+    check_workload(spec, st.store, terms.publisher)
     dataset = load_samples(st.me, spec.dataset, "train")
     proof = prove(st.me, task_id, spec.dataset, dataset)
     reference = st.store.put(st.address, proof.model_dump_json().encode())

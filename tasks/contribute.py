@@ -42,6 +42,7 @@ from tasks.learning.training import train
 from tasks.publish import published_task
 from tasks.records import BadRecord, Station, station
 from tasks.samples import load_samples
+from tasks.workload import train_by_module, workload_of
 
 
 class TooLate(RuntimeError):
@@ -108,7 +109,8 @@ def train_locally(task_id: str, round_number: int, actor: str) -> None:
     st = station(actor)
     if read_prepared(st, task_id, round_number) is not None:
         return
-    spec, cohort = published_task(st, task_id).spec, trusted_cohort(st, task_id)
+    terms, cohort = published_task(st, task_id), trusted_cohort(st, task_id)
+    spec = terms.spec
     if not 1 <= round_number <= spec.rounds.max_rounds:
         raise BadRecord(f"round {round_number}: the terms of {task_id} have rounds 1 to {spec.rounds.max_rounds}")
     if read_prepared(st, task_id, round_number + 1) is not None:
@@ -127,6 +129,7 @@ def train_locally(task_id: str, round_number: int, actor: str) -> None:
         on_epoch=lambda epoch, loss: report_progress(
             epoch / spec.training.local_epochs, f"epoch {epoch}, loss {loss:.3f}"
         ),
+        module=workload_of(spec, st.store, terms.publisher),
     )
     round_score = compression.score(quantised)
     prepared = Prepared(
@@ -151,11 +154,42 @@ def local_round(
     *,
     sample_order: int,
     on_epoch: Callable[[int, float], None] | None = None,
+    module: bytes | None = None,
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], Memory]:
-    """A miner's computation of a round: the support (k,), the quantised values on it (k,), the next memory."""
-    rules, shrink = spec.training, spec.compression
+    """A miner's computation of a round: the support (k,), the quantised values on it (k,), the next memory.
+
+    module: the bytes of the workload, where the terms name one. Raises Diverged, or what a module can fail of.
+    """
+    shrink = spec.compression
     support = round_support(spec, model, round_number)
-    trained = train(
+    trained = _trained(spec, model, dataset, support, round_number, sample_order, on_epoch, module)
+    values, memory = compression.compress(
+        trained - model.parameters, memory, support, momentum=shrink.momentum, clip_norm=shrink.clip_norm
+    )
+    quantised, memory = compression.to_fixed_point(values, memory, support, scale=shrink.scale, bound=shrink.bound)
+    return support, quantised, memory
+
+
+def _trained(
+    spec: TaskSpec,
+    model: GlobalModel,
+    dataset: Dataset,
+    support: npt.NDArray[np.int64],
+    round_number: int,
+    sample_order: int,
+    on_epoch: Callable[[int, float], None] | None,
+    module: bytes | None,
+) -> npt.NDArray[np.float32]:
+    """The parameters (d,) after the local steps: those of the workload, where the terms name one."""
+    rules = spec.training
+    if spec.workload is not None:
+        if module is None:
+            raise ValueError(f"workload = {spec.workload}: only a task that really runs can train by a module")
+        parameters, loss = train_by_module(spec, module, model, dataset, round_number, sample_order=sample_order)
+        if on_epoch is not None and loss is not None:
+            on_epoch(rules.local_epochs, loss)
+        return parameters
+    return train(
         build_network(spec),
         model.parameters,
         dataset,
@@ -170,11 +204,6 @@ def local_round(
         seed=sample_order,
         on_epoch=on_epoch,
     )
-    values, memory = compression.compress(
-        trained - model.parameters, memory, support, momentum=shrink.momentum, clip_norm=shrink.clip_norm
-    )
-    quantised, memory = compression.to_fixed_point(values, memory, support, scale=shrink.scale, bound=shrink.bound)
-    return support, quantised, memory
 
 
 @task(persist_result=False, cache_policy=NO_CACHE)

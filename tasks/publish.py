@@ -7,6 +7,7 @@ before the first transaction, so that a killed run finds its own escrow again in
 import json
 import math
 import secrets
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from prefect.cache_policies import NO_CACHE
 
 from blocks.artifacts import MissingArtifact, TamperedArtifact, sha256_hex
 from blocks.identity import Identity, write_secret
+from blocks.wasm_runner import NoRuntime
 from contracts.bindings import Status, TaskOnChain, Terms
 from contracts.messages import ZERO_ADDRESS, AbortReason, Announcement, Bytes32, Frozen, accuracy_commit
 from contracts.sending import InsufficientFunds, Reverted
@@ -27,6 +29,7 @@ from tasks.learning.aggregation import SERVER_STEPS
 from tasks.learning.datasets import Dataset, encode_npz
 from tasks.records import BadRecord, Station, brief, parse_json, station, terms_path
 from tasks.samples import load_samples
+from tasks.workload import check_workload
 
 COORDINATES_PER_PROJECTION = 8
 """An audit may open one number for at least so many coordinates: far too few equations to solve for an update."""
@@ -104,6 +107,7 @@ def lock_reward(task_id: str, spec: TaskSpec, actor: str) -> dict[str, str]:
         )
     terms = PublishedTask(task_id=task_id, publisher=st.address, validation_sha256=sha256_hex(validation), spec=spec)
     check_start(st, spec)
+    check_own_workload(st, spec)
     commit = commitment(st, task_id)
     escrow = st.chain.contracts(st.me).escrow
     found = escrow.get_task(task_id)
@@ -149,6 +153,15 @@ def check_start(st: Station, spec: TaskSpec) -> None:
             start_parameters(spec, st.store)
     except (BadRecord, MissingArtifact, TamperedArtifact) as error:
         raise DepositFailed(f"{AbortReason.DEPOSIT_FAILED}: model.start: {error}. Nothing was locked") from error
+
+
+def check_own_workload(st: Station, spec: TaskSpec) -> None:
+    """Raise DepositFailed unless the module that the miners will run is in the publisher's store, and is one."""
+    try:
+        with suppress(NoRuntime):  # the miners need one, the publisher does not
+            check_workload(spec, st.store, st.address)
+    except (BadRecord, MissingArtifact, TamperedArtifact) as error:
+        raise DepositFailed(f"{AbortReason.DEPOSIT_FAILED}: {error}. Nothing was locked") from error
 
 
 def approve_reward(st: Station, spec: TaskSpec) -> None:
@@ -203,7 +216,7 @@ def decide(me: Identity, task_id: str, file: TaskFile) -> None:
     me.claim(f"{task_id}/commitment.json", json.dumps(fields).encode())
 
 
-APPROVED_AS_A_WHOLE = ("money", "participants", "windows", "dataset", "voting")
+APPROVED_AS_A_WHOLE = ("money", "participants", "windows", "dataset", "voting", "workload", "workload_limits")
 TASKS_APPROVED = 100  # of one name, unless the publisher says otherwise
 
 

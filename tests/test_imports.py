@@ -25,17 +25,46 @@ MAY_IMPORT = {
     "contracts": (),
     "tasks.crypto": (),
     "tasks.learning": (),
+    "tasks.edge.wire": ("tasks.learning",),
+    "tasks.edge.rounds": ("tasks.edge.wire", "tasks.learning"),
+    "tasks.edge.combiner": ("tasks.edge.wire", "tasks.learning"),
     "blocks": ("contracts", "tasks.crypto", "tasks.learning"),
-    "tasks": ("blocks", "contracts", "tasks.crypto", "tasks.learning"),
+    "tasks": (
+        "blocks",
+        "contracts",
+        "tasks.crypto",
+        "tasks.learning",
+        "tasks.edge.wire",
+        "tasks.edge.rounds",
+        "tasks.edge.combiner",
+    ),
     "flows": ("tasks", "contracts.messages", "contracts.task_spec"),
     "deployments": ("blocks",),
-    "infra": ("deployments", "tasks", "blocks", "contracts", "tasks.crypto", "tasks.learning"),
+    "infra": (
+        "deployments",
+        "tasks",
+        "blocks",
+        "contracts",
+        "tasks.crypto",
+        "tasks.learning",
+        "tasks.edge.wire",
+        "tasks.edge.rounds",
+        "tasks.edge.combiner",
+    ),
     # The two that start flows: all of a task in this process, and a step on its actor's host.
     "infra.cli": ("infra", "flows", "tasks", "blocks", "contracts"),
     "infra.step_process": ("infra", "flows", "tasks", "blocks"),
     "infra.step_warmth": ("infra.step_process", "tasks.crypto"),
 }
-PURE = ("contracts.messages", "contracts.contributions", "contracts.task_spec", "tasks.crypto", "tasks.learning")
+PURE = (
+    "contracts.messages",
+    "contracts.contributions",
+    "contracts.task_spec",
+    "tasks.crypto",
+    "tasks.learning",
+    "tasks.edge.wire",
+    "tasks.edge.rounds",
+)
 # Read once, at import: which kernels run. That is a matter of the machine; the bits they make are the same.
 READS_THE_ENVIRONMENT = {"tasks.crypto.backend": ["os.environ"]}
 IMPURE = {
@@ -207,9 +236,10 @@ def test_every_step_is_a_flow_of_its_name(step):
     assert {"task_id", "round_number", "actor"} <= set(flow.parameters.properties)
 
 
-def test_every_flow_is_a_step_but_the_one_that_orders_them():
+def test_every_flow_is_a_step_but_those_that_order_them():
     named = set()
     for module in (name for name in MODULES if is_within(name, "flows")):
         found = vars(importlib.import_module(module)).items()
         named |= {f"{module}.{name}" for name, value in found if isinstance(value, Flow)}
-    assert named - {step.entrypoint for step in STEPS.values()} == {"flows.protocol.run_task"}
+    ordering = {"flows.protocol.run_task", "flows.edge.run_experiment", "flows.edge.retry_round"}
+    assert named - {step.entrypoint for step in STEPS.values()} == ordering

@@ -17,14 +17,17 @@ from tests.test_imports import ROOT
 
 READY = sorted((ROOT / "deployments" / "ready").glob("*.toml"))
 DIGITS = (ROOT / "deployments" / "ready" / "digits.toml").read_text()
+WORKLOAD = "wasm:" + "1a" * 32
 FULL = (
-    TERMS
+    f"workload = '{WORKLOAD}'"
+    + TERMS
     + """
 audit_projections = 3
 [model.options]
 hidden = 4
 [aggregation.options]
 learning_rate = 0.5
+[workload_limits]
 """
 )
 
@@ -225,6 +228,40 @@ def test_a_missing_section_is_named(section):
     assert f"{section}: is missing: add it" in lines.splitlines()
 
 
+@pytest.mark.parametrize("workload", ["wasm:1234", WORKLOAD.upper(), "logistic.wasm", ""])
+def test_a_workload_that_names_no_digest_is_refused(workload):
+    text = refusal(f"workload = '{workload}'\n{DIGITS}")
+    assert text.startswith(f"workload = {workload!r}: String should match pattern")
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("fuel = 0", "workload_limits.fuel = 0: Input should be greater than or equal to 1"),
+        ("memory_bytes = 8_000_000_000", "workload_limits.memory_bytes = 8000000000: Input should be less than"),
+        ("wall_clock_s = inf", "workload_limits.wall_clock_s = inf"),
+        ("disk_bytes = 1", "workload_limits.disk_bytes = 1: is not a field of a task"),
+    ],
+)
+def test_a_wrong_limit_of_the_workload_is_named(line, says):
+    assert refusal(f"{FULL}\n{line}").startswith(says)
+
+
+def test_limits_without_a_workload_are_refused():
+    assert "workload_limits are given without a workload" in refusal(f"{DIGITS}\n[workload_limits]\nfuel = 5")
+
+
+def test_terms_without_a_workload_do_not_mention_one():
+    """Their hash stays what it was before a program knew of workloads."""
+    task = PublishedTask(
+        task_id="a-task",
+        publisher="0x" + "11" * 20,
+        validation_sha256="0x" + "22" * 32,
+        spec=load_task_file(DIGITS).spec(),
+    )
+    assert b"workload" not in task.encode()
+
+
 def test_an_unknown_field_is_named():
     assert refusal(replaced(DIGITS, "money.bonus_wei", "1")) == (
         "money.bonus_wei = 1: is not a field of a task: remove it or correct its name"
@@ -249,7 +286,7 @@ def test_a_number_of_five_thousand_digits_is_refused():
 
 def test_an_empty_file_names_everything_that_is_missing():
     names = {line.split(":")[0] for line in refusal("").splitlines()}
-    assert names == set(TaskFile.model_fields)
+    assert names == {name for name, field in TaskFile.model_fields.items() if field.is_required()}
 
 
 def test_several_wrong_fields_are_named_at_once():
@@ -288,6 +325,8 @@ def other(name: str, value: Any) -> Any:
         return "fedadam"
     if name == "transform":
         return "sqrt"
+    if name == "workload":
+        return WORKLOAD.replace("1a", "2b")
     if name == "reward_token":
         return "0x" + "11" * 20
     if isinstance(value, bool):

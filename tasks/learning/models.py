@@ -32,6 +32,29 @@ def logistic(input_shape: Sequence[int], classes: int) -> nn.Sequential:
     return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(input_shape), classes))
 
 
+class Binary(nn.Module):
+    """Logistic regression of two classes with one weight a feature, named as modules for edge devices name them: w (d,), b ().
+
+    The logits (n, 2) are 0 and z = w x + b, so that the cross-entropy is the log loss of 1 / (1 + exp(-z)).
+    """
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.empty(features))
+        self.b = nn.Parameter(torch.empty(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        z = x.flatten(1) @ self.w + self.b
+        return torch.stack([torch.zeros_like(z), z], dim=1)
+
+
+def binary(input_shape: Sequence[int], classes: int) -> Binary:
+    """One score for class 1 against class 0. Its initial parameters are zero."""
+    if classes != 2:
+        raise InvalidModel(f"classes: {classes}, a binary model expects 2")
+    return Binary(math.prod(input_shape))
+
+
 def mlp(input_shape: Sequence[int], classes: int, *, hidden: Sequence[int]) -> nn.Sequential:
     """Linear layers with ReLU between them; hidden: their widths."""
     widths = [math.prod(input_shape), *_sizes("hidden", hidden)]
@@ -60,8 +83,8 @@ def cnn(input_shape: Sequence[int], classes: int, *, channels: Sequence[int], hi
     return nn.Sequential(*layers)
 
 
-MODELS: dict[str, Callable[..., nn.Sequential]] = {"logistic": logistic, "mlp": mlp, "cnn": cnn}
-OPTIONS: dict[str, tuple[str, ...]] = {"logistic": (), "mlp": ("hidden",), "cnn": ("channels", "hidden")}
+MODELS: dict[str, Callable[..., nn.Module]] = {"logistic": logistic, "mlp": mlp, "cnn": cnn, "binary": binary}
+OPTIONS: dict[str, tuple[str, ...]] = {"logistic": (), "mlp": ("hidden",), "cnn": ("channels", "hidden"), "binary": ()}
 
 
 def build(name: str, input_shape: Sequence[int], classes: int, options: Options, seed: int) -> nn.Module:
@@ -70,7 +93,7 @@ def build(name: str, input_shape: Sequence[int], classes: int, options: Options,
     rng = np.random.Generator(np.random.PCG64(seed))
     with torch.no_grad():
         for parameter in module.parameters():
-            if parameter.ndim == 1:
+            if parameter.ndim <= 1:
                 parameter.zero_()
                 continue
             limit = math.sqrt(6 / math.prod(parameter.shape[1:]))
@@ -135,7 +158,7 @@ def decode_parameters(data: bytes) -> Floats:
     return parameters
 
 
-def _structure(name: str, input_shape: Sequence[int], classes: int, options: Options) -> nn.Sequential:
+def _structure(name: str, input_shape: Sequence[int], classes: int, options: Options) -> nn.Module:
     """The layers without memory behind them, so that nothing is drawn from a global generator."""
     if name not in MODELS:
         raise InvalidModel(f"name: {name!r}, expected one of {', '.join(MODELS)}")

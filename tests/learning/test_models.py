@@ -15,6 +15,8 @@ CASES = [
     ("mlp", (30,), 2, {"hidden": [64]}, 2114),
     ("cnn", (1, 8, 8), 10, {"channels": [16, 32], "hidden": 64}, 13706),
 ]
+# Begins at zero, whatever the seed.
+ZERO = ("binary", (1, 5, 6), 2, {}, 31)
 
 
 @pytest.mark.parametrize(("name", "shape", "classes", "options", "size"), CASES)
@@ -29,7 +31,7 @@ def test_a_model_depends_on_its_seed_and_on_nothing_else(name, shape, classes, o
     assert first.size == models.dimension(name, shape, classes, options) == size
 
 
-@pytest.mark.parametrize(("name", "shape", "classes", "options", "size"), CASES)
+@pytest.mark.parametrize(("name", "shape", "classes", "options", "size"), [*CASES, ZERO])
 def test_loading_is_the_inverse_of_flattening(name, shape, classes, options, size):
     module = models.build(name, shape, classes, options, seed=0)
     parameters = np.random.default_rng(0).standard_normal(size, dtype=np.float32)
@@ -44,13 +46,14 @@ def test_loading_is_the_inverse_of_flattening(name, shape, classes, options, siz
 @pytest.mark.parametrize(
     ("name", "shape", "classes", "options", "message"),
     [
-        ("resnet", (30,), 2, {}, "name: 'resnet', expected one of logistic, mlp, cnn"),
+        ("resnet", (30,), 2, {}, "name: 'resnet', expected one of logistic, mlp, cnn, binary"),
         ("mlp", (30,), 2, {}, r"options: \[\], expected \['hidden'\]"),
         ("mlp", (30,), 2, {"hidden": [8], "depth": 3}, "options: .*'depth'"),
         ("mlp", (30,), 2, {"hidden": []}, "hidden"),
         ("mlp", (30,), 2, {"hidden": 8}, "hidden: 8, expected positive"),
         ("mlp", (30,), 2, {"hidden": [0]}, "hidden"),
         ("mlp", (30,), 1, {"hidden": [8]}, "classes: 1"),
+        ("binary", (30,), 3, {}, "classes: 3, a binary model expects 2"),
         ("mlp", (0,), 2, {"hidden": [8]}, "input_shape"),
         ("cnn", (30,), 2, {"channels": [4], "hidden": 8}, "input_shape"),
         ("cnn", (1, 4, 4), 2, {"channels": [4, 4, 4], "hidden": 8}, "below one pixel"),
@@ -60,6 +63,15 @@ def test_loading_is_the_inverse_of_flattening(name, shape, classes, options, siz
 def test_an_unknown_model_or_option_is_refused_with_the_choices(name, shape, classes, options, message):
     with pytest.raises(InvalidModel, match=message):
         models.build(name, shape, classes, options, seed=0)
+
+
+def test_a_binary_model_begins_at_zero_and_its_logits_are_those_of_a_logistic_regression():
+    module = models.build("binary", (3,), 2, {}, seed=5)
+    assert models.flatten(module).tolist() == [0.0] * 4
+    assert {name: tuple(p.shape) for name, p in module.named_parameters()} == {"w": (3,), "b": ()}
+    models.load_flat(module, np.array([1, 2, 3, 0.5], dtype=np.float32))
+    chances = module(torch.tensor([[1.0, 0.0, -1.0]])).softmax(dim=1)
+    assert float(chances[0, 1].detach()) == pytest.approx(1 / (1 + np.exp(1.5)))
 
 
 @given(arrays(np.float32, st.integers(0, 50), elements=st.floats(width=32, allow_nan=False, allow_infinity=False)))

@@ -1,0 +1,150 @@
+"""What a device must not forget when it is killed: which rounds it trained, and what it has not sent yet.
+
+    device.json        its id, and its key                                                              mode 0600
+    status.json        how it is, for whoever looks after it
+    rounds/NAME.json   a round: its task until it is trained, its update until it is sent, then how it ended
+    modules/SHA256     training modules; each is checked by its digest when it is read
+
+A file is written aside, synced and renamed, so that a kill leaves the earlier one or the whole new one.
+
+Errors: OSError, and Unusable for a file that somebody changed.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import uuid
+from pathlib import Path
+from typing import Any, NamedTuple
+
+STARTED, TRAINED, SENT, REFUSED = "started", "trained", "sent", "refused"
+OVER = (SENT, REFUSED)
+KEPT_ROUNDS = 200  # of those that are over
+KEPT_MODULES = 8
+
+
+class Unusable(ValueError):
+    """A file of the device's home does not hold what it should; names it, and what to do."""
+
+
+class Credentials(NamedTuple):
+    """Who the device is. key: empty where the server takes devices without one."""
+
+    proplet_id: str
+    key: str
+
+
+class Round(NamedTuple):
+    """task: as the device was told; update: as it sends it; detail: how it was sent, or why it was refused."""
+
+    round_id: str
+    state: str
+    task: dict[str, Any]
+    update: dict[str, Any]
+    detail: str = ""
+
+
+class Memory:
+    """A device's home. One process has it at a time."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        for folder in (home, home / "rounds", home / "modules"):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._lock = os.open(home / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._lock)
+            raise Unusable(f"{home} is in use by another device: stop it, or give another --home") from None
+
+    def close(self) -> None:
+        os.close(self._lock)
+
+    def credentials(self, wanted_id: str, key: str) -> Credentials:
+        """Those of device.json, made when there is none. A key that is given replaces the one in the file."""
+        path = self.home / "device.json"
+        found = _read(path) if path.exists() else {}
+        if path.exists() and path.stat().st_mode & 0o077:
+            raise Unusable(f"{path} holds a key, and others can read it: chmod 600 {path}")
+        if wanted_id and found.get("proplet_id", wanted_id) != wanted_id:
+            raise Unusable(f"id = {wanted_id}: {path} is of device {found['proplet_id']}; give another --home")
+        mine = Credentials(wanted_id or found.get("proplet_id") or str(uuid.uuid4()), key or found.get("key", ""))
+        if mine._asdict() != found:
+            _write(path, mine._asdict())
+        return mine
+
+    def note_status(self, status: dict[str, Any]) -> None:
+        _write(self.home / "status.json", status)
+
+    def find(self, round_id: str) -> Round | None:
+        path = self._path(round_id)
+        return _round(path) if path.exists() else None
+
+    def keep(self, round_: Round) -> None:
+        """Remember a round; of one that is over, no more than that."""
+        if round_.state in OVER:
+            round_ = round_._replace(task={}, update={})
+        _write(self._path(round_.round_id), round_._asdict())
+
+    def unfinished(self) -> list[Round]:
+        """Rounds that were started and not sent, oldest first. What is over for long is forgotten."""
+        paths = sorted((self.home / "rounds").glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
+        rounds = [(path, _round(path)) for path in paths]
+        over = [path for path, one in rounds if one.state in OVER]
+        for path in over[:-KEPT_ROUNDS]:
+            path.unlink()
+        return [one for _, one in rounds if one.state not in OVER]
+
+    def module(self, sha256: str) -> bytes | None:
+        """The bytes that the digest (64 hex digits) names, if they are here and unchanged."""
+        path = self.home / "modules" / sha256
+        if not path.exists():
+            return None
+        data = path.read_bytes()
+        return data if hashlib.sha256(data).hexdigest() == sha256 else None
+
+    def keep_module(self, data: bytes) -> None:
+        folder = self.home / "modules"
+        _write_bytes(folder / hashlib.sha256(data).hexdigest(), data)
+        for old in sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime_ns)[:-KEPT_MODULES]:
+            old.unlink()
+
+    def _path(self, round_id: str) -> Path:
+        return self.home / "rounds" / f"{hashlib.sha256(round_id.encode()).hexdigest()[:32]}.json"
+
+
+def _round(path: Path) -> Round:
+    try:
+        return Round(**_read(path))
+    except TypeError:
+        raise Unusable(f"{path} is no round: remove it") from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise Unusable(f"{path} is no JSON ({error}): remove it") from None
+    if not isinstance(found, dict):
+        raise Unusable(f"{path} holds no JSON object: remove it")
+    return found
+
+
+def _write(path: Path, fields: dict[str, Any]) -> None:
+    _write_bytes(path, json.dumps(fields).encode())
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)

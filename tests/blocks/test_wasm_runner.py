@@ -1,0 +1,336 @@
+"""A module gets its environment and nothing else, answers one JSON object, and never outlives its limits."""
+
+import concurrent.futures
+import gc
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+import wasmtime
+
+from blocks import wasm_runner
+from blocks.wasm_runner import MIB, Limits, ModuleFailed, NoRuntime, run
+
+# Imports of the modules below; `say` writes bytes of the memory to stdout (1) or stderr (2).
+WASI = """
+  (import "wasi_snapshot_preview1" "fd_write" (func $fd_write (param i32 i32 i32 i32) (result i32)))
+  (import "wasi_snapshot_preview1" "fd_read" (func $fd_read (param i32 i32 i32 i32) (result i32)))
+  (import "wasi_snapshot_preview1" "proc_exit" (func $exit (param i32)))
+  (import "wasi_snapshot_preview1" "environ_get" (func $environ_get (param i32 i32) (result i32)))
+  (import "wasi_snapshot_preview1" "environ_sizes_get" (func $environ_sizes_get (param i32 i32) (result i32)))
+  (import "wasi_snapshot_preview1" "args_sizes_get" (func $args_sizes_get (param i32 i32) (result i32)))
+  (import "wasi_snapshot_preview1" "poll_oneoff" (func $poll (param i32 i32 i32 i32) (result i32)))
+  (import "wasi_snapshot_preview1" "path_open"
+    (func $path_open (param i32 i32 i32 i32 i32 i64 i64 i32 i32) (result i32)))
+  (import "wasi_snapshot_preview1" "fd_prestat_get" (func $fd_prestat_get (param i32 i32) (result i32)))
+  (memory (export "memory") 1)
+  (data (i32.const 1024) "{\\"a\\":1}")
+  (data (i32.const 2048) "a word for the log\\n")
+  (func $say (param $to i32) (param $at i32) (param $size i32)
+    (i32.store (i32.const 0) (local.get $at))
+    (i32.store (i32.const 4) (local.get $size))
+    (drop (call $fd_write (local.get $to) (i32.const 0) (i32.const 1) (i32.const 8))))
+  (func $answer (call $say (i32.const 1) (i32.const 1024) (i32.const 7)))
+  (func $log (call $say (i32.const 2) (i32.const 2048) (i32.const 19)))
+"""
+
+
+def module(body: str) -> bytes:
+    """A module whose _start is `body`."""
+    return bytes(wasmtime.wat2wasm(f'(module {WASI} (func (export "_start") {body}))'))
+
+
+def failure(code: bytes, **limits: float) -> ModuleFailed:
+    with pytest.raises(ModuleFailed) as failed:
+        run(code, {}, Limits(**{"fuel": 10_000_000, "wall_clock_s": 20.0, **limits}))  # type: ignore[arg-type]
+    return failed.value
+
+
+ANSWERS = module("(call $log) (call $answer)")
+
+
+def test_an_answer_is_read_with_its_log_and_what_it_used():
+    result = run(ANSWERS, {})
+    assert result.answer == {"a": 1}
+    assert result.log == "a word for the log\n"
+    assert result.memory_bytes == 65_536
+    assert 0 < result.fuel_used < 1000
+
+
+def test_the_same_run_uses_the_same_fuel():
+    assert run(ANSWERS, {}).fuel_used == run(ANSWERS, {}).fuel_used
+
+
+def test_an_exit_with_code_zero_is_a_success():
+    assert run(module("(call $answer) (call $exit (i32.const 0))"), {}).answer == {"a": 1}
+
+
+LOOP = "(loop $again (br $again))"
+
+
+def test_an_endless_loop_ends_with_its_fuel():
+    failed = failure(module(LOOP))
+    assert failed.reason == "fuel"
+    assert "10000000 units" in str(failed)
+    assert "fewer epochs" in str(failed)
+
+
+def test_an_endless_loop_with_much_fuel_ends_with_its_time():
+    begun = time.monotonic()
+    failed = failure(module(LOOP), fuel=10**15, wall_clock_s=0.3)
+    assert failed.reason == "wall clock"
+    assert "0.3 s" in str(failed)
+    assert time.monotonic() - begun < 5
+
+
+def test_a_start_function_that_loops_ends_too():
+    code = bytes(
+        wasmtime.wat2wasm(
+            f'(module {WASI} (func $begin {LOOP}) (start $begin) (func (export "_start") (call $answer)))'
+        )
+    )
+    assert failure(code).reason == "fuel"
+    assert failure(code, fuel=10**15, wall_clock_s=0.3).reason == "wall clock"
+
+
+# A subscription to the clock at 512: relative, kind 0, in nanoseconds at 536.
+SLEEP = """
+  (i64.store (i32.const 512) (i64.const 7)) (i32.store (i32.const 528) (i32.const 1))
+  (i64.store (i32.const 536) (i64.const {ns}))
+  (if (call $poll (i32.const 512) (i32.const 640) (i32.const 1) (i32.const 700)) (then (call $exit (i32.const 9))))
+  (if (i32.ne (i32.load (i32.const 700)) (i32.const 1)) (then (call $exit (i32.const 8))))
+  (if (i64.ne (i64.load (i32.const 640)) (i64.const 7)) (then (call $exit (i32.const 7))))
+  (call $answer)
+"""
+
+
+def test_a_module_may_sleep():
+    begun = time.monotonic()
+    assert run(module(SLEEP.format(ns=200_000_000)), {}).answer == {"a": 1}
+    assert 0.2 <= time.monotonic() - begun < 5
+
+
+def test_a_module_that_sleeps_for_an_hour_ends_with_its_time():
+    begun = time.monotonic()
+    failed = failure(module(f"(loop $again {SLEEP.format(ns=3600 * 10**9)} (br $again))"), wall_clock_s=0.3)
+    assert failed.reason == "wall clock"
+    assert time.monotonic() - begun < 5
+
+
+@pytest.mark.parametrize("place", ["-1", "65520", "2147483647"])
+def test_a_sleep_outside_of_the_memory_is_an_error_for_the_module_alone(place):
+    body = f"(call $exit (call $poll (i32.const {place}) (i32.const 640) (i32.const 1) (i32.const 700)))"
+    assert failure(module(body)).reason == "exit 21"
+
+
+@pytest.mark.parametrize("count", ["0", "-1"])
+def test_a_wait_for_nothing_is_refused_to_the_module(count):
+    body = f"(call $exit (call $poll (i32.const 512) (i32.const 640) (i32.const {count}) (i32.const 700)))"
+    assert failure(module(body)).reason == "exit 58"
+
+
+BOMB = "(loop $again (br_if $again (i32.ne (memory.grow (i32.const 16)) (i32.const -1))))"
+
+
+@pytest.mark.parametrize("end", ["unreachable", "(call $exit (i32.const 2))"])
+def test_a_memory_bomb_is_named_as_one_whether_it_traps_or_exits(end):
+    failed = failure(module(f"{BOMB} {end}"), memory_bytes=64 * MIB)
+    assert failed.reason == "memory"
+    assert str(64 * MIB) in str(failed)
+
+
+def test_memory_that_is_refused_is_never_taken():
+    result = run(module(f"{BOMB} (call $answer)"), {}, Limits(memory_bytes=8 * MIB))
+    assert result.memory_bytes <= 8 * MIB
+
+
+def test_a_module_that_begins_beyond_its_memory_is_refused():
+    code = bytes(wasmtime.wat2wasm('(module (memory (export "memory") 1024) (func (export "_start")))'))
+    assert failure(code, memory_bytes=MIB).reason == "memory"
+    assert failure(code, memory_bytes=64 * MIB).reason == "output"
+
+
+def test_an_output_bomb_is_stopped_at_its_bound():
+    failed = failure(module("(loop $again (call $answer) (br $again))"), fuel=10**12, stdout_bytes=100_000)
+    assert failed.reason == "output"
+    assert "100000 bytes" in str(failed)
+
+
+def test_a_log_bomb_leaves_the_end_of_the_log():
+    body = "(local $n i32) (loop $again (call $log) (local.set $n (i32.add (local.get $n) (i32.const 1))) "
+    body += "(br_if $again (i32.lt_u (local.get $n) (i32.const 5000)))) (call $answer)"
+    result = run(module(body), {}, Limits(log_bytes=1000))
+    assert len(result.log) == 1000
+    assert result.log.endswith("a word for the log\n")
+
+
+def test_a_trap_is_named_with_the_log():
+    failed = failure(module("(call $log) unreachable"))
+    assert failed.reason == "trap"
+    assert "unreachable" in str(failed)
+    assert "a word for the log" in str(failed)
+
+
+def test_endless_recursion_is_a_trap():
+    code = bytes(wasmtime.wat2wasm(f'(module {WASI} (func $f (export "_start") (call $f)))'))
+    failed = failure(code, fuel=10**9)
+    assert failed.reason == "trap"
+    assert "stack" in str(failed)
+
+
+@pytest.mark.parametrize("status", [1, 3])
+def test_an_exit_code_is_named_with_the_log(status):
+    failed = failure(module(f"(call $log) (call $answer) (call $exit (i32.const {status}))"))
+    assert failed.reason == f"exit {status}"
+    assert "a word for the log" in str(failed)
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ("(call $answer) (call $answer)", "Extra data"),
+        ("", "0 bytes"),
+        ("(call $say (i32.const 1) (i32.const 1025) (i32.const 3))", "no object"),
+        ("(call $say (i32.const 1) (i32.const 1024) (i32.const 6))", "no JSON"),
+        ("(call $say (i32.const 1) (i32.const 4096) (i32.const 4))", "no JSON"),
+    ],
+    ids=["two objects", "nothing", "a string", "half of one", "zero bytes"],
+)
+def test_what_is_not_one_json_object_is_refused(body, says):
+    failed = failure(module(body))
+    assert failed.reason == "output"
+    assert says in str(failed)
+
+
+def printing(text: str) -> bytes:
+    quoted = "".join(f"\\{byte:02x}" for byte in text.encode())
+    return bytes(
+        wasmtime.wat2wasm(
+            f'(module {WASI} (data (i32.const 8192) "{quoted}") '
+            f'(func (export "_start") (call $say (i32.const 1) (i32.const 8192) (i32.const {len(text)}))))'
+        )
+    )
+
+
+@pytest.mark.parametrize("text", ['{"a":NaN}', '{"a":-Infinity}', "[" * 40_000, '{"a":' * 10_000, '{"a":1}{'])
+def test_answers_that_no_reader_should_accept_are_refused(text):
+    assert failure(printing(text)).reason == "output"
+
+
+def test_white_space_around_the_answer_is_nothing():
+    assert run(printing(' {"a": [1, {"b": 2}]}\n'), {}).answer == {"a": [1, {"b": 2}]}
+
+
+@pytest.mark.parametrize(
+    ("code", "says"),
+    [
+        (b"", "begins with"),
+        (b"\x7fELF" + bytes(100), "begins with"),
+        (b"(module)", "begins with"),
+        (b"\0asm\x01\0\0\0" + b"\xff" * 30, "module"),
+        (bytes(wasmtime.wat2wasm('(module (memory (export "memory") 1))')), "_start"),
+        (bytes(wasmtime.wat2wasm('(module (memory (export "memory") 1) (func (export "_start") (param i32)))')), "_start"),
+        (bytes(wasmtime.wat2wasm('(module (func (export "_start")))')), "memory"),
+        (bytes(wasmtime.wat2wasm('(module (import "env" "f" (func)) (memory (export "memory") 1) '
+                                 '(func (export "_start")))')), "env"),
+        (bytes(wasmtime.wat2wasm(f'(module (import "{wasm_runner.WASI}" "fork" (func)) (memory (export "memory") 1) '
+                                 '(func (export "_start")))')), "fork"),
+    ],
+    ids=["empty", "ELF", "text", "garbage", "no start", "a parameter", "no memory", "foreign import", "unknown import"],
+)  # fmt: skip
+def test_what_is_no_module_is_refused(code, says):
+    failed = failure(code)
+    assert failed.reason == "module"
+    assert says in str(failed)
+
+
+def test_a_cut_off_module_is_refused_at_every_length():
+    for length in range(0, ANSWERS.index(b"a word for the log"), 7):  # then follow names, which a module can do without
+        assert failure(ANSWERS[:length]).reason == "module"
+
+
+def test_there_is_no_file_and_no_argument():
+    assert failure(module("(call $exit (call $fd_prestat_get (i32.const 3) (i32.const 512)))")).reason == "exit 8"
+    opened = "(call $path_open (i32.const 3) (i32.const 0) (i32.const 1024) (i32.const 1) (i32.const 0) (i64.const 0) "
+    opened += "(i64.const 0) (i32.const 0) (i32.const 512))"
+    assert failure(module(f"(call $exit {opened})")).reason == "exit 8"  # bad descriptor
+    counted = "(drop (call $args_sizes_get (i32.const 512) (i32.const 516)))"
+    assert (
+        failure(module(f"{counted} (call $exit (i32.add (i32.load (i32.const 512)) (i32.const 5)))")).reason == "exit 5"
+    )
+
+
+def test_stdin_is_empty():
+    body = "(i32.store (i32.const 0) (i32.const 4096)) (i32.store (i32.const 4) (i32.const 16)) "
+    body += "(drop (call $fd_read (i32.const 0) (i32.const 0) (i32.const 1) (i32.const 8))) "
+    body += "(call $exit (i32.add (i32.load (i32.const 8)) (i32.const 5)))"
+    assert failure(module(body)).reason == "exit 5"
+
+
+# Says how many bytes of environment there are, in 16 MiB of memory: the last four digits as a JSON number.
+ECHO = """
+  (local $size i32)
+  (drop (memory.grow (i32.const 255)))
+  (drop (call $environ_sizes_get (i32.const 512) (i32.const 516)))
+  (drop (call $environ_get (i32.const 65536) (i32.const 131072)))
+  (local.set $size (i32.load (i32.const 516)))
+  (call $say (i32.const 1) (i32.const 131074) (i32.sub (local.get $size) (i32.const 3)))
+"""
+
+
+def test_an_environment_of_4_mib_arrives_whole():
+    value = json.dumps({"long": "x" * (4 * MIB)})
+    result = run(module(ECHO), {"V": value}, Limits(memory_bytes=32 * MIB))
+    assert result.answer == json.loads(value)
+
+
+@pytest.mark.parametrize("pair", [("", "a"), ("A=B", "a"), ("A\0", "a"), ("A", "a\0b")])
+def test_an_environment_that_would_arrive_changed_is_refused(pair):
+    with pytest.raises(ValueError, match="environment variable"):
+        run(ANSWERS, dict([pair]))
+
+
+@pytest.mark.parametrize(("name", "value"), [("fuel", 0), ("memory_bytes", -1), ("wall_clock_s", 0), ("fuel", 2**63)])
+def test_a_limit_that_is_none_is_refused(name, value):
+    with pytest.raises(ValueError, match=name):
+        Limits(**{name: value})
+
+
+def test_runs_beside_each_other_do_not_end_each_other():
+    patient, hasty = module(SLEEP.format(ns=600_000_000)), module(LOOP)
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        good = [pool.submit(run, patient, {}) for _ in range(3)]
+        bad = [pool.submit(failure, hasty, fuel=10**15, wall_clock_s=0.2) for _ in range(3)]
+        assert [one.result().answer for one in good] == [{"a": 1}] * 3
+        assert {one.result().reason for one in bad} == {"wall clock"}
+
+
+def test_a_hundred_runs_leave_no_memory_behind():
+    def resident_kib() -> int:
+        gc.collect()
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) for line in status if line.startswith("VmRSS"))
+
+    for _ in range(20):
+        run(ANSWERS, {"V": "x" * MIB})
+    before = resident_kib()
+    for _ in range(100):
+        run(ANSWERS, {"V": "x" * MIB})
+    assert resident_kib() - before < 20_000
+
+
+def test_without_a_runtime_the_remedy_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wasmtime", None)
+    wasm_runner._compiled.cache_clear()
+    with pytest.raises(NoRuntime, match=r"pip install 'healchain\[edge\]'"):
+        run(ANSWERS, {})
+
+
+def test_the_runner_needs_nothing_but_wasmtime():
+    """A small device loads it."""
+    heavy = ("prefect", "torch", "web3", "numpy", "pydantic")
+    program = f"import sys, blocks.wasm_runner; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
