@@ -90,9 +90,10 @@ class Device:
                 self._train_rounds(),
                 self._send_updates(),
                 self._ask_for_rounds(),
+                self._beat(),
             ]
             if self.settings.broker is not None:
-                parts += [self._stay_connected(), self._beat()]
+                parts.append(self._stay_connected())
             for part in parts:
                 group.create_task(part)
 
@@ -416,7 +417,13 @@ class Device:
         return True
 
     async def _beat(self) -> None:
+        """Over MQTT, and over HTTP while there is none; a server that knows only MQTT answers 404 to that."""
+        address = f"{self.settings.server}/devices/{quote(self.me.proplet_id, safe='')}/alive"
         while True:
+            if self.mqtt is None:
+                said = json.dumps({"status": "unhealthy" if self.unhealthy else "alive", "detail": self.unhealthy})
+                with suppress(Refused, Unreachable):
+                    await asyncio.to_thread(self.http.post, address, said.encode(), "application/json")
             await asyncio.sleep(self.settings.beat_s)
             await self._publish("control/proplet/alive", self._sign_of_life())
             await self._publish("control/proplet/metrics", self._usage())

@@ -62,6 +62,7 @@ class Site:
         self.answers: list[tuple[int, str]] = []
         self.updates: list[tuple[str, str, bytes, str]] = []
         self.heard: list[tuple[str, Any]] = []
+        self.beats: list[tuple[str, Any]] = []
         self.asked: list[tuple[str, str]] = []
         self.chunk_sha256 = ""
         self._loop = asyncio.new_event_loop()
@@ -222,6 +223,11 @@ class Site:
         @app.get("/elsewhere/{sha256}")
         async def elsewhere(sha256: str) -> Any:
             return RedirectResponse(f"/modules/{sha256}")
+
+        @app.post("/devices/{proplet_id}/alive")
+        async def alive(request: Request, proplet_id: str) -> Any:
+            self.beats.append((proplet_id, await request.json()))
+            return {"status": "accepted"}
 
         @app.post("/update")
         @app.post("/update_cbor")

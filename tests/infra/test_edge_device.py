@@ -200,6 +200,8 @@ def test_without_mqtt_it_asks_for_rounds_and_fetches_all_it_needs(site, device):
     time.sleep(1)
     assert len(site.updates) == 1
     assert [path for path, _ in site.asked].count("/task") == 1
+    assert len(site.beats) > 2
+    assert site.beats[-1] == ("device-1", {"status": "alive", "detail": ""})
 
 
 def test_a_server_that_is_away_for_long_is_said_to_be_so_once(site, device):
@@ -397,6 +399,7 @@ def test_without_a_broker_it_becomes_unhealthy_goes_on_over_http_and_says_so_lat
     assert "unhealthy: no MQTT after 5 attempts" in one.said()
     site.open_round("r-1", MODULE)
     assert_trained(site.update_of("r-1"))
+    wait_for(lambda: site.beats[-1][1]["status"] == "unhealthy", "what it says over HTTP")
     site.heard.clear()
     site.start_broker()
     first = wait_for(lambda: site.said_on("control/proplet/alive"), "a sign of life", patience_s=90)[0]
