@@ -3,19 +3,25 @@
 The contract is that of WASI preview 1 with `_start`: argv and stdin are empty, the input is in the environment (of any size: no
 operating system is between), stdout is exactly one JSON object, stderr is a log, and exit code 0 means success. A module gets no
 file and no network. It runs under three limits: fuel (about one unit an instruction, the same on every host), memory, and
-wall-clock time. Compiling comes before them: it is bounded by the module's size alone.
+wall-clock time. Compiling comes before them: it is bounded by the module's size alone, some 30 MB of memory and 1 s a megabyte.
 
 Errors: ModuleFailed, whose `reason` says which limit or rule; NoRuntime; ValueError for an environment that cannot be passed.
 """
 
 import hashlib
 import json
+import os
+import secrets
 import struct
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
@@ -26,6 +32,8 @@ PAGE_BYTES = 65_536
 MAX_MODULE_BYTES = 64 * MIB
 MAGIC = b"\0asm"
 WASI = "wasi_snapshot_preview1"
+KEPT_FILES = 4  # of machine code
+REFUSED = 3  # exit code of the compiling process for what is no module
 TOLD_CHARACTERS = 300  # of the log's end, in an error
 REMEDIES = {
     "module": "give a WebAssembly core module for WASI preview 1 that exports _start and memory",
@@ -83,14 +91,31 @@ class Result:
     seconds: float
 
 
-def run(module: bytes, environment: Mapping[str, str], limits: Limits | None = None) -> Result:
-    """Run a module once. Raises ModuleFailed, NoRuntime or ValueError."""
+def run(
+    module: bytes, environment: Mapping[str, str], limits: Limits | None = None, *, kept: Path | None = None
+) -> Result:
+    """Run a module once. Raises ModuleFailed, NoRuntime or ValueError.
+
+    kept: a folder that only this user can write, where machine code stays from run to run; another process makes it, so that
+    this one never needs the compiler's memory. Without it, this process compiles and remembers.
+    """
     check_environment(environment)
-    sandbox = _Sandbox(_compiled(_Named.of(module)), environment, limits or Limits())
+    sandbox = _prepared(_Named.of(module), environment, limits or Limits(), kept)
     try:
         return sandbox.run()
     finally:
         sandbox.close()
+
+
+def _prepared(module: "_Named", environment: Mapping[str, str], limits: Limits, kept: Path | None) -> "_Sandbox":
+    if kept is None:
+        return _Sandbox(_compiled(module), environment, limits)
+    code = _kept(module, kept)
+    try:
+        return _Sandbox(code, environment, limits)
+    except _runtime().WasmtimeError:  # it was made for another processor
+        code.unlink()
+        return _Sandbox(_kept(module, kept), environment, limits)
 
 
 def check_module(module: bytes) -> None:
@@ -119,7 +144,7 @@ class _Named:
 
 @lru_cache(maxsize=4)
 def _compiled(module: _Named) -> bytes:
-    """The module's machine code. It stays in this process: read back from a disk, it would have to be trusted."""
+    """The module's machine code. Raises ModuleFailed or NoRuntime."""
     data, runtime = module.data, _runtime()
     if len(data) > MAX_MODULE_BYTES:
         raise ModuleFailed("module", f"it has {len(data)} bytes, at most {MAX_MODULE_BYTES} are compiled")
@@ -139,6 +164,47 @@ def _compiled(module: _Named) -> bytes:
     if foreign:
         raise ModuleFailed("module", f"it imports from {', '.join(foreign[:5])}, and there is nothing but {WASI}")
     return bytes(compiled.serialize())
+
+
+def _kept(module: _Named, folder: Path) -> Path:
+    """A file with the module's machine code, named by the digests of both; it is made when there is none that is whole."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if folder.stat().st_uid != os.getuid() or folder.stat().st_mode & 0o022:
+        raise ValueError(f"{folder}: others can write there, and machine code in it would be run: chmod 700 {folder}")
+    version = f"{_runtime().__name__}{metadata.version('wasmtime')}"
+    for path in folder.glob(f"{module.sha256}-{version}-*"):
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() == path.name.rpartition("-")[2]:
+                return path
+        path.unlink()
+    code = _compiled_elsewhere(module.data)
+    path = folder / f"{module.sha256}-{version}-{hashlib.sha256(code).hexdigest()}"
+    draft = folder / f".{secrets.token_hex(8)}"
+    draft.touch(0o600)
+    draft.write_bytes(code)
+    draft.replace(path)
+    for old in sorted(folder.iterdir(), key=lambda one: one.stat().st_mtime_ns)[:-KEPT_FILES]:
+        old.unlink()
+    return path
+
+
+def _compiled_elsewhere(module: bytes) -> bytes:
+    """Machine code made by a process of its own. Raises ModuleFailed."""
+    done = subprocess.run([sys.executable, "-m", "blocks.wasm_runner"], input=module, capture_output=True)
+    if done.returncode == REFUSED:
+        raise ModuleFailed("module", done.stderr.decode(errors="replace"))
+    if done.returncode != 0:
+        raise ModuleFailed("module", f"the compiler ended with {done.returncode}: {done.stderr[-TOLD_CHARACTERS:]!r}")
+    return done.stdout
+
+
+def _compile_stdin() -> None:
+    """The program of that process: a module in, machine code out."""
+    try:
+        sys.stdout.buffer.write(_compiled(_Named.of(sys.stdin.buffer.read())))
+    except ModuleFailed as failed:
+        sys.stderr.write(failed.detail)
+        sys.exit(REFUSED)
 
 
 def _runtime() -> Any:
@@ -169,13 +235,16 @@ def _engine() -> "wasmtime.Engine":
 class _Sandbox:
     """One run: an instance, its output so far, and what ended it early."""
 
-    def __init__(self, compiled: bytes, environment: Mapping[str, str], limits: Limits) -> None:
+    def __init__(self, compiled: bytes | Path, environment: Mapping[str, str], limits: Limits) -> None:
         runtime = _runtime()
         self.limits, self.ended_by, self.memory_bytes = limits, "", 0
         self.stdout, self.log = bytearray(), bytearray()
         self.ends_s = time.monotonic() + limits.wall_clock_s
         self.engine = _engine()
-        self.module = runtime.Module.deserialize(self.engine, compiled)
+        if isinstance(compiled, Path):
+            self.module = runtime.Module.deserialize_file(self.engine, str(compiled))
+        else:
+            self.module = runtime.Module.deserialize(self.engine, compiled)
         self.store = runtime.Store(self.engine)
         self.store.set_wasi(self._wasi(environment))
         self.linker = runtime.Linker(self.engine)
@@ -331,3 +400,7 @@ def _cause(error: Exception) -> str:
     """The innermost cause that the runtime names, in one line."""
     causes = [line.strip() for line in str(error).splitlines() if line.strip()]
     return causes[-1][:200] if causes else type(error).__name__
+
+
+if __name__ == "__main__":
+    _compile_stdin()

@@ -66,6 +66,7 @@ def run(
 ) -> None:
     """Run one task M1..M7 with all parties in this process. The same command after a kill resumes the same task."""
     file = _load(task, {} if seed is None else {"seed": seed})
+    module = _workload_of(task, file)
     miners = max(5, file.participants.miners_min) if miners is None else miners
     if miners < file.participants.miners_min:
         _fail(f"--miners {miners}: the task asks for at least participants.miners_min = {file.participants.miners_min}")
@@ -92,7 +93,7 @@ def run(
 
     use_temporary_prefect(folder)
     try:
-        report = _run(folder, task, file, begun)
+        report = _run(folder, file, begun, module)
     except Exception as error:
         (folder / "error.txt").write_text("".join(traceback.format_exception(error)))
         notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))
@@ -103,7 +104,7 @@ def run(
     sys.exit(0 if report["task"]["status"] in ("PAID", "REFUNDED") else 1)
 
 
-def _run(folder: Path, task: str, file: TaskFile, begun: dict[str, Any]) -> dict[str, Any]:
+def _run(folder: Path, file: TaskFile, begun: dict[str, Any], module: bytes | None) -> dict[str, Any]:
     """Set up, run or resume, report."""
     with console.status("setting up: homes, chain, contracts, data"):
         from infra import devstack
@@ -116,7 +117,7 @@ def _run(folder: Path, task: str, file: TaskFile, begun: dict[str, Any]) -> dict
             stack = devstack.set_up(folder, file.dataset, begun["miners"], file.seed, data)
         except ValueError as error:
             _fail(str(error))
-        if (module := _workload_of(task, file)) is not None:
+        if module is not None:
             stack.artifacts.put(stack.identity("publisher").address, module)
         decide(stack.identity("publisher"), begun["task_id"], file)
     console.print(f"task [bold]{begun['task_id']}[/bold]: {begun['miners']} miners, folder {folder}")

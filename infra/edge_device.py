@@ -28,6 +28,7 @@ import sys
 import time
 from collections.abc import Coroutine, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 from urllib.parse import quote
 
@@ -67,6 +68,7 @@ class Device:
         self.mqtt: aiomqtt.Client | None = None
         self.unhealthy = ""
         self.failed_connections = 0
+        self.no_rounds = ""
         self.assembly: Assembly | None = None
         self.assembled: asyncio.Future[bytes] | None = None
         self.waiting: asyncio.Queue[str] = asyncio.Queue()
@@ -88,9 +90,10 @@ class Device:
                 self._train_rounds(),
                 self._send_updates(),
                 self._ask_for_rounds(),
+                self._beat(),
             ]
             if self.settings.broker is not None:
-                parts += [self._stay_connected(), self._beat()]
+                parts.append(self._stay_connected())
             for part in parts:
                 group.create_task(part)
 
@@ -108,12 +111,17 @@ class Device:
         round_id = environment.get("ROUND_ID", "")
         if not NAME.fullmatch(round_id):
             raise ValueError(f"env.ROUND_ID = {round_id!r:.60}: expected a name of letters, digits and ._:@-")
-        if round_id in self.known or self.memory.find(round_id) is not None:
+        if self._knows(round_id):
             return
         self.known.add(round_id)
         self.memory.keep(Round(round_id, STARTED, task, {}))
         self.waiting.put_nowait(round_id)
         log.info("round %s: heard of", round_id)
+
+    def _knows(self, round_id: str) -> bool:
+        if round_id not in self.known and self.memory.find(round_id) is not None:
+            self.known.add(round_id)
+        return round_id in self.known
 
     async def _ask_for_rounds(self) -> None:
         """Ask the server for open rounds: all the time without MQTT, and once after every connection."""
@@ -130,11 +138,15 @@ class Device:
         try:
             found = await self._get_json(f"{self.settings.server}/rounds/next?proplet_id={who}")
             for round_id in found.get("open_rounds") or ():
-                if isinstance(round_id, str) and NAME.fullmatch(round_id) and round_id not in self.known:
+                if isinstance(round_id, str) and NAME.fullmatch(round_id) and not self._knows(round_id):
                     address = f"{self.settings.server}/task?round_id={quote(round_id, safe='')}&proplet_id={who}"
                     self.accept(_as_started((await self._get_json(address)).get("task")))
         except (Refused, Unreachable, ValueError, TypeError, RecursionError) as error:
-            log.warning("no rounds from %s: %s", self.settings.server, error)
+            if str(error) != self.no_rounds:  # it may be so for days
+                log.warning("no rounds from %s: %s", self.settings.server, error)
+            self.no_rounds = str(error)
+        else:
+            self.no_rounds = ""
 
     # Training
 
@@ -147,8 +159,12 @@ class Device:
             try:
                 update = await self._train(round_.task)
                 error = None
-            except CannotTrain as failed:
-                error = str(failed)[:MAX_ERROR]
+            except (CannotTrain, OSError, MemoryError) as failed:
+                error = (
+                    str(failed)[:MAX_ERROR]
+                    if isinstance(failed, CannotTrain)
+                    else f"the device: {type(failed).__name__}"
+                )
                 update = {"num_samples": 0, "metrics": {}, "update": {}, "error": error}
                 log.error("round %s: %s", round_id, failed)
             # In whose name, and for what, is not the module's to say.
@@ -170,7 +186,9 @@ class Device:
         )
         given = {"PROPLET_ID": self.me.proplet_id, "MODEL_DATA": model, "DATASET_DATA": await self._data()}
         try:
-            result = await asyncio.to_thread(wasm_runner.run, module, environment | given, self.settings.limits)
+            kept = self.memory.home / "compiled"
+            run = partial(wasm_runner.run, module, environment | given, self.settings.limits, kept=kept)
+            result = await asyncio.to_thread(run)
         except ModuleFailed as failed:
             log.error("the module's log: %s", failed.log.strip() or "empty")
             raise CannotTrain(f"{failed.reason}: {failed.detail}") from None
@@ -399,7 +417,13 @@ class Device:
         return True
 
     async def _beat(self) -> None:
+        """Over MQTT, and over HTTP while there is none; a server that knows only MQTT answers 404 to that."""
+        address = f"{self.settings.server}/devices/{quote(self.me.proplet_id, safe='')}/alive"
         while True:
+            if self.mqtt is None:
+                said = json.dumps({"status": "unhealthy" if self.unhealthy else "alive", "detail": self.unhealthy})
+                with suppress(Refused, Unreachable):
+                    await asyncio.to_thread(self.http.post, address, said.encode(), "application/json")
             await asyncio.sleep(self.settings.beat_s)
             await self._publish("control/proplet/alive", self._sign_of_life())
             await self._publish("control/proplet/metrics", self._usage())

@@ -4,6 +4,7 @@
     status.json        how it is, for whoever looks after it
     rounds/NAME.json   a round: its task until it is trained, its update until it is sent, then how it ended
     modules/SHA256     training modules; each is checked by its digest when it is read
+    compiled/          their machine code (blocks.wasm_runner)
 
 A file is written aside, synced and renamed, so that a kill leaves the earlier one or the whole new one.
 

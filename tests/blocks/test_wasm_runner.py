@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import gc
+import hashlib
 import json
 import subprocess
 import sys
@@ -319,6 +320,57 @@ def test_a_hundred_runs_leave_no_memory_behind():
     for _ in range(100):
         run(ANSWERS, {"V": "x" * MIB})
     assert resident_kib() - before < 20_000
+
+
+def test_kept_machine_code_is_used_again_and_made_anew_when_it_is_damaged(tmp_path):
+    folder = tmp_path / "compiled"
+    assert run(ANSWERS, {}, kept=folder).answer == {"a": 1}
+    (made,) = folder.iterdir()
+    noted = made.stat().st_mtime_ns
+    assert run(ANSWERS, {}, kept=folder).answer == {"a": 1}
+    assert made.stat().st_mtime_ns == noted
+    made.write_bytes(made.read_bytes()[:-1] + b"!")
+    assert run(ANSWERS, {}, kept=folder).answer == {"a": 1}
+    (again,) = folder.iterdir()
+    assert again.stat().st_mtime_ns != noted
+
+
+def test_machine_code_of_another_processor_is_made_anew(tmp_path):
+    folder = tmp_path / "compiled"
+    run(ANSWERS, {}, kept=folder)
+    (made,) = folder.iterdir()
+    foreign = b"made elsewhere"
+    made.rename(folder / (made.name.rpartition("-")[0] + "-" + hashlib.sha256(foreign).hexdigest())).write_bytes(
+        foreign
+    )
+    assert run(ANSWERS, {}, kept=folder).answer == {"a": 1}
+    assert [path.name for path in folder.iterdir()] == [made.name]
+
+
+def test_another_process_compiles_what_is_kept(tmp_path):
+    wasm_runner._compiled.cache_clear()
+    run(ANSWERS, {}, kept=tmp_path / "compiled")
+    assert wasm_runner._compiled.cache_info().currsize == 0
+
+
+def test_what_is_no_module_is_refused_there_too_and_nothing_is_kept(tmp_path):
+    with pytest.raises(ModuleFailed, match=r"^module: it begins with b'\\x7fELF'"):
+        run(b"\x7fELF", {}, kept=tmp_path / "compiled")
+    assert list((tmp_path / "compiled").iterdir()) == []
+
+
+def test_machine_code_is_not_read_where_others_write(tmp_path):
+    folder = tmp_path / "compiled"
+    folder.mkdir(mode=0o777)
+    folder.chmod(0o777)
+    with pytest.raises(ValueError, match="chmod 700"):
+        run(ANSWERS, {}, kept=folder)
+
+
+def test_few_files_of_machine_code_are_kept(tmp_path):
+    for size in range(6):
+        run(printing('{"a":' + "1" * (size + 1) + "}"), {}, kept=tmp_path / "compiled")
+    assert len(list((tmp_path / "compiled").iterdir())) == 4
 
 
 def test_without_a_runtime_the_remedy_is_named(monkeypatch):

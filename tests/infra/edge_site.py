@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -49,9 +50,11 @@ class Site:
     those taken. heard: (topic, payload) of all that was published.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, certificate: tuple[Path, Path] | None = None) -> None:
+        """certificate: with its key, and TLS is spoken on both ports."""
+        self._certificate, s = certificate, "s" if certificate else ""
         self.http_port, self.mqtt_port = free_port(), free_port()
-        self.url, self.mqtt_url = f"http://127.0.0.1:{self.http_port}", f"mqtt://127.0.0.1:{self.mqtt_port}"
+        self.url, self.mqtt_url = f"http{s}://127.0.0.1:{self.http_port}", f"mqtt{s}://127.0.0.1:{self.mqtt_port}"
         self.models: dict[int, Any] = {0: {"w": [0.0, 0.0, 0.0], "b": 0.0}}
         self.datasets: dict[str, Any] = {}
         self.modules: dict[str, bytes] = {}
@@ -59,6 +62,7 @@ class Site:
         self.answers: list[tuple[int, str]] = []
         self.updates: list[tuple[str, str, bytes, str]] = []
         self.heard: list[tuple[str, Any]] = []
+        self.beats: list[tuple[str, Any]] = []
         self.asked: list[tuple[str, str]] = []
         self.chunk_sha256 = ""
         self._loop = asyncio.new_event_loop()
@@ -70,7 +74,10 @@ class Site:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(PATIENCE_S)
 
     def start_http(self) -> None:
-        config = uvicorn.Config(self._app(), "127.0.0.1", self.http_port, log_level="critical", lifespan="off")
+        more = {}
+        if self._certificate is not None:
+            more = {"ssl_certfile": self._certificate[0], "ssl_keyfile": self._certificate[1]}
+        config = uvicorn.Config(self._app(), "127.0.0.1", self.http_port, log_level="critical", lifespan="off", **more)
         self._server = uvicorn.Server(config)
         self._serving = asyncio.run_coroutine_threadsafe(self._server.serve(), self._loop)
         wait_for(lambda: self._server.started, "HTTP")
@@ -83,7 +90,7 @@ class Site:
     def start_broker(self) -> None:
         plugin = "amqtt.plugins.authentication.AnonymousAuthPlugin"
         config = BrokerConfig(
-            listeners={"default": ListenerConfig(bind=f"127.0.0.1:{self.mqtt_port}")},
+            listeners={"default": self._listener_config()},
             plugins={plugin: {"allow_anonymous": True}},
         )
 
@@ -96,8 +103,16 @@ class Site:
 
         self.do(start())
 
+    def _listener_config(self) -> ListenerConfig:
+        bind = f"127.0.0.1:{self.mqtt_port}"
+        if self._certificate is None:
+            return ListenerConfig(bind=bind)
+        certificate, key = map(str, self._certificate)
+        return ListenerConfig(bind=bind, ssl=True, certfile=certificate, keyfile=key)
+
     async def _listen(self, listening: asyncio.Event) -> None:
-        async with aiomqtt.Client("127.0.0.1", self.mqtt_port) as client:
+        tls = self._certificate and ssl.create_default_context(cafile=str(self._certificate[0]))
+        async with aiomqtt.Client("127.0.0.1", self.mqtt_port, tls_context=tls) as client:
             self._client = client
             await client.subscribe("#", qos=1)
             listening.set()
@@ -208,6 +223,11 @@ class Site:
         @app.get("/elsewhere/{sha256}")
         async def elsewhere(sha256: str) -> Any:
             return RedirectResponse(f"/modules/{sha256}")
+
+        @app.post("/devices/{proplet_id}/alive")
+        async def alive(request: Request, proplet_id: str) -> Any:
+            self.beats.append((proplet_id, await request.json()))
+            return {"status": "accepted"}
 
         @app.post("/update")
         @app.post("/update_cbor")

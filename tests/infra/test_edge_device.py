@@ -1,6 +1,8 @@
 """A device as a process: what it trains is right, what it cannot hand in is kept, and nothing that is said to it ends it."""
 
+import datetime
 import hashlib
+import ipaddress
 import json
 import os
 import subprocess
@@ -14,6 +16,9 @@ import cbor2
 import numpy as np
 import pytest
 import wasmtime
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from infra.edge_chunks import Assembly, BadChunk
 from infra.edge_device import encode_cbor
@@ -123,6 +128,59 @@ def test_it_stays_within_80_mb_while_it_trains(site, device):
     assert one.memory_kib("VmHWM") <= 80 * 1000
 
 
+def test_five_mebibytes_of_data_and_a_large_model_are_trained_on(site, device):
+    x = RNG.normal(size=(3300, 70))
+    site.datasets["device-1"] = {"data": [{"x": row.tolist(), "y": int(row[0] > 0)} for row in x]}
+    site.models[0] = {"w": [0.0] * 70, "b": 0.0, "note": "n" * 200_000}
+    one = device(data=False)
+    site.start_round("r-1", "device-1", MODULE)
+    update = site.update_of("r-1")
+    assert update["num_samples"] == 3300
+    assert update["update"]["note"] == "n" * 200_000
+    assert update["metrics"]["loss"] < update["metrics"]["loss_before"]
+    print(f"device with 5 MB of data: VmHWM {one.memory_kib('VmHWM')} kB, VmRSS {one.memory_kib('VmRSS')} kB")
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> tuple[Path, Path]:
+    """A certificate for 127.0.0.1 that is its own authority, and its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "test")])
+    now = datetime.datetime.now(datetime.UTC)
+    made = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    paths = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    paths[0].write_bytes(made.public_bytes(serialization.Encoding.PEM))
+    form = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    paths[1].write_bytes(key.private_bytes(*form))
+    return paths
+
+
+def test_over_tls_it_trusts_the_given_authority_and_no_other(certificate, tmp_path):
+    site = Site(certificate)
+    devices = []
+    try:
+        (tmp_path / "data.json").write_text(json.dumps(DATA))
+        flags = ["--mqtt", site.mqtt_url, "--data", str(tmp_path / "data.json")]
+        devices.append(trusting := DeviceProcess(site, tmp_path / "one", *flags, "--ca", str(certificate[0])))
+        wait_for(trusting.is_connected, "a connection over TLS")
+        site.start_round("r-1", "device-1", MODULE)
+        assert_trained(site.update_of("r-1"))
+        devices.append(wary := DeviceProcess(site, tmp_path / "two", *flags, name="device-2"))
+        wait_for(lambda: wary.said().lower().count("certificate verify failed") >= 2, "two refusals")
+        assert wary.status()["mqtt"] == "away"
+    finally:
+        for one in devices:
+            one.kill()
+        site.close()
+
+
 def test_what_it_keeps_can_be_read_by_nobody_else_and_no_secret_is_said(site, device):
     one = device()
     site.start_round("r-1", "device-1", MODULE)
@@ -141,6 +199,21 @@ def test_without_mqtt_it_asks_for_rounds_and_fetches_all_it_needs(site, device):
     assert_trained(site.update_of("r-1"))
     time.sleep(1)
     assert len(site.updates) == 1
+    assert [path for path, _ in site.asked].count("/task") == 1
+    assert len(site.beats) > 2
+    assert site.beats[-1] == ("device-1", {"status": "alive", "detail": ""})
+
+
+def test_a_server_that_is_away_for_long_is_said_to_be_so_once(site, device):
+    site.stop_http()
+    one = device(mqtt=False, data=False)
+    wait_for(lambda: "no rounds from" in one.said(), "the first question")
+    time.sleep(1.5)
+    assert one.said().count("no rounds from") == 1
+    site.datasets["device-1"] = DATA
+    site.open_round("r-1", MODULE)
+    site.start_http()
+    assert_trained(site.update_of("r-1"))
 
 
 def test_a_round_that_was_missed_is_found_after_connecting(site, device):
@@ -326,6 +399,7 @@ def test_without_a_broker_it_becomes_unhealthy_goes_on_over_http_and_says_so_lat
     assert "unhealthy: no MQTT after 5 attempts" in one.said()
     site.open_round("r-1", MODULE)
     assert_trained(site.update_of("r-1"))
+    wait_for(lambda: site.beats[-1][1]["status"] == "unhealthy", "what it says over HTTP")
     site.heard.clear()
     site.start_broker()
     first = wait_for(lambda: site.said_on("control/proplet/alive"), "a sign of life", patience_s=90)[0]
