@@ -111,6 +111,8 @@ def retry(
 def take_environment(folder: Path) -> None:
     """Put the settings of FOLDER/edge.env, mode 0600, into the environment, which comes first."""
     path = folder / "edge.env"
+    if path.exists() and path.stat().st_mode & 0o077:
+        raise ValueError(f"{path} may hold secrets, and others can read it: chmod 600 {path}")
     for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], start=1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue

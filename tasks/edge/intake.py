@@ -11,13 +11,13 @@ from typing import Any
 from blocks.edge_ledger import ENDED, AlreadyWritten, Received, UnknownModel, UnknownRound, is_alive
 from blocks.tables import EdgeRoundRow, EdgeUpdateRow
 from tasks.edge import rounds, wire
-from tasks.edge.server import Server, open_next, tensors_in
+from tasks.edge.server import Server, open_next
 from tasks.edge.wire import ExperimentRequest, Refusal, Update
 from tasks.learning.combining import InvalidRule, NotCombinable, Tensors, check_enough, checked_options
 
 ALIVE, OFFLINE, UNHEALTHY = "alive", "offline", "unhealthy"
 BASES_MAX = 4
-_bases: dict[str, Tensors] = {}  # by their digests, so that they are never stale
+_bases: dict[tuple[str, int], Tensors] = {}  # by owner and version: versions are written once, so they are never stale
 
 
 def ask_for_experiment(
@@ -168,9 +168,9 @@ def _takes_part(server: Server, row: EdgeRoundRow, proplet_id: str) -> bool:
 
 def _base(server: Server, version: int) -> Tensors:
     """The model that a round trains from; every update of the round is compared with it."""
-    row = server.ledger.model(version)
-    if row.sha256 not in _bases:
+    key = (server.ledger.owner, version)
+    if key not in _bases:
         while len(_bases) >= BASES_MAX:
             _bases.pop(next(iter(_bases)), None)
-        _bases[row.sha256] = tensors_in(server.ledger.model_bytes(row), row.form)
-    return _bases[row.sha256]
+        _bases[key] = server.base_of(version)
+    return _bases[key]

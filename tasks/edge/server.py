@@ -14,6 +14,9 @@ from tasks.edge import rounds, wire
 from tasks.edge.wire import ExperimentRequest
 from tasks.learning.combining import Tensors
 
+REQUESTS_MAX = 64
+_requests: dict[tuple[str, str], ExperimentRequest] = {}  # by owner and name: written once, so they are never stale
+
 
 @dataclass(frozen=True)
 class Server:
@@ -23,10 +26,16 @@ class Server:
     pinned: EdgeConnections
 
     def request_of(self, experiment_id: str) -> ExperimentRequest:
-        found = self.ledger.experiment(experiment_id)
-        if found is None:
-            raise UnknownRound(f"experiment {experiment_id!r} is unknown: ask for it first (POST /fl/experiments)")
-        return ExperimentRequest.model_validate_json(found.request)
+        """Raises UnknownRound."""
+        key = (self.ledger.owner, experiment_id)
+        if key not in _requests:
+            found = self.ledger.experiment(experiment_id)
+            if found is None:
+                raise UnknownRound(f"experiment {experiment_id!r} is unknown: ask for it first (POST /fl/experiments)")
+            while len(_requests) >= REQUESTS_MAX:
+                _requests.pop(next(iter(_requests)), None)
+            _requests[key] = ExperimentRequest.model_validate_json(found.request)
+        return _requests[key]
 
     def base_of(self, version: int) -> Tensors:
         """The tensors of a version. Raises UnknownModel or TamperedArtifact."""

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import socket
 import ssl
 import subprocess
@@ -35,6 +36,9 @@ from tasks.edge.server import Server, open_next, start_alive, utc_now
 from tests.edge.world import ask, make_server, put_model, update
 
 PREFIX = "m/healchain/c/edge/"
+has_mosquitto = shutil.which("mosquitto", path=f"{os.environ.get('PATH', '')}:/usr/sbin") is not None
+needs_mosquitto = pytest.mark.skipif(not has_mosquitto, reason="mosquitto is missing: apt-get install -y mosquitto")
+BROKERS = ["amqtt", pytest.param("mosquitto", marks=needs_mosquitto)]
 
 
 def free_port() -> int:
@@ -94,7 +98,7 @@ class Site:
         return Bridge(self.server, self.settings, self.folder, Metrics())
 
 
-@pytest.fixture(scope="module", params=["amqtt", "mosquitto"])
+@pytest.fixture(scope="module", params=BROKERS)
 def site(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     """One for all tests: a process takes seconds to load. Each has a round of its own."""
     made = Site(tmp_path_factory.mktemp(request.param), request.param)
@@ -297,7 +301,7 @@ def test_an_update_that_comes_while_the_bridge_is_down_is_taken_later(site):
     asyncio.run(beside(site.bridge(), taken()))
 
 
-@pytest.mark.parametrize("kind", ["amqtt", "mosquitto"])
+@pytest.mark.parametrize("kind", BROKERS)
 def test_in_open_mode_existing_devices_speak_on_bare_topics(tmp_path, kind):
     site = Site(tmp_path, kind, is_open=True)
     server = site.server
@@ -350,7 +354,7 @@ def certificate(folder: Path) -> dict[str, str]:
     return {f"HEALCHAIN_EDGE_MQTT_{name}": str(folder / file) for name, file in paths.items()}
 
 
-@pytest.mark.parametrize("kind", ["amqtt", "mosquitto"])
+@pytest.mark.parametrize("kind", BROKERS)
 def test_by_setting_all_is_said_over_tls(tmp_path, kind):
     site = Site(tmp_path, kind, certificate(tmp_path))
     trusted = ssl.create_default_context(cafile=str(tmp_path / "cert.pem"))

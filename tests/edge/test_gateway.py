@@ -1,6 +1,8 @@
 """The gateway's routes: names, statuses and texts of existing devices, and who may do what."""
 
+import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,7 +23,7 @@ from pydantic import SecretStr
 from blocks.edge_ledger import FAILED, WARNING
 from blocks.identity import residents
 from blocks.registry import Registry
-from infra import edge_gateway, edge_server
+from infra import edge_cli, edge_gateway, edge_server
 from infra.edge_gateway import Gateway, service
 from tasks.edge.server import server_of, utc_now
 from tasks.edge.wire import Refusal
@@ -303,7 +305,6 @@ def test_a_large_model_is_kept_as_safetensors_and_a_changed_file_is_refused(ask)
     assert ask.server.ledger.model(1).form == "safetensors"
     assert ask("GET", "/models/1").json() == large
     raw = ask("GET", "/models/1?format=safetensors")
-    import hashlib
 
     assert hashlib.sha256(raw.content).hexdigest() == raw.headers["x-sha256"]
     for path in Path(ask.server.ledger.store.root).rglob("blobs/*/*"):
@@ -565,3 +566,19 @@ def test_settings_come_through_the_environment():
     assert (settings.open, settings.mqtt_port) == (True, 1884)
     assert edge_server.read_settings(edge_server.in_environment(settings)) == settings
     assert edge_server.read_settings({}).ports == edge_gateway.PORTS
+
+
+def test_settings_in_a_file_that_others_can_read_are_refused(tmp_path, monkeypatch):
+    path = tmp_path / "edge.env"
+    path.write_text("# of this server\nHEALCHAIN_EDGE_BEAT_S=5\n")
+    path.chmod(0o644)
+    with pytest.raises(ValueError, match="others can read it: chmod 600"):
+        edge_cli.take_environment(tmp_path)
+    path.chmod(0o600)
+    monkeypatch.setenv("HEALCHAIN_EDGE_BEAT_S", "7")
+    edge_cli.take_environment(tmp_path)
+    assert edge_server.read_settings(os.environ).beat_s == 7
+    monkeypatch.delenv("HEALCHAIN_EDGE_BEAT_S")
+    edge_cli.take_environment(tmp_path)
+    assert edge_server.read_settings(os.environ).beat_s == 5
+    monkeypatch.delenv("HEALCHAIN_EDGE_BEAT_S")

@@ -3,8 +3,10 @@
 import hashlib
 import json
 import multiprocessing
+import shutil
 import subprocess
 import threading
+from base64 import b64decode
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -317,11 +319,10 @@ def test_tasks_are_started_once(ledger):
     assert [row.proplet_id for row in ledger.tasks("r-1")] == ["a", "b", "c"]
 
 
+@pytest.mark.skipif(shutil.which("mosquitto_passwd") is None, reason="it is missing: apt-get install -y mosquitto")
 def test_mosquitto_knows_the_hash_as_its_own(tmp_path):
     theirs = tmp_path / "passwords"
     subprocess.run(["mosquitto_passwd", "-b", "-c", str(theirs), "a", "key"], check=True, capture_output=True)
     assert theirs.read_text().split("$")[1:3] == mosquitto_hash("key").split("$")[1:3]
     _, _, rounds, salt, derived = theirs.read_text().strip().split("$")
-    from base64 import b64decode
-
     assert hashlib.pbkdf2_hmac("sha512", b"key", b64decode(salt), int(rounds)) == b64decode(derived)

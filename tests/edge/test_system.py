@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from infra import edge_gateway
 from infra.edge_modules import build
 from tests.edge.test_broker import free_port
 from tests.edge.test_experiment import Aggregator
@@ -58,7 +59,9 @@ class System:
             "HEALCHAIN_EDGE_AGGREGATOR_URL": f"http://127.0.0.1:{self.aggregator.server_port}",
             "DO_NOT_TRACK": "1",
         }
-        self.healchain("up", "--port", str(self.port), "--prefect-port", str(self.prefect_port))
+        self.ports = {part: free_port() for part in edge_gateway.PARTS}
+        self.environment |= {f"HEALCHAIN_EDGE_{part.upper()}_PORT": str(port) for part, port in self.ports.items()}
+        self.healchain("up", "--port", str(self.port), "--prefect-port", str(self.prefect_port), "--ports")
         self.admin_key = (self.folder / "admin-key").read_text()
         self.ask("PUT", f"/modules/{MODULE_NAME}", build.module_path("logistic").read_bytes())
         self.devices = {name: Device(self, place, name) for place, name in enumerate(DEVICES, start=1)}
@@ -197,6 +200,22 @@ def check_model(system: System, version: int, expected: dict[str, Any]) -> dict[
     np.testing.assert_allclose(model["w"], expected["w"], rtol=1e-10)
     assert model["b"] == pytest.approx(expected["b"], rel=1e-10)
     return model
+
+
+def test_each_part_answers_on_its_own_port_with_its_own_routes(system):
+    def status(part: str, path: str) -> int:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{system.ports[part]}{path}", timeout=10) as answer:
+                return int(answer.status)
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    assert [status(part, "/health") for part in edge_gateway.PARTS] == [200] * 5
+    asked = {"manager": "/fl/task", "coordinator": "/task", "registry": "/models", "datastore": "/datasets"}
+    for part in asked:
+        assert {other: status(other, asked[part]) for other in asked} == {
+            one: 401 if one == part else 404 for one in asked
+        }
 
 
 def test_two_rounds_with_three_devices_are_a_plain_computation(system):
