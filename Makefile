@@ -4,7 +4,8 @@
 # make test-faults   strike a real stack in every way: kill -9, servers, power, network, disk, clocks; half an hour
 # make bench   set up, then measure learning under encryption; bench-model: a network of 409 034 parameters;
 #              bench-crypto: the cryptography beside its peers; bench-gas: what a task costs on chain;
-#              bench-stream: 25 million coordinates through the disk; bench-stack: the real parts, with 5 and 100 miners
+#              bench-stream: 25 million coordinates through the disk; bench-stack: the real parts, with 5 and 100 miners;
+#              bench-edge: a round over 10, 100 and 1000 simulated edge devices
 # make fuzz    set up, then compare ten million random coordinates with an independent implementation
 # make contracts-deep   10 000 random histories of the contracts, and their fuzz tests 20 000 times each
 # Each sets up what it needs in the project's own virtual environment, .venv; a second call finds it ready.
@@ -16,7 +17,7 @@ SHELL := /bin/bash
 FORGE := cd contracts && node_modules/@foundry-rs/forge-linux-amd64/bin/forge
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: round stack stack-down test test-faults bench bench-model bench-crypto bench-gas bench-stream bench-stack fuzz contracts contracts-deep clean
+.PHONY: round stack stack-down test test-faults bench bench-model bench-crypto bench-gas bench-stream bench-stack bench-edge fuzz contracts contracts-deep clean
 .DEFAULT_GOAL := round
 
 round: $(READY)
@@ -57,6 +58,9 @@ bench-stream: $(READY)
 
 bench-stack: $(READY) contracts/node_modules/ready
 	$(VENV)/bin/healchain bench-stack --out build/bench-stack.json
+
+bench-edge: $(READY)
+	$(VENV)/bin/healchain bench-edge --out build/bench-edge.json
 
 fuzz: $(READY)
 	$(VENV)/bin/healchain fuzz --out build/fuzz.json

@@ -106,7 +106,7 @@ class Ran:
 
 def healchain(*arguments: str) -> None:
     """Run the command as a user would, with nothing of this process's own Prefect. Raises PartFailed."""
-    own = ("PREFECT_", "HEALCHAIN_HOME", "OMP_")
+    own = ("PREFECT_", "HEALCHAIN_HOME", "HEALCHAIN_EDGE_", "OMP_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(own)}
     done = subprocess.run(
         [sys.executable, "-m", "infra.cli", *arguments],

@@ -987,6 +987,25 @@ def bench_stack(
     sys.exit(1 if failed else 0)
 
 
+@app.command("bench-edge")
+def bench_edge(
+    out: Annotated[Path, typer.Option(help="where the rows are written, as JSON")] = Path("build/bench-edge.json"),
+    markdown: Annotated[Path | None, typer.Option(help="a document whose block of figures is written again")] = None,
+    broker: Annotated[str, typer.Option(help="amqtt, or mosquitto where it is installed")] = "amqtt",
+    quick: Annotated[bool, typer.Option("--quick", help="a few devices instead of 10, 100 and 1000")] = False,
+) -> None:
+    """Measure rounds over 10, 100 and 1000 simulated devices. Exit code 1 if a part failed."""
+    folder = out.resolve().parent / "bench-edge-client"
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ.update(PREFECT_HOME=str(folder), DO_NOT_TRACK="1")
+    from infra import bench_edge as benchmark
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a terminated benchmark takes its server down, too
+    sizes = benchmark.QUICK_SIZES if quick else benchmark.SIZES
+    failed = benchmark.run(out, console, sizes=sizes, broker=broker, document=markdown)
+    sys.exit(1 if failed else 0)
+
+
 @stack_app.command("fund")
 def stack_fund(
     address: Annotated[str, typer.Argument(help="of a host that joins, as healchain join prints it")],

@@ -69,7 +69,9 @@ STATUSES = {
     500: "the updates cannot be combined, or what is stored was changed",
     503: "a part that is needed is away",
 }
-RESPONSES: dict[int | str, dict[str, Any]] = {status: {"description": said} for status, said in STATUSES.items()}
+TEXT = {"type": "string"}
+JSON_ERROR = {JSON_TYPE: {"schema": {"type": "object", "properties": {"error": TEXT}, "required": ["error"]}}}
+TEXT_ERROR = {"text/plain": {"schema": TEXT}}
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 Text = Annotated[str, Query(max_length=256)]
 
@@ -399,14 +401,25 @@ def _body_of(*kinds: str) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {kind: {"schema": shape} for kind in kinds}}}
 
 
-JSON_BODY, UPDATE_BODY = _body_of(JSON_TYPE), _body_of(JSON_TYPE, *CBOR_TYPES)
+def _errors(content: dict[str, Any]) -> dict[int | str, dict[str, Any]]:
+    """What each route may answer beside its own."""
+    return {status: {"description": said, "content": content} for status, said in STATUSES.items()}
+
+
+def _bytes(*kinds: str) -> dict[str, Any]:
+    """Of a route whose answer is not JSON alone; its types take the place of JSON."""
+    content = {kind: {} if kind == JSON_TYPE else {"schema": TEXT} for kind in kinds}
+    return {"response_class": Response, "responses": {200: {"description": "Successful Response", "content": content}}}
+
+
+JSON_BODY, CBOR_BODY, UPDATE_BODY = _body_of(JSON_TYPE), _body_of(*CBOR_TYPES), _body_of(JSON_TYPE, *CBOR_TYPES)
 BYTES_BODY = {
     "requestBody": {"required": True, "content": {"application/octet-stream": {"schema": {"type": "string"}}}}
 }
 
 
 def manager_routes(gateway: Gateway) -> APIRouter:
-    routes = APIRouter(route_class=_route_class(json_error), tags=["manager"], responses=RESPONSES)
+    routes = APIRouter(route_class=_route_class(json_error), tags=["manager"], responses=_errors(JSON_ERROR))
 
     @routes.post("/fl/experiments", openapi_extra=JSON_BODY)
     async def configure(request: Request) -> Response:
@@ -427,7 +440,7 @@ def manager_routes(gateway: Gateway) -> APIRouter:
         body = await read_body(request, gateway.body_bytes)
         return answer(await run_sync(lambda: gateway.take(request, body, kind_of(request, JSON_TYPE))))
 
-    @routes.post("/fl/update_cbor", openapi_extra=UPDATE_BODY)
+    @routes.post("/fl/update_cbor", openapi_extra=CBOR_BODY)
     async def update_cbor(request: Request) -> Response:
         named = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if named not in CBOR_TYPES:
@@ -483,7 +496,7 @@ def _device_routes(gateway: Gateway, routes: APIRouter) -> None:
         body = await read_body(request, gateway.body_bytes)
         return answer(await run_sync(lambda: edge_data.put_module(gateway.server, name, body)), 201)
 
-    @routes.get("/modules/{name:path}")
+    @routes.get("/modules/{name:path}", **_bytes("application/wasm"))
     def module(request: Request, name: str) -> Response:
         """A module by its name, or by its SHA-256 in hexadecimal digits."""
         gateway.device_of(request)
@@ -524,7 +537,7 @@ def _task_routes(gateway: Gateway, routes: APIRouter) -> None:
 
 
 def coordinator_routes(gateway: Gateway) -> APIRouter:
-    routes = APIRouter(route_class=_route_class(text_error), tags=["coordinator"], responses=RESPONSES)
+    routes = APIRouter(route_class=_route_class(text_error), tags=["coordinator"], responses=_errors(TEXT_ERROR))
 
     @routes.post("/experiments", status_code=201, openapi_extra=JSON_BODY)
     async def configure(request: Request) -> Response:
@@ -564,7 +577,7 @@ def coordinator_routes(gateway: Gateway) -> APIRouter:
 
 def registry_routes(gateway: Gateway) -> APIRouter:
     routes, server = (
-        APIRouter(route_class=_route_class(text_error), tags=["registry"], responses=RESPONSES),
+        APIRouter(route_class=_route_class(text_error), tags=["registry"], responses=_errors(TEXT_ERROR)),
         gateway.server,
     )
 
@@ -580,7 +593,7 @@ def registry_routes(gateway: Gateway) -> APIRouter:
         gateway.device_of(request)
         return answer({"versions": [row.version for row in server.ledger.models()]})
 
-    @routes.get("/models/{version}")
+    @routes.get("/models/{version}", **_bytes(JSON_TYPE, "application/octet-stream"))
     def model(request: Request, version: str, format: Text = "") -> Response:
         """The bare model; its digest is in X-SHA256. format: json, or safetensors."""
         gateway.device_of(request)
@@ -616,7 +629,7 @@ def registry_routes(gateway: Gateway) -> APIRouter:
 
 
 def aggregator_routes(gateway: Gateway) -> APIRouter:
-    routes = APIRouter(route_class=_route_class(text_error), tags=["aggregator"], responses=RESPONSES)
+    routes = APIRouter(route_class=_route_class(text_error), tags=["aggregator"], responses=_errors(TEXT_ERROR))
 
     @routes.post("/aggregate", openapi_extra=JSON_BODY)
     async def aggregate(request: Request) -> Response:
@@ -630,7 +643,7 @@ def aggregator_routes(gateway: Gateway) -> APIRouter:
 
 def datastore_routes(gateway: Gateway) -> APIRouter:
     routes, server = (
-        APIRouter(route_class=_route_class(text_error), tags=["datastore"], responses=RESPONSES),
+        APIRouter(route_class=_route_class(text_error), tags=["datastore"], responses=_errors(TEXT_ERROR)),
         gateway.server,
     )
 
@@ -666,14 +679,25 @@ ROUTES = dict(
 )
 
 
+class _Service(FastAPI):
+    """Its document is without 422, which FastAPI adds to every route with a parameter: they answer 400."""
+
+    def openapi(self) -> dict[str, Any]:
+        document = super().openapi()
+        for operation in (one for path in document["paths"].values() for one in path.values()):
+            operation["responses"].pop("422", None)
+        document.pop("components", None)
+        return document
+
+
 def service(gateway: Gateway, parts: Sequence[str] = PARTS) -> FastAPI:
     """The service of some parts; a path that two have is the first one's."""
-    app = FastAPI(title="HealChain edge gateway", version="1")
+    app = _Service(title="HealChain edge gateway", version="1")
     is_manager = "manager" in parts
     for part in parts:
         app.include_router(ROUTES[part](gateway))
 
-    @app.get("/metrics", tags=["metrics"])
+    @app.get("/metrics", tags=["metrics"], **_bytes("text/plain"))
     def metrics() -> Response:
         """For Prometheus."""
         return Response(gateway.metrics.text(gateway.server), media_type=CONTENT_TYPE_LATEST)
