@@ -245,7 +245,10 @@ print(run_experiment("r-1"))
 """
 
 
-@pytest.mark.parametrize("step", ["distribute", "combine", "store"])
+@pytest.mark.parametrize(
+    "step",
+    [pytest.param("distribute", marks=pytest.mark.faults), "combine", pytest.param("store", marks=pytest.mark.faults)],
+)
 def test_a_run_that_was_killed_goes_on_from_the_ledger(server, step):
     ask(server)
     home = residents["edge"].home

@@ -202,6 +202,7 @@ def check_model(system: System, version: int, expected: dict[str, Any]) -> dict[
     return model
 
 
+@pytest.mark.faults
 def test_each_part_answers_on_its_own_port_with_its_own_routes(system):
     def status(part: str, path: str) -> int:
         try:
@@ -233,6 +234,7 @@ def test_two_rounds_with_three_devices_are_a_plain_computation(system):
     assert lineage[0]["metrics"]["loss"] < lineage[1]["metrics"]["loss"]
 
 
+@pytest.mark.faults
 def test_a_broker_that_is_killed_in_a_round_is_not_missed(system):
     stopped = [system.devices[name] for name in DEVICES[1:]]
     for device in stopped:
@@ -259,6 +261,7 @@ def test_a_gateway_that_is_killed_after_the_last_update_loses_nothing(system):
     check_model(system, start + 1, system.expected(system.ask("GET", f"/models/{start}")))
 
 
+@pytest.mark.faults
 def test_a_worker_that_is_killed_in_a_round_goes_on(system):
     device = system.devices[DEVICES[2]]
     os.kill(device.process.pid, signal.SIGSTOP)
@@ -283,6 +286,7 @@ def test_an_aggregator_that_is_down_leaves_a_warning_and_a_retry_the_right_versi
     check_model(system, start + 1, system.expected(system.ask("GET", f"/models/{start}")))
 
 
+@pytest.mark.faults
 def test_a_device_that_is_dead_is_not_asked_and_comes_back(system):
     device = system.devices[DEVICES[1]]
     device.kill()
@@ -295,6 +299,7 @@ def test_a_device_that_is_dead_is_not_asked_and_comes_back(system):
     check_model(system, start + 1, system.expected(system.ask("GET", f"/models/{start}")))
 
 
+@pytest.mark.faults
 def test_a_device_that_stays_away_is_left_out_at_the_deadline(system):
     device = system.devices[DEVICES[0]]
     device.kill()
