@@ -412,7 +412,7 @@ def _bytes(*kinds: str) -> dict[str, Any]:
     return {"response_class": Response, "responses": {200: {"description": "Successful Response", "content": content}}}
 
 
-JSON_BODY, UPDATE_BODY = _body_of(JSON_TYPE), _body_of(JSON_TYPE, *CBOR_TYPES)
+JSON_BODY, CBOR_BODY, UPDATE_BODY = _body_of(JSON_TYPE), _body_of(*CBOR_TYPES), _body_of(JSON_TYPE, *CBOR_TYPES)
 BYTES_BODY = {
     "requestBody": {"required": True, "content": {"application/octet-stream": {"schema": {"type": "string"}}}}
 }
@@ -440,7 +440,7 @@ def manager_routes(gateway: Gateway) -> APIRouter:
         body = await read_body(request, gateway.body_bytes)
         return answer(await run_sync(lambda: gateway.take(request, body, kind_of(request, JSON_TYPE))))
 
-    @routes.post("/fl/update_cbor", openapi_extra=UPDATE_BODY)
+    @routes.post("/fl/update_cbor", openapi_extra=CBOR_BODY)
     async def update_cbor(request: Request) -> Response:
         named = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if named not in CBOR_TYPES:
