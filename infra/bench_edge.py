@@ -57,6 +57,7 @@ PHASES = ("start of its flow", "distribution", "collection", "combination", "sto
 CROWD = "simulated devices"
 WAYS = {"json": "HTTP, JSON", "cbor": "HTTP, CBOR", "mqtt": "MQTT"}
 START = marked("bench-edge")
+_http = httpx.Client(timeout=READY_S, trust_env=False)
 
 
 # --- the server -------------------------------------------------------------------------------------------------------
@@ -88,7 +89,7 @@ class Server:
         """As the administrator. Raises PartFailed with what the gateway said."""
         headers = {"Authorization": f"Bearer {edge_server.admin_key(self.folder)}"}
         content = {"content": body} if isinstance(body, bytes) else {} if body is None else {"json": body}
-        answer = httpx.request(method, self.url + path, headers=headers, timeout=READY_S, **content)
+        answer = _http.request(method, self.url + path, headers=headers, **content)
         if answer.status_code >= 400:
             raise PartFailed(f"{method} {path}: HTTP {answer.status_code}: {answer.text[:500]}")
         return answer.json()
@@ -345,9 +346,7 @@ def steps_of(found: Server, round_id: str) -> dict[str, tuple[float, float]]:
 
     def are_known() -> bool:
         asked = {"task_runs": {"name": {"any_": list(wanted.values())}}}
-        runs = httpx.post(
-            f"http://127.0.0.1:{found.ports['prefect']}/api/task_runs/filter", json=asked, timeout=60
-        ).json()
+        runs = _http.post(f"http://127.0.0.1:{found.ports['prefect']}/api/task_runs/filter", json=asked).json()
         ended = {run["name"]: (_clock(run["start_time"]), _clock(run["end_time"])) for run in runs if run["end_time"]}
         seen.update({step: ended[name] for step, name in wanted.items() if name in ended})
         return len(seen) == len(wanted)
