@@ -213,7 +213,8 @@ class Simulated:
                 "ran_module": ran_module,
                 "retries": self.retries,
                 "samples": update["num_samples"],
-                **update["update"],
+                "w": update["update"]["w"],
+                "b": update["update"]["b"],
             }
         )
 
