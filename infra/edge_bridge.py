@@ -112,7 +112,8 @@ class Bridge:
                 await asyncio.sleep(POLL_S)
 
     async def _publish_one(self, client: aiomqtt.Client, row: EdgeMessageRow) -> None:
-        await client.publish(self._prefix + row.topic, row.payload, qos=1)
+        for topic in rounds.topics_of(row.topic, row.payload, is_open=self._server.pinned.is_open):
+            await client.publish(self._prefix + topic, row.payload, qos=1)
         if self._server.pinned.is_open and row.topic in rounds.BARE:
             await client.publish(row.topic, row.payload, qos=1)
 

@@ -139,7 +139,8 @@ class Simulated:
         async with AsyncExitStack() as stack:
             async with self.crowd.turn:
                 client = await stack.enter_async_context(self._client())
-                for topic in ("control/manager/start", *(("fl/rounds/next",) if self.watches else ())):
+                start = "control/manager/start"
+                for topic in (start, f"{start}/{self.name}", *(("fl/rounds/next",) if self.watches else ())):
                     await client.subscribe(self.plan["prefix"] + topic, qos=1)
                 await self._say(client, "control/proplet/create", metadata={"environment": "edge", "os": "linux"})
             self.is_connected.set()
@@ -212,7 +213,8 @@ class Simulated:
                 "ran_module": ran_module,
                 "retries": self.retries,
                 "samples": update["num_samples"],
-                **update["update"],
+                "w": update["update"]["w"],
+                "b": update["update"]["b"],
             }
         )
 

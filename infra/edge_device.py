@@ -339,7 +339,8 @@ class Device:
         while True:
             try:
                 async with self._client() as client:
-                    await client.subscribe(f"{self.settings.prefix}control/manager/start", qos=self.settings.qos)
+                    for topic in ("control/manager/start", f"control/manager/start/{self.me.proplet_id}"):
+                        await client.subscribe(self.settings.prefix + topic, qos=self.settings.qos)
                     await self._connected(client)
                     async for message in client.messages:
                         self._hear(message)

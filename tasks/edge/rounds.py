@@ -6,6 +6,7 @@ Errors: Refusal.
 """
 
 import json
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -13,9 +14,11 @@ from tasks.edge.wire import DEFAULT_K, DEFAULT_TIMEOUT_S, ExperimentRequest, Ref
 
 ROUND_START, ROUND_NEXT = "fl/rounds/start", "fl/rounds/next"
 TASK_START, TASK_STOP = "control/manager/start", "control/manager/stop"
+OWN_START = TASK_START + "/{proplet_id}"
 CREATE, ALIVE, RESULTS = "control/proplet/create", "control/proplet/alive", "control/proplet/results"
 METRICS, TASK_METRICS = "control/proplet/metrics", "control/proplet/task_metrics"
 MODULE_WANTED, MODULE_CHUNK = "registry/proplet", "registry/server"
+NAME = r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,127}"  # of a device that can have a topic
 UPDATES = "fl/rounds/{round_id}/updates/{proplet_id}"
 SPOKEN_BY_DEVICES = (CREATE, ALIVE, RESULTS, METRICS, TASK_METRICS, MODULE_WANTED)
 HEARD_BY_DEVICES = (TASK_START, TASK_STOP, MODULE_CHUNK, ROUND_START, ROUND_NEXT)
@@ -110,6 +113,17 @@ def start_notice(request: ExperimentRequest, round_id: str, base_version: int) -
     )
 
 
+def topics_of(topic: str, payload: str, *, is_open: bool) -> list[str]:
+    """Where a message is published, below the prefix. A task's start goes to its device alone.
+
+    In open mode it goes to all as well, as existing devices expect: then n devices of a round get n starts each.
+    """
+    proplet_id = json.loads(payload).get("proplet_id") or "" if topic == TASK_START else ""
+    if not re.fullmatch(NAME, proplet_id):
+        return [topic]
+    return [OWN_START.format(proplet_id=proplet_id), *([topic] if is_open else [])]
+
+
 def acl(prefix: str, *, is_open: bool) -> list[tuple[str, str]]:
     """What a device may do: (read or write, pattern with %u for its id). The server may do everything.
 
@@ -117,7 +131,7 @@ def acl(prefix: str, *, is_open: bool) -> list[tuple[str, str]]:
     """
     own = "fl/rounds/+/updates/%u"
     rules = [("write", prefix + one) for one in (*SPOKEN_BY_DEVICES, own)]
-    rules += [("read", prefix + one) for one in HEARD_BY_DEVICES]
+    rules += [("read", prefix + one) for one in (*HEARD_BY_DEVICES, OWN_START.format(proplet_id="%u"))]
     if is_open:
         rules += [("write", own), *(("read", one) for one in BARE)]
     return rules

@@ -207,19 +207,22 @@ def test_a_round_over_mqtt_alone(site):
     server, topic = site.server, PREFIX + "fl/rounds/r-1/updates/"
     open_next(server, ask(server), 1, utc_now())
 
-    async def take_part() -> dict[str, Any]:
+    async def take_part() -> list[dict[str, Any]]:
         async with site.client("a") as a, site.client("b") as b:
-            await a.subscribe(PREFIX + rounds.TASK_START, qos=1)
+            for topic_of_start in (rounds.TASK_START, *(rounds.OWN_START.format(proplet_id=one) for one in "ab")):
+                await a.subscribe(PREFIX + topic_of_start, qos=1)
+            await a.subscribe(PREFIX + rounds.ROUND_NEXT, qos=1)
             await a.publish(PREFIX + rounds.CREATE, json.dumps({"proplet_id": "a", "metadata": {"os": "linux"}}), qos=1)
             await b.publish(PREFIX + rounds.ALIVE, json.dumps({"proplet_id": "b", "status": "alive"}), qos=1)
             await until(lambda: server.ledger.device("a").health and server.ledger.device("b").health)
             assert await asyncio.to_thread(start_alive, server, server.ledger.round("r-1")) == 2
-            started: dict[str, Any] = {}
+            await until(lambda: not server.ledger.unsent())
+            server.ledger.leave(rounds.ROUND_NEXT, "{}", utc_now())
+            started: list[dict[str, Any]] = []
             async for message in a.messages:
-                said = json.loads(message.payload)
-                started[said["proplet_id"]] = said
-                if len(started) == 2:
+                if message.topic.value == PREFIX + rounds.ROUND_NEXT:
                     break
+                started.append(json.loads(message.payload))
             await a.publish(topic + "a", json.dumps(update("a")), qos=1)
             await a.publish(topic + "a", json.dumps(update("a")), qos=1)
             await a.publish(topic + "a", json.dumps(update("b")), qos=1)
@@ -228,8 +231,8 @@ def test_a_round_over_mqtt_alone(site):
             await until(lambda: server.ledger.round("r-1").status == "CLOSED")
             return started
 
-    started = asyncio.run(beside(site.bridge(), take_part()))
-    assert started["a"]["env"]["ROUND_ID"] == "r-1"
+    [started] = asyncio.run(beside(site.bridge(), take_part()))
+    assert (started["proplet_id"], started["env"]["ROUND_ID"]) == ("a", "r-1")
     assert [row.proplet_id for row in server.ledger.updates("r-1")] == ["a", "b"]
     assert {row.transport for row in server.ledger.updates("r-1")} == {"mqtt"}
     assert json.loads(server.ledger.device("a").details) == {"os": "linux"}
@@ -395,6 +398,9 @@ def test_chunks_are_as_many_as_needed(size, count):
         ("a", PREFIX + "fl/rounds/r/x/updates/a", "write", False),
         ("a", PREFIX + "control/manager/start", "read", True),
         ("a", PREFIX + "control/manager/start", "write", False),
+        ("a", PREFIX + "control/manager/start/a", "read", True),
+        ("a", PREFIX + "control/manager/start/b", "read", False),
+        ("a", PREFIX + "control/manager/start/a", "write", False),
         ("a", "fl/rounds/r/updates/a", "write", False),
         (None, PREFIX + "control/proplet/alive", "write", True),
         ("edge-server", "anything", "write", True),
