@@ -10,6 +10,7 @@ existing devices as well.
 
 import asyncio
 import base64
+import itertools
 import json
 import logging
 import math
@@ -40,6 +41,24 @@ MODULE_PAUSE_S = 1.0  # a module is not sent again within this time, however man
 MAX_DETAILS = 16_384
 IDENTIFIER = "healchain-edge-bridge"
 log = logging.getLogger(__name__)
+
+
+class UpdatesFirst(asyncio.PriorityQueue[Any]):
+    """Messages as they came, but updates before what devices say of themselves: a round waits for the former alone.
+
+    With a thousand devices the beats of half a minute would otherwise stand before an update.
+    """
+
+    def _init(self, maxsize: int) -> None:
+        super()._init(maxsize)
+        self._places = itertools.count()
+
+    def _put(self, item: aiomqtt.Message) -> None:
+        super()._put(("/updates/" not in item.topic.value, next(self._places), item))
+
+    def _get(self) -> aiomqtt.Message:
+        message: aiomqtt.Message = super()._get()[2]
+        return message
 
 
 class Bridge:
@@ -85,6 +104,7 @@ class Bridge:
             clean_session=False,
             keepalive=15,
             timeout=20,
+            queue_type=UpdatesFirst,
             tls_context=ssl.create_default_context(cafile=ca) if ca else None,
         )
 

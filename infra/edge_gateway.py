@@ -674,6 +674,17 @@ def _health(routes: APIRouter, word: str) -> None:
         return answer({"status": word})
 
 
+def metrics_routes(gateway: Gateway) -> APIRouter:
+    routes = APIRouter(route_class=_route_class(text_error), tags=["metrics"], responses=_errors(TEXT_ERROR))
+
+    @routes.get("/metrics", **_bytes("text/plain"))
+    def metrics() -> Response:
+        """For Prometheus."""
+        return Response(gateway.metrics.text(gateway.server), media_type=CONTENT_TYPE_LATEST)
+
+    return routes
+
+
 ROUTES = dict(
     zip(PARTS, (manager_routes, coordinator_routes, registry_routes, aggregator_routes, datastore_routes), strict=True)
 )
@@ -697,10 +708,7 @@ def service(gateway: Gateway, parts: Sequence[str] = PARTS) -> FastAPI:
     for part in parts:
         app.include_router(ROUTES[part](gateway))
 
-    @app.get("/metrics", tags=["metrics"], **_bytes("text/plain"))
-    def metrics() -> Response:
-        """For Prometheus."""
-        return Response(gateway.metrics.text(gateway.server), media_type=CONTENT_TYPE_LATEST)
+    app.include_router(metrics_routes(gateway))
 
     @app.exception_handler(HTTPException)
     def unknown(request: Request, error: HTTPException) -> Response:

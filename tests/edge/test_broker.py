@@ -27,7 +27,7 @@ from pydantic import SecretStr
 
 from blocks.identity import residents
 from infra import edge_data, edge_server
-from infra.edge_bridge import CHUNK_BYTES, Bridge, chunks_of
+from infra.edge_bridge import CHUNK_BYTES, Bridge, UpdatesFirst, chunks_of
 from infra.edge_broker import Door, matches
 from infra.edge_metrics import Metrics
 from infra.edge_server import EdgeSettings
@@ -379,6 +379,18 @@ def test_by_setting_all_is_said_over_tls(tmp_path, kind):
 
 async def is_let_in_plainly(site: Site) -> bool:
     return await is_let_in(aiomqtt.Client("127.0.0.1", site.port, username="a", password=site.keys["a"], timeout=3))
+
+
+def test_updates_come_before_what_devices_say_of_themselves():
+    topics = ["control/proplet/alive", "fl/rounds/r-1/updates/a", "control/proplet/metrics", "fl/rounds/r-1/updates/b"]
+
+    async def taken() -> list[str]:
+        queue = UpdatesFirst()
+        for place, topic in enumerate(topics):
+            queue.put_nowait(aiomqtt.Message(topic, b"", 1, False, place, None))
+        return [queue.get_nowait().topic.value for _ in topics]
+
+    assert asyncio.run(taken()) == [topics[1], topics[3], topics[0], topics[2]]
 
 
 @pytest.mark.parametrize(("size", "count"), [(0, 1), (CHUNK_BYTES, 1), (CHUNK_BYTES + 1, 2)])

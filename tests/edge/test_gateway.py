@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from pydantic import SecretStr
 
-from blocks.edge_ledger import FAILED, WARNING
+from blocks.edge_ledger import FAILED, WARNING, EdgeLedger
 from blocks.identity import residents
-from blocks.registry import Registry
+from blocks.registry import Registry, RegistryUnavailable
 from infra import edge_cli, edge_gateway, edge_server
 from infra.edge_gateway import Gateway, service
 from tasks.edge.server import server_of, utc_now
@@ -465,6 +465,15 @@ def test_metrics_count_what_happened(ask):
         "healchain_edge_model_version 0.0",
     ):
         assert line in text
+
+
+def test_metrics_say_that_the_database_is_away(ask, monkeypatch):
+    def away(_: EdgeLedger) -> None:
+        raise RegistryUnavailable("registry: is it running?")
+
+    monkeypatch.setattr(EdgeLedger, "devices", away)
+    answer = ask("GET", "/metrics")
+    assert (answer.status_code, "away" in answer.text) == (503, True)
 
 
 def test_prefect_that_is_away_is_said_at_once():
