@@ -191,7 +191,7 @@ def system() -> Iterator[System]:
 
 @pytest.fixture(autouse=True)
 def _sound(system: System) -> None:
-    Aggregator.broken, Aggregator.asked = 0, []
+    Aggregator.broken, Aggregator.status, Aggregator.asked = 0, 503, []
     wait_for(lambda: system.alive() == set(DEVICES), "all devices alive")
 
 
