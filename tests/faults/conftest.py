@@ -1,4 +1,7 @@
-"""One stack for all tests of faults, and the undisturbed task that every struck one is held against."""
+"""One stack for all tests of faults, and the undisturbed task that every struck one is held against.
+
+It ends with the last of them: while it is there, this process asks its Prefect server.
+"""
 
 import socket
 from collections.abc import Iterator
@@ -30,7 +33,7 @@ def free_ports() -> dict[str, int]:
     return ports
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StackUnderTest]:
     stack = StackUnderTest(tmp_path_factory.mktemp("faults") / "s", free_ports(), "digits")
     try:
@@ -40,7 +43,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StackUnderTest]:
         stack.down()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def undisturbed(stack: StackUnderTest) -> Result:
     result = stack.finish(stack.begin(task()))
     assert result.refused == []
