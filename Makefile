@@ -1,7 +1,7 @@
 # make round   set up, then run one task from publication to payment
 # make stack   set up, then start the real parts on this machine, each a process of its own; make stack-down ends them
 # make test    set up, then lint, type-check and run all tests
-# make test-faults   strike a real stack in every way: kill -9, servers, power, network, disk, clocks; half an hour
+# make test-faults   strike a real stack in every way: kill -9, servers, power, network, disk, clocks; an hour or more
 # make bench   set up, then measure learning under encryption; bench-model: a network of 409 034 parameters;
 #              bench-crypto: the cryptography beside its peers; bench-gas: what a task costs on chain;
 #              bench-stream: 25 million coordinates through the disk; bench-stack: the real parts, with 5 and 100 miners

@@ -27,7 +27,7 @@ from infra import chain_deployment, chain_node, object_store, postgres, supervis
 from infra.devstack import give_allowances, give_data
 from infra.profiles import write_profile
 from infra.stack_plan import DATABASES, HOST, STORE_USER, Plan, check_ports, programs
-from tasks.publish import approve
+from tasks.publish import approve_once
 
 DEFINITIONS = Path(__file__).parent.parent / "prefect.yaml"
 READY_S = 30.0
@@ -134,7 +134,7 @@ def connections(plan: Plan) -> str:
     registry.record_actor("publisher", Identity(home=str(plan.home("publisher"))).address, "publisher")
     task = ready_task(plan.task)
     give_data({actor: plan.home(actor) for actor in plan.actors}, task.dataset, task.seed, {})
-    approve(Identity(home=str(plan.home("publisher"))), task)
+    approve_once(Identity(home=str(plan.home("publisher"))), task)
     return f"each home knows its own; data: parts of {task.dataset.name}"
 
 

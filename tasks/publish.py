@@ -224,6 +224,12 @@ def approve(me: Identity, file: TaskFile, most_tasks: int = TASKS_APPROVED) -> N
     write_secret(_approval(me, file.name), approval.model_dump_json())
 
 
+def approve_once(me: Identity, file: TaskFile) -> None:
+    """Approve of tasks of this name, unless the publisher has done so already, on whatever terms."""
+    if not _approval(me, file.name).exists():
+        approve(me, file)
+
+
 def decide_as_approved(me: Identity, task_id: str, spec: TaskSpec) -> None:
     """Decide on a task that was started without the publisher, if it approved of such tasks. Raises DepositFailed."""
     path = _approval(me, spec.name)

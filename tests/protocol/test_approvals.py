@@ -3,7 +3,7 @@
 import pytest
 
 from blocks.identity import create_home
-from tasks.publish import DepositFailed, approve, decide_as_approved
+from tasks.publish import DepositFailed, approve, approve_once, decide_as_approved
 from tests.protocol.world import task_file
 
 
@@ -37,6 +37,15 @@ def test_a_later_approval_counts_anew(me):
     decide_as_approved(me, "two", file.spec())
     with pytest.raises(DepositFailed, match="approve of more"):
         decide_as_approved(me, "three", file.spec())
+
+
+def test_an_approval_of_the_publishers_own_is_not_renewed(me):
+    file = task_file()
+    approve(me, file, most_tasks=1)
+    decide_as_approved(me, "one", file.spec())
+    approve_once(me, file)
+    with pytest.raises(DepositFailed, match="approved of 1 tasks"):
+        decide_as_approved(me, "two", file.spec())
 
 
 def test_another_price_is_refused_and_not_counted(me):
