@@ -4,7 +4,7 @@ silent     a run at work on a host, of which nothing is heard for SILENCE_S, is 
            together with its worker, or its host is gone or cut off. The server pauses only what is at work, so that a run
            that has ended stays as it is, should its last event be lost or late
 returned   a silent run goes back to its queue at once: a live worker takes it, and finds what was done
-failed     a task's run that failed, crashed or finds no worker is reported
+failed     a task's run that failed, crashed, was cancelled or finds no worker is reported
 stuck      a task's run that works for longer than its limit is reported; waiting for chain time is not work
 
 A report is a POST of a JSON object to an address of the operator's own, kept in the block `healchain-reports`: loopback or the
@@ -58,7 +58,7 @@ def register_automations(report_to: SecretStr | None = None, *, limit_s: float =
 
 SILENT = "Nothing is heard of a run's host: it is set aside."
 RETURNED = "A silent run goes back to its queue, and a live worker takes it."
-FAILED = "A task's run failed, crashed, or finds no worker: tell the operator."
+FAILED = "A task's run failed, crashed, was cancelled, or finds no worker: tell the operator."
 STUCK = "A task's run works for longer than its limit: tell the operator."
 
 
@@ -102,7 +102,7 @@ def _failed() -> EventTrigger:
     return EventTrigger(
         match=ResourceSpecification(RUNS),
         match_related=ResourceSpecification(OF_A_TASK),
-        expect=_states("Failed", "Crashed", "Late"),
+        expect=_states("Failed", "Crashed", "Cancelled", "Late"),
         for_each={"prefect.resource.id"},
         posture=Posture.Reactive,
         threshold=1,

@@ -11,6 +11,7 @@ from blocks.identity import write_secret
 SETTINGS = {
     "PREFECT_WORKER_QUERY_SECONDS": "1",  # a step begins within a second of being asked for
     "PREFECT_WORKER_HEARTBEAT_SECONDS": "10",  # a worker that is gone is seen as gone within half a minute
+    "PREFECT_WORKER_ENABLE_CANCELLATION": "true",  # what is cancelled in the UI ends on its host
     "PREFECT_CLIENT_MAX_RETRIES": "8",  # a server that restarts is waited for
     # Each process of a step would ask for both several times. The API takes a password, not a browser's cookies.
     "PREFECT_CLIENT_SERVER_VERSION_CHECK_ENABLED": "false",

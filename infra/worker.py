@@ -22,6 +22,7 @@ from uuid import UUID
 
 import anyio
 import anyio.abc
+import httpx
 from anyio.to_thread import run_sync
 from prefect.client.schemas.filters import (
     FlowRunFilter,
@@ -35,6 +36,7 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.responses import WorkerFlowRunResponse
+from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_HOME
 from prefect.states import Scheduled
 from prefect.workers.base import BaseJobConfiguration, BaseWorker, BaseWorkerResult
@@ -182,7 +184,7 @@ class HealChainWorker(BaseWorker[BaseJobConfiguration, Any, StepProcess]):
         except Exception as error:
             self.get_flow_run_logger(flow_run).exception("The step could not be started.")
             await self._propose_crashed_state(flow_run, f"{type(error).__name__}: {error}")
-            if task_status is not None:
+            if task_status is not None and not task_status._future.done():  # type: ignore[attr-defined]
                 task_status.started(error)
             return error
         finally:
@@ -197,7 +199,7 @@ class HealChainWorker(BaseWorker[BaseJobConfiguration, Any, StepProcess]):
         """Fork a child for the run, wait for its end."""
         homes = {name: str(home) for name, home in self._homes.items() if name in self._work_queues}
         child = self._forkserver.Process(target=_run_step, args=(str(flow_run.id), homes), name=f"step {flow_run.name}")
-        if (before := self._children.get(flow_run.id)) is not None and before.is_alive():
+        if (before := self._children.pop(flow_run.id, None)) is not None and before.is_alive():
             before.kill()  # the server lost sight of it and gave the run out again; what it did is done, and done once
         await run_sync(child.start)
         self._children[flow_run.id] = child
@@ -207,10 +209,11 @@ class HealChainWorker(BaseWorker[BaseJobConfiguration, Any, StepProcess]):
         try:
             await run_sync(child.join, abandon_on_cancel=True)
         finally:
-            if self._children.get(flow_run.id) is child:
+            is_latest = self._children.get(flow_run.id) is child
+            if is_latest:
                 del self._children[flow_run.id]
-        if child.exitcode not in (0, None):
-            await self._give_back(flow_run, f"its process ended with code {child.exitcode}")
+        if is_latest and child.exitcode not in (0, None):  # one that was replaced has nothing to give back
+            await self._try_to_give_back(flow_run, f"its process ended with code {child.exitcode}")
         return StepProcess(identifier=name, status_code=child.exitcode or 0)
 
     async def _cancel_run(self, flow_run_id: UUID) -> None:
@@ -233,7 +236,16 @@ class HealChainWorker(BaseWorker[BaseJobConfiguration, Any, StepProcess]):
         for flow_run in found:
             is_ours = flow_run.id in self._children or flow_run.id in self._submitting_flow_run_ids
             if not is_ours and not is_alive(flow_run.infrastructure_pid or ""):
-                await self._give_back(flow_run, "its process is gone")
+                await self._try_to_give_back(flow_run, "its process is gone")
+
+    async def _try_to_give_back(self, flow_run: FlowRun, reason: str) -> None:
+        """A run that was deleted meanwhile is nobody's; a server that is away is asked again at the next look."""
+        try:
+            await self._give_back(flow_run, reason)
+        except ObjectNotFound:
+            self._logger.warning("Run %s was deleted: %s", flow_run.name, reason)
+        except httpx.HTTPError as error:
+            self._logger.warning("Run %s is not given back yet: %s", flow_run.name, type(error).__name__)
 
     async def _give_back(self, flow_run: FlowRun, reason: str) -> None:
         """Have the run begin again, a little later each time; after RESTARTS times it is left as crashed."""
