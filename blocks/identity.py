@@ -5,6 +5,8 @@
     data.npz or any path in data.link                the actor's own samples
     transactions.sqlite                              what its account sends (contracts.journal)
     connections.json                                 its chain, its store, its name (blocks.connections)
+    workload-limits.json                             the most that a task's WebAssembly module may use here (tasks.workload)
+    compiled/                                        its machine code
     private/<task>/...                               what must survive a restart: residual, salts, prepared updates
 
 The keys do not leave this module: it signs, agrees on shared secrets and opens what was sealed to the actor.

@@ -3,23 +3,28 @@
 The contract is that of WASI preview 1 with `_start`: argv and stdin are empty, the input is in the environment (of any size: no
 operating system is between), stdout is exactly one JSON object, stderr is a log, and exit code 0 means success. A module gets no
 file and no network. It runs under three limits: fuel (about one unit an instruction, the same on every host), memory, and
-wall-clock time. Compiling comes before them: it is bounded by the module's size alone, some 30 MB of memory and 1 s a megabyte.
+wall-clock time. Compiling comes before them, in a process of its own with limits of its own: an honest module takes some 30 MB
+and 1 s a megabyte, and a malicious one of some kilobytes could take minutes and gigabytes.
 
 Errors: ModuleFailed, whose `reason` says which limit or rule; NoRuntime; ValueError for an environment that cannot be passed.
 """
 
 import hashlib
 import json
+import math
 import os
+import resource
 import secrets
+import signal
+import stat
 import struct
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import lru_cache
+from contextlib import suppress
+from dataclasses import dataclass, fields, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -34,13 +39,17 @@ MAGIC = b"\0asm"
 WASI = "wasi_snapshot_preview1"
 KEPT_FILES = 4  # of machine code
 REFUSED = 3  # exit code of the compiling process for what is no module
+TABLES, TABLE_ELEMENTS = 4, 2**17  # of one module, 8 bytes an element, beside its memory
+MAX_DEPTH = 26  # of nested lists and objects in an answer: 24 of a tensor in `update`
+EXACT_DIGITS = 18  # of an integer in an answer; a longer one is read as a double
 TOLD_CHARACTERS = 300  # of the log's end, in an error
 REMEDIES = {
     "module": "give a WebAssembly core module for WASI preview 1 that exports _start and memory",
+    "compile": "raise its time or memory for compiling, or give it a module with less code",
     "fuel": "raise its fuel, or give it less to compute: fewer epochs, fewer samples",
     "memory": "raise its memory, or give it a smaller model or fewer samples",
     "wall clock": "raise its time, or give it less to compute",
-    "output": "a module prints exactly one JSON object, and nothing else, to stdout",
+    "output": "a module prints exactly one JSON object of finite numbers, and nothing else, to stdout",
     "trap": "the module is faulty",
     "exit": "the module refused its input",
 }
@@ -66,18 +75,41 @@ class ModuleFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class Limits:
-    """What one run may use. fuel: a core burns 10^9 to 10^10 a second; memory_bytes: of the module, not of this process."""
+    """What one run may use, and its compiling.
+
+    fuel: a core burns 10^9 to 10^10 a second; memory_bytes: of the module, not of this process; answer_values: numbers, texts,
+    lists and objects in its answer, each up to some 70 bytes here; compile_s, compile_memory_bytes: of the compiling process.
+    """
 
     fuel: int = 200_000_000_000
     memory_bytes: int = 256 * MIB
     wall_clock_s: float = 120.0
     stdout_bytes: int = 64 * MIB
     log_bytes: int = 64 * 1024
+    answer_values: int = 4 * MIB
+    compile_s: float = 120.0
+    compile_memory_bytes: int = 1024 * MIB
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if not 0 < value < 2**63:
-                raise ValueError(f"{name} = {value}: expected a positive number below 2^63")
+            kinds = (int, float) if name.endswith("_s") else (int,)
+            if type(value) not in kinds or not 0 < value < 2**63:
+                kind = "number" if float in kinds else "integer"
+                raise ValueError(f"{name} = {value!r:.60}: expected a positive {kind} below 2^63")
+
+
+def read_limits(path: Path, default: Limits) -> Limits:
+    """The default with what a JSON file says otherwise, if there is one. Raises ValueError naming file and field."""
+    if not path.exists():
+        return default
+    known = {one.name for one in fields(Limits)}
+    try:
+        found = read_object(path.read_bytes())
+        if unknown := sorted(set(found) - known):
+            raise ValueError(f"{unknown[0]!r:.60} is no limit; there are {', '.join(sorted(known))}")
+        return replace(default, **found)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -91,120 +123,195 @@ class Result:
     seconds: float
 
 
-def run(
-    module: bytes, environment: Mapping[str, str], limits: Limits | None = None, *, kept: Path | None = None
-) -> Result:
+def run(module: bytes, environment: Mapping[str, str], limits: Limits | None = None, *, kept: Path) -> Result:
     """Run a module once. Raises ModuleFailed, NoRuntime or ValueError.
 
-    kept: a folder that only this user can write, where machine code stays from run to run; another process makes it, so that
-    this one never needs the compiler's memory. Without it, this process compiles and remembers.
+    kept: a folder that only this user can write, where machine code stays from run to run.
     """
     check_environment(environment)
-    sandbox = _prepared(_Named.of(module), environment, limits or Limits(), kept)
+    limits = limits or Limits()
+    sandbox = _prepared(module, environment, limits, kept)
     try:
         return sandbox.run()
     finally:
         sandbox.close()
 
 
-def _prepared(module: "_Named", environment: Mapping[str, str], limits: Limits, kept: Path | None) -> "_Sandbox":
-    if kept is None:
-        return _Sandbox(_compiled(module), environment, limits)
-    code = _kept(module, kept)
+def _prepared(module: bytes, environment: Mapping[str, str], limits: Limits, kept: Path) -> "_Sandbox":
+    code = compiled(module, limits, kept=kept)
     try:
         return _Sandbox(code, environment, limits)
-    except _runtime().WasmtimeError:  # it was made for another processor
-        code.unlink()
-        return _Sandbox(_kept(module, kept), environment, limits)
-
-
-def check_module(module: bytes) -> None:
-    """Return if the module can be started. Raises ModuleFailed or NoRuntime."""
-    _compiled(_Named.of(module))
+    except _runtime().WasmtimeError:  # it was made for another processor, or forgotten just now
+        code.unlink(missing_ok=True)
+        return _Sandbox(compiled(module, limits, kept=kept), environment, limits)
 
 
 def check_environment(environment: Mapping[str, str]) -> None:
     """Raise ValueError naming a variable that cannot be passed."""
     for name, value in environment.items():
-        if not name or "=" in name or "\0" in name or "\0" in value:
-            raise ValueError(f"environment variable {name!r}: expected a name without '=', and no zero byte")
+        if not name or "=" in name or "\0" in name or "\0" in value or not _is_unicode(name + value):
+            raise ValueError(
+                f"environment variable {name!r}: expected a name without '=', no zero byte, and no half of a character"
+            )
 
 
-@dataclass(frozen=True)
-class _Named:
-    """Bytes that are compared by their digest."""
-
-    sha256: str
-    data: bytes = field(compare=False, repr=False)
-
-    @classmethod
-    def of(cls, data: bytes) -> "_Named":
-        return cls(hashlib.sha256(data).hexdigest(), data)
-
-
-@lru_cache(maxsize=4)
-def _compiled(module: _Named) -> bytes:
-    """The module's machine code. Raises ModuleFailed or NoRuntime."""
-    data, runtime = module.data, _runtime()
-    if len(data) > MAX_MODULE_BYTES:
-        raise ModuleFailed("module", f"it has {len(data)} bytes, at most {MAX_MODULE_BYTES} are compiled")
-    if not data.startswith(MAGIC):
-        raise ModuleFailed("module", f"it begins with {data[:4]!r}, a module begins with {MAGIC!r}")
+def _is_unicode(text: str) -> bool:
+    """JSON can write halves of surrogate pairs, which no encoding has."""
     try:
-        compiled = runtime.Module(_engine(), data)
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def read_object(data: bytes, *, max_values: int = Limits.answer_values, max_depth: int = MAX_DEPTH) -> dict[str, Any]:
+    """A JSON object that can be written again in any format: numbers of double precision, and bounded.
+
+    Raises ValueError or RecursionError, whose text repeats nothing of the data.
+    """
+    # Counted before it is read, commas within texts as well: three bytes of JSON can become seventy of memory.
+    values = sum(map(data.count, (b",", b"[", b"{")))
+    if values > max_values:
+        raise ValueError(f"it has up to {values} values, at most {max_values} are read")
+    found = json.loads(data, parse_constant=_no_constant, parse_float=_double, parse_int=_integer)
+    if not isinstance(found, dict):
+        raise ValueError(f"a JSON {type(found).__name__}, no object")
+    _check_value(found, max_depth)
+    return found
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _double(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"a number of {len(text)} characters is beyond double precision")
+    return number
+
+
+def _integer(text: str) -> int | float:
+    return int(text) if len(text) <= EXACT_DIGITS else _double(text)
+
+
+def _check_value(value: Any, depth: int) -> None:
+    if isinstance(value, (dict, list)):
+        if depth == 0:
+            raise ValueError("its lists and objects are nested too deep")
+        for inner in value if isinstance(value, list) else (*value, *value.values()):
+            _check_value(inner, depth - 1)
+    elif isinstance(value, str) and not _is_unicode(value):
+        raise ValueError("a text in it has half of a character")
+
+
+def compiled(module: bytes, limits: Limits | None = None, *, kept: Path) -> Path:
+    """A file of the folder `kept` with the module's machine code; it is made when there is none that is whole and our own.
+
+    Raises ModuleFailed, NoRuntime, or ValueError for a folder where others can write.
+    """
+    version = f"{_runtime().__name__}{metadata.version('wasmtime')}"
+    kept.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not _is_own(kept.stat()):
+        raise ValueError(f"{kept}: others can write there, and machine code in it would be run: chmod 700 {kept}")
+    if len(module) > MAX_MODULE_BYTES:
+        raise ModuleFailed("module", f"it has {len(module)} bytes, at most {MAX_MODULE_BYTES} are compiled")
+    name = f"{hashlib.sha256(module).hexdigest()}-{version}"
+    for path in kept.glob(f"{name}-*"):
+        if _is_own(path.lstat()) and _sha256(path) == path.name.rpartition("-")[2]:
+            return path
+        path.unlink()
+    draft = kept / f".{secrets.token_hex(8)}"
+    try:
+        _compile_elsewhere(module, draft, limits or Limits())
+        path = kept / f"{name}-{_sha256(draft)}"
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+    _forget_old(kept)
+    return path
+
+
+def _is_own(found: os.stat_result) -> bool:
+    """A file or folder that nobody else could have written."""
+    return found.st_uid == os.getuid() and not found.st_mode & 0o022 and not stat.S_ISLNK(found.st_mode)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _forget_old(kept: Path) -> None:
+    """Leave the newest files. Other processes may make or forget some at the same time."""
+    ages = []
+    for path in kept.iterdir():
+        with suppress(FileNotFoundError):
+            ages.append((path.stat().st_mtime_ns, path))
+    for _, path in sorted(ages)[:-KEPT_FILES]:
+        path.unlink(missing_ok=True)
+
+
+def _compile_elsewhere(module: bytes, draft: Path, limits: Limits) -> None:
+    """Have a process of its own write machine code. Raises ModuleFailed."""
+    seconds, size = limits.compile_s, limits.compile_memory_bytes
+    command = [sys.executable, "-m", "blocks.wasm_runner", str(draft), str(math.ceil(seconds)), str(size)]
+    too_long = f"compiling took more than {seconds:g} s"
+    try:
+        done = subprocess.run(
+            command, input=module, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=seconds, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise ModuleFailed("compile", too_long) from None
+    said = done.stderr.decode(errors="replace").strip()
+    if done.returncode == REFUSED:
+        raise ModuleFailed("module", said)
+    if done.returncode == -signal.SIGXCPU:
+        raise ModuleFailed("compile", too_long)
+    if done.returncode != 0:
+        raise ModuleFailed("compile", f"its compiler ended with {done.returncode}, having {size} bytes of memory", said)
+
+
+def _compile(draft: str, seconds: str, size: str) -> None:
+    """The program of that process: a module from stdin into a file, under limits that it gives itself."""
+    os.umask(0o077)
+    # The processor's time also ends what the caller, killed, cannot end; a dump of such a process would be its size.
+    for kind, bound in (
+        (resource.RLIMIT_CPU, int(seconds)),
+        (resource.RLIMIT_AS, int(size)),
+        (resource.RLIMIT_FSIZE, int(size)),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        hard = resource.getrlimit(kind)[1]
+        bound = bound if hard == resource.RLIM_INFINITY else min(bound, hard)
+        resource.setrlimit(kind, (bound, hard))
+    try:
+        code = _machine_code(sys.stdin.buffer.read())
+    except ModuleFailed as failed:
+        sys.stderr.write(failed.detail)
+        sys.exit(REFUSED)
+    Path(draft).write_bytes(code)
+
+
+def _machine_code(module: bytes) -> bytes:
+    """Of a module that can be started. Raises ModuleFailed."""
+    runtime = _runtime()
+    if not module.startswith(MAGIC):
+        raise ModuleFailed("module", f"it begins with {module[:4]!r}, a module begins with {MAGIC!r}")
+    try:
+        made = runtime.Module(_engine(), module)
     except runtime.WasmtimeError as error:
         raise ModuleFailed("module", _cause(error)) from error
-    exports = {export.name: export.type for export in compiled.exports}
+    exports = {export.name: export.type for export in made.exports}
     start = exports.get("_start")
     if not isinstance(start, runtime.FuncType) or start.params or start.results:
         raise ModuleFailed("module", "it exports no function _start without parameters and results")
     if not isinstance(exports.get("memory"), runtime.MemoryType):
         raise ModuleFailed("module", "it exports no memory")
-    foreign = sorted({one.module for one in compiled.imports} - {WASI})
+    foreign = sorted({one.module for one in made.imports} - {WASI})
     if foreign:
         raise ModuleFailed("module", f"it imports from {', '.join(foreign[:5])}, and there is nothing but {WASI}")
-    return bytes(compiled.serialize())
-
-
-def _kept(module: _Named, folder: Path) -> Path:
-    """A file with the module's machine code, named by the digests of both; it is made when there is none that is whole."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if folder.stat().st_uid != os.getuid() or folder.stat().st_mode & 0o022:
-        raise ValueError(f"{folder}: others can write there, and machine code in it would be run: chmod 700 {folder}")
-    version = f"{_runtime().__name__}{metadata.version('wasmtime')}"
-    for path in folder.glob(f"{module.sha256}-{version}-*"):
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() == path.name.rpartition("-")[2]:
-                return path
-        path.unlink()
-    code = _compiled_elsewhere(module.data)
-    path = folder / f"{module.sha256}-{version}-{hashlib.sha256(code).hexdigest()}"
-    draft = folder / f".{secrets.token_hex(8)}"
-    draft.touch(0o600)
-    draft.write_bytes(code)
-    draft.replace(path)
-    for old in sorted(folder.iterdir(), key=lambda one: one.stat().st_mtime_ns)[:-KEPT_FILES]:
-        old.unlink()
-    return path
-
-
-def _compiled_elsewhere(module: bytes) -> bytes:
-    """Machine code made by a process of its own. Raises ModuleFailed."""
-    done = subprocess.run([sys.executable, "-m", "blocks.wasm_runner"], input=module, capture_output=True)
-    if done.returncode == REFUSED:
-        raise ModuleFailed("module", done.stderr.decode(errors="replace"))
-    if done.returncode != 0:
-        raise ModuleFailed("module", f"the compiler ended with {done.returncode}: {done.stderr[-TOLD_CHARACTERS:]!r}")
-    return done.stdout
-
-
-def _compile_stdin() -> None:
-    """The program of that process: a module in, machine code out."""
-    try:
-        sys.stdout.buffer.write(_compiled(_Named.of(sys.stdin.buffer.read())))
-    except ModuleFailed as failed:
-        sys.stderr.write(failed.detail)
-        sys.exit(REFUSED)
+    return bytes(made.serialize())
 
 
 def _runtime() -> Any:
@@ -235,24 +342,23 @@ def _engine() -> "wasmtime.Engine":
 class _Sandbox:
     """One run: an instance, its output so far, and what ended it early."""
 
-    def __init__(self, compiled: bytes | Path, environment: Mapping[str, str], limits: Limits) -> None:
+    def __init__(self, code: Path, environment: Mapping[str, str], limits: Limits) -> None:
         runtime = _runtime()
-        self.limits, self.ended_by, self.memory_bytes = limits, "", 0
+        self.limits, self.ended_by, self.memory_bytes, self.is_complete = limits, "", 0, False
         self.stdout, self.log = bytearray(), bytearray()
         self.ends_s = time.monotonic() + limits.wall_clock_s
         self.engine = _engine()
-        if isinstance(compiled, Path):
-            self.module = runtime.Module.deserialize_file(self.engine, str(compiled))
-        else:
-            self.module = runtime.Module.deserialize(self.engine, compiled)
+        self.module = runtime.Module.deserialize_file(self.engine, str(code))
         self.store = runtime.Store(self.engine)
         self.store.set_wasi(self._wasi(environment))
         self.linker = runtime.Linker(self.engine)
         self.linker.define_wasi()
-        self._define_sleep()
+        self._define_own()
         self.store.set_fuel(limits.fuel)
         self.store.set_epoch_deadline(1)
-        self.store.set_limits(memory_size=limits.memory_bytes, table_elements=MIB, instances=1, tables=16, memories=1)
+        self.store.set_limits(
+            memory_size=limits.memory_bytes, table_elements=TABLE_ELEMENTS, instances=1, tables=TABLES, memories=1
+        )
 
     def run(self) -> Result:
         """Raises ModuleFailed."""
@@ -266,8 +372,8 @@ class _Sandbox:
                 self._fail(f"exit {left.code}", f"exit code {left.code}")
         except runtime.Trap as trap:
             self._fail("fuel" if trap.trap_code is runtime.TrapCode.OUT_OF_FUEL else "trap", _cause(trap))
-        except runtime.WasmtimeError as error:
-            self._fail("module", _cause(error))
+        except runtime.WasmtimeError as error:  # of what it asked the host for, such as exit code 126
+            self._fail("trap" if self.is_complete else "module", _cause(error))
         finally:
             alarm.cancel()
             alarm.join()
@@ -286,6 +392,7 @@ class _Sandbox:
         if memory.limits.min * PAGE_BYTES > self.limits.memory_bytes:
             self._fail("memory", f"it begins with {memory.limits.min * PAGE_BYTES} bytes of {self.limits.memory_bytes}")
         exports = self.linker.instantiate(self.store, self.module).exports(self.store)
+        self.is_complete = True
         try:
             exports["_start"](self.store)
         finally:
@@ -313,12 +420,9 @@ class _Sandbox:
 
     def _answer(self) -> dict[str, Any]:
         try:
-            answer = json.loads(bytes(self.stdout), parse_constant=_no_constant)
+            return read_object(bytes(self.stdout), max_values=self.limits.answer_values)
         except (ValueError, RecursionError) as error:
-            self._fail("output", f"stdout, {len(self.stdout)} bytes, is no JSON: {error}")
-        if not isinstance(answer, dict):
-            self._fail("output", f"stdout is a JSON {type(answer).__name__}, no object")
-        return answer
+            self._fail("output", f"stdout, {len(self.stdout)} bytes, is no JSON object that can be used: {error}")
 
     def _log_text(self) -> str:
         return bytes(self.log).decode(errors="replace")
@@ -327,8 +431,6 @@ class _Sandbox:
         wasi: wasmtime.WasiConfig = _runtime().WasiConfig()
         wasi.argv = []
         wasi.env = list(environment.items())
-        wasi.stdout_custom = self._take_stdout
-        wasi.stderr_custom = self._take_log
         return wasi
 
     def _take_stdout(self, data: bytes) -> None:
@@ -341,12 +443,36 @@ class _Sandbox:
         self.log += data
         del self.log[: -self.limits.log_bytes]
 
-    def _define_sleep(self) -> None:
-        """WASI's sleep (poll_oneoff) anew: in the runtime's own, a module could sleep far beyond its time."""
+    def _define_own(self) -> None:
+        """Two functions of WASI anew.
+
+        In the runtime's poll_oneoff a module could sleep far beyond its time. Its fd_write hands what was written to Python on
+        a thread of its own, which aborts this process when it is at work while the interpreter ends.
+        """
         runtime, i32 = _runtime(), _runtime().ValType.i32()
         self.linker.allow_shadowing = True
         kind = runtime.FuncType([i32, i32, i32, i32], [i32])
         self.linker.define_func(WASI, "poll_oneoff", kind, self._sleep, access_caller=True)
+        self.linker.define_func(WASI, "fd_write", kind, self._write, access_caller=True)
+
+    def _write(self, caller: Any, descriptor: int, pieces_at: int, count: int, written_at: int) -> int:
+        """Take pieces of the memory, the first of them if they are very many, to stdout or stderr. An error code, or 0."""
+        take = {1: self._take_stdout, 2: self._take_log}.get(descriptor)
+        if take is None:
+            return _BAD_DESCRIPTOR
+        memory, written = _Memory(caller), 0
+        try:
+            for place in range(pieces_at, pieces_at + min(count % 2**32, MAX_PIECES) * _PIECE.size, _PIECE.size):
+                at, size = _PIECE.unpack(memory.read(place, _PIECE.size))
+                for begin in range(at, at + size, MIB):
+                    if self.ended_by:  # the pieces can be as many times the whole memory
+                        return 0
+                    take(memory.read(begin, min(MIB, at + size - begin)))
+                written += size
+            memory.write(written_at, struct.pack("<I", written % 2**32))
+        except IndexError:
+            return _BAD_ADDRESS
+        return 0
 
     def _sleep(self, caller: Any, waits_at: int, events_at: int, count: int, count_at: int) -> int:
         """Sleep until the first of some clocks, at most to the end of the run; one event for it. An error code, or 0."""
@@ -369,8 +495,10 @@ class _Sandbox:
 _WAIT = struct.Struct("<QB7x8xQQH6x")
 _EVENT = struct.Struct("<QHB5x16x")
 _CLOCK = 0
-_BAD_ADDRESS, _NOT_SUPPORTED = 21, 58
+_PIECE = struct.Struct("<II")  # a piece of what is written: its address and size
+_BAD_DESCRIPTOR, _BAD_ADDRESS, _NOT_SUPPORTED = 8, 21, 58
 MAX_WAITS = 64
+MAX_PIECES = 1024  # of one write; the caller writes the rest in the next
 
 
 class _Memory:
@@ -392,10 +520,6 @@ class _Memory:
         return begin, begin + size
 
 
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number of JSON")
-
-
 def _cause(error: Exception) -> str:
     """The innermost cause that the runtime names, in one line."""
     causes = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -403,4 +527,4 @@ def _cause(error: Exception) -> str:
 
 
 if __name__ == "__main__":
-    _compile_stdin()
+    _compile(*sys.argv[1:])

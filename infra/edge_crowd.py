@@ -14,8 +14,11 @@ import logging
 import random
 import resource
 import sys
+import tempfile
 import time
 from contextlib import AsyncExitStack, suppress
+from functools import partial
+from pathlib import Path
 from typing import Any, TypedDict
 
 import aiomqtt
@@ -92,6 +95,7 @@ class Crowd:
         self.plan = plan
         self.turn = asyncio.Semaphore(CONNECTING)
         self.training = asyncio.Semaphore(1)
+        self.compiled = tempfile.TemporaryDirectory()
         # Each request has a connection of its own, as a device's has.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         self.http = httpx.AsyncClient(base_url=plan["url"], timeout=ANSWER_S, limits=limits)
@@ -223,7 +227,8 @@ class Simulated:
         data = rows_of(self.name, len(json.loads(model)["w"]))
         environment = {**task["env"], "PROPLET_ID": self.name, "MODEL_DATA": model, "DATASET_DATA": data}
         async with self.crowd.training:
-            answer: dict[str, Any] = (await asyncio.to_thread(wasm_runner.run, module, environment)).answer
+            run = partial(wasm_runner.run, module, environment, kept=Path(self.crowd.compiled.name))
+            answer: dict[str, Any] = (await asyncio.to_thread(run)).answer
         return {name: answer[name] for name in ("num_samples", "metrics", "update")}
 
     async def _hand_in(self, client: aiomqtt.Client, update: dict[str, Any]) -> None:

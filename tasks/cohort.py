@@ -46,7 +46,7 @@ from tasks.samples import (
     parse_proof,
     prove,
 )
-from tasks.workload import check_workload
+from tasks.workload import check_workload, limits_of
 
 MAX_PROOF_BYTES = 1 << 20
 MAX_LISTED = 500  # refusals in one record, of at most 300 characters each: below the size of a record
@@ -141,7 +141,8 @@ def apply_for_task(task_id: str, actor: str) -> dict[str, str]:
     # What cannot be read or run is noticed before anything is staked.
     if spec.model.start is not None:
         start_parameters(spec, st.store)
-    check_workload(spec, st.store, terms.publisher)
+    if spec.workload is not None:
+        check_workload(spec, st, terms.publisher, limits_of(spec, st.me))
     dataset = load_samples(st.me, spec.dataset, "train")
     proof = prove(st.me, task_id, spec.dataset, dataset)
     reference = st.store.put(st.address, proof.model_dump_json().encode())

@@ -42,7 +42,7 @@ from tasks.learning.training import train
 from tasks.publish import published_task
 from tasks.records import BadRecord, Station, station
 from tasks.samples import load_samples
-from tasks.workload import train_by_module, workload_of
+from tasks.workload import Workload, train_by_module, workload_of
 
 
 class TooLate(RuntimeError):
@@ -129,7 +129,7 @@ def train_locally(task_id: str, round_number: int, actor: str) -> None:
         on_epoch=lambda epoch, loss: report_progress(
             epoch / spec.training.local_epochs, f"epoch {epoch}, loss {loss:.3f}"
         ),
-        module=workload_of(spec, st.store, terms.publisher),
+        workload=workload_of(spec, st, terms.publisher),
     )
     round_score = compression.score(quantised)
     prepared = Prepared(
@@ -154,15 +154,15 @@ def local_round(
     *,
     sample_order: int,
     on_epoch: Callable[[int, float], None] | None = None,
-    module: bytes | None = None,
+    workload: Workload | None = None,
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], Memory]:
     """A miner's computation of a round: the support (k,), the quantised values on it (k,), the next memory.
 
-    module: the bytes of the workload, where the terms name one. Raises Diverged, or what a module can fail of.
+    workload: where the terms name one. Raises Diverged, or what a module can fail of.
     """
     shrink = spec.compression
     support = round_support(spec, model, round_number)
-    trained = _trained(spec, model, dataset, support, round_number, sample_order, on_epoch, module)
+    trained = _trained(spec, model, dataset, support, round_number, sample_order, on_epoch, workload)
     values, memory = compression.compress(
         trained - model.parameters, memory, support, momentum=shrink.momentum, clip_norm=shrink.clip_norm
     )
@@ -178,14 +178,14 @@ def _trained(
     round_number: int,
     sample_order: int,
     on_epoch: Callable[[int, float], None] | None,
-    module: bytes | None,
+    workload: Workload | None,
 ) -> npt.NDArray[np.float32]:
     """The parameters (d,) after the local steps: those of the workload, where the terms name one."""
     rules = spec.training
     if spec.workload is not None:
-        if module is None:
+        if workload is None:
             raise ValueError(f"workload = {spec.workload}: only a task that really runs can train by a module")
-        parameters, loss = train_by_module(spec, module, model, dataset, round_number, sample_order=sample_order)
+        parameters, loss = train_by_module(spec, workload, model, dataset, round_number, sample_order=sample_order)
         if on_epoch is not None and loss is not None:
             on_epoch(rules.local_epochs, loss)
         return parameters

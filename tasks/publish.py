@@ -159,7 +159,7 @@ def check_own_workload(st: Station, spec: TaskSpec) -> None:
     """Raise DepositFailed unless the module that the miners will run is in the publisher's store, and is one."""
     try:
         with suppress(NoRuntime):  # the miners need one, the publisher does not
-            check_workload(spec, st.store, st.address)
+            check_workload(spec, st, st.address)
     except (BadRecord, MissingArtifact, TamperedArtifact) as error:
         raise DepositFailed(f"{AbortReason.DEPOSIT_FAILED}: {error}. Nothing was locked") from error
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from blocks.wasm_runner import MIB, Limits, ModuleFailed, Result, run
 from infra.edge_modules import build
 
 MODULE = build.module_path("logistic").read_bytes()
+KEPT = tempfile.TemporaryDirectory()
 SMALL = Limits(fuel=2_000_000_000, memory_bytes=64 * MIB, wall_clock_s=60)
 
 
@@ -36,7 +38,7 @@ def environment(**changes: Any) -> dict[str, str]:
 
 
 def trained(**changes: Any) -> Result:
-    return run(MODULE, environment(**changes), SMALL)
+    return run(MODULE, environment(**changes), SMALL, kept=Path(KEPT.name))
 
 
 def refusal(**changes: Any) -> str:
@@ -133,7 +135,8 @@ def test_four_mebibytes_of_samples_are_trained_on():
     rows = [{"x": row.tolist(), "y": int(row[0] > 0)} for row in x]
     text = json.dumps({"data": rows})
     assert len(text) > 4 * MIB
-    result = run(MODULE, environment(DATASET_DATA=text, MODEL_DATA={"w": [0.0] * 70, "b": 0.0}))
+    given = environment(DATASET_DATA=text, MODEL_DATA={"w": [0.0] * 70, "b": 0.0})
+    result = run(MODULE, given, kept=Path(KEPT.name))
     assert result.answer["num_samples"] == 3300
     assert result.answer["metrics"]["loss"] < result.answer["metrics"]["loss_before"]
 

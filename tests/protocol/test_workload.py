@@ -14,6 +14,7 @@ from typer import Exit
 
 from blocks import wasm_runner
 from blocks.artifacts import MissingArtifact, TamperedArtifact
+from blocks.identity import Identity
 from blocks.wasm_runner import ModuleFailed, NoRuntime
 from contracts.bindings import Status
 from contracts.messages import Candidate, Collection
@@ -30,6 +31,7 @@ from tasks.learning.workload import environment
 from tasks.publish import DepositFailed
 from tasks.records import BadRecord
 from tasks.samples import load_samples
+from tasks.workload import CEILINGS, limits_of
 from tests.infra.test_edge_modules import plain
 from tests.protocol.world import MINERS, TASK_ID, World
 
@@ -118,7 +120,7 @@ def test_a_module_that_loops_ends_with_its_reason(world_of):
     assert read_prepared(world.station(MINERS[0]), TASK_ID, 1) is None
 
 
-def fuel_of(spec: TaskSpec, samples: Dataset) -> int:
+def fuel_of(spec: TaskSpec, samples: Dataset, kept: Path) -> int:
     """What the first round of a miner with these samples burns."""
     given = environment(
         build_network(spec),
@@ -129,13 +131,15 @@ def fuel_of(spec: TaskSpec, samples: Dataset) -> int:
         model_uri=f"model:{initial_model(spec).sha256}",
         seed=1,
     )
-    return wasm_runner.run(MODULE, given).fuel_used
+    return wasm_runner.run(MODULE, given, kept=kept).fuel_used
 
 
-def test_a_miner_whose_module_fails_is_left_out_and_the_others_are_paid(world_of):
+def test_a_miner_whose_module_fails_is_left_out_and_the_others_are_paid(world_of, tmp_path):
     """The miner with the most samples needs more fuel than the terms give."""
     spec = file_for(MODULE).spec()
-    needed = dict(zip(MINERS, (fuel_of(spec, part) for part in shares(spec, len(MINERS))[0]), strict=True))
+    needed = dict(
+        zip(MINERS, (fuel_of(spec, part, tmp_path / "compiled") for part in shares(spec, len(MINERS))[0]), strict=True)
+    )
     *_, next_largest, largest = sorted(MINERS, key=lambda name: needed[name])
     assert needed[largest] > 1.02 * needed[next_largest]
     limit = (needed[largest] + needed[next_largest]) // 2
@@ -187,7 +191,6 @@ def test_a_module_that_is_none_locks_no_reward(world_of):
 def test_a_miner_without_a_runtime_says_so_before_it_stakes(world_of, monkeypatch):
     world = world_of(file_for(MODULE), MODULE).through("publish")
     monkeypatch.setitem(sys.modules, "wasmtime", None)
-    wasm_runner._compiled.cache_clear()
     with pytest.raises(NoRuntime, match=r"workload = wasm:69bb.*pip install 'healchain\[edge\]'"):
         world.do("register", MINERS[0])
     assert world.contracts.stakes.available_stake(world.address(MINERS[0])) == 0
@@ -196,7 +199,6 @@ def test_a_miner_without_a_runtime_says_so_before_it_stakes(world_of, monkeypatc
 def test_the_publisher_needs_no_runtime(world_of, monkeypatch):
     world = world_of(file_for(MODULE), MODULE)
     monkeypatch.setitem(sys.modules, "wasmtime", None)
-    wasm_runner._compiled.cache_clear()
     assert world.do("publish", "publisher")
 
 
@@ -204,7 +206,6 @@ def test_a_published_module_that_a_miner_cannot_start_is_refused_by_it(world_of,
     """As one that the publisher could not check, for want of a runtime."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "wasmtime", None)
-        wasm_runner._compiled.cache_clear()
         world = world_of(file_for(b"\0asm not really"), b"\0asm not really").through("publish")
     with pytest.raises(BadRecord, match="workload = wasm:"):
         world.do("register", MINERS[0])
@@ -218,6 +219,64 @@ def test_a_task_file_whose_module_is_missing_names_the_field(tmp_path, capsys):
     said = " ".join(capsys.readouterr().err.split())
     assert "workload = wasm:0000" in said
     assert "beside the task file" in said
+
+
+def pinned_limits(world: World, name: str, **limits: Any) -> Path:
+    path = Path(world.station(name).me.home) / "workload-limits.json"
+    path.write_text(json.dumps(limits))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "ceiling"),
+    [("fuel", 2 * 10**12, 10**12), ("memory_bytes", 2**32, 2**30), ("wall_clock_s", 299.0, 200.0)],
+)
+def test_terms_beyond_a_hosts_ceiling_are_refused_before_it_stakes(world_of, field, value, ceiling):
+    world = world_of(file_for(MODULE, **{field: value}), MODULE).through("publish")
+    path = pinned_limits(world, MINERS[0], wall_clock_s=200.0)
+    with pytest.raises(BadRecord) as refused:
+        world.do("register", MINERS[0])
+    assert str(refused.value) == (
+        f"workload_limits.{field} = {value}: this host gives a module at most {ceiling}: "
+        f"leave this task to others, or write a higher {field} into {path}"
+    )
+    assert world.contracts.stakes.available_stake(world.address(MINERS[0])) == 0
+    pinned_limits(world, MINERS[0], **{field: value})
+    world.do("register", MINERS[0])
+
+
+def test_a_ceiling_that_was_lowered_holds_while_a_task_runs(world_of):
+    world = world_of(file_for(MODULE), MODULE).through("deliver")
+    pinned_limits(world, MINERS[0], fuel=1000)
+    with pytest.raises(BadRecord, match="fuel = 20000000000: this host gives a module at most 1000"):
+        world.do("train", MINERS[0])
+
+
+def test_a_file_of_ceilings_that_is_wrong_is_named(world_of):
+    world = world_of(file_for(MODULE), MODULE).through("publish")
+    path = pinned_limits(world, MINERS[0], fuel="many")
+    with pytest.raises(ValueError, match=f"{path}: fuel = 'many': expected a positive integer"):
+        world.do("register", MINERS[0])
+
+
+def test_neither_compiling_nor_running_takes_longer_than_a_contribution(tmp_path):
+    me, spec = Identity(home=str(tmp_path)), file_for(MODULE, wall_clock_s=500.0).spec()
+    assert spec.rounds.contribution_timeout_s == 300
+    assert limits_of(spec, me).wall_clock_s == 300
+    assert limits_of(spec, me).compile_s == CEILINGS.compile_s
+    assert limits_of(short_rounds(MODULE, 7.0).spec(), me).compile_s == 7
+
+
+def short_rounds(module: bytes, contribution_timeout_s: float, **limits: Any) -> TaskFile:
+    fields = file_for(module, **limits).model_dump(mode="json")
+    fields["rounds"]["contribution_timeout_s"] = contribution_timeout_s
+    return TaskFile.model_validate(fields)
+
+
+def test_a_module_with_all_the_fuel_ends_before_its_contribution_is_due(world_of):
+    world = world_of(short_rounds(LOOPING, 1.0, fuel=10**12), LOOPING).through("deliver")
+    with pytest.raises(ModuleFailed, match=r"wall clock: it ran for more than 0\.[0-9]+ s"):
+        world.do("train", MINERS[0])
 
 
 def test_terms_with_a_module_and_no_bytes_train_nothing():
