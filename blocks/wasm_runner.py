@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import resource
 import secrets
 import signal
@@ -26,6 +27,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from importlib import metadata
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -167,17 +169,29 @@ def _is_unicode(text: str) -> bool:
 def read_object(data: bytes, *, max_values: int = Limits.answer_values, max_depth: int = MAX_DEPTH) -> dict[str, Any]:
     """A JSON object that can be written again in any format: numbers of double precision, and bounded.
 
-    Raises ValueError or RecursionError, whose text repeats nothing of the data.
+    Raises ValueError, whose text repeats nothing of the data.
     """
     # Counted before it is read, commas within texts as well: three bytes of JSON can become seventy of memory.
     values = sum(map(data.count, (b",", b"[", b"{")))
     if values > max_values:
         raise ValueError(f"it has up to {values} values, at most {max_values} are read")
+    if _depth(data) > max_depth:  # before it is read: where a library has raised Python's bound, the reader would crash
+        raise ValueError(f"its lists and objects are nested more than {max_depth} deep")
     found = json.loads(data, parse_constant=_no_constant, parse_float=_double, parse_int=_integer)
     if not isinstance(found, dict):
         raise ValueError(f"a JSON {type(found).__name__}, no object")
-    _check_value(found, max_depth)
+    _check_texts(found)
     return found
+
+
+def _depth(data: bytes) -> int:
+    """How deep lists and objects are nested, at least, in what may be JSON."""
+    brackets = _TEXT.sub(b"", data).translate(None, _NO_BRACKETS)
+    return max(accumulate(1 if bracket in b"[{" else -1 for bracket in brackets), default=0)
+
+
+_TEXT = re.compile(rb'(?s)"[^"\\]*+(?:\\.[^"\\]*+)*+"')
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 
 def _no_constant(name: str) -> NoReturn:
@@ -195,12 +209,10 @@ def _integer(text: str) -> int | float:
     return int(text) if len(text) <= EXACT_DIGITS else _double(text)
 
 
-def _check_value(value: Any, depth: int) -> None:
+def _check_texts(value: Any) -> None:
     if isinstance(value, (dict, list)):
-        if depth == 0:
-            raise ValueError("its lists and objects are nested too deep")
         for inner in value if isinstance(value, list) else (*value, *value.values()):
-            _check_value(inner, depth - 1)
+            _check_texts(inner)
     elif isinstance(value, str) and not _is_unicode(value):
         raise ValueError("a text in it has half of a character")
 
@@ -421,7 +433,7 @@ class _Sandbox:
     def _answer(self) -> dict[str, Any]:
         try:
             return read_object(bytes(self.stdout), max_values=self.limits.answer_values)
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             self._fail("output", f"stdout, {len(self.stdout)} bytes, is no JSON object that can be used: {error}")
 
     def _log_text(self) -> str:

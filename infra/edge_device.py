@@ -114,7 +114,8 @@ class Device:
         if self._knows(round_id):
             return
         self.known.add(round_id)
-        self.memory.keep(Round(round_id, STARTED, task, {}))
+        kept = {name: task[name] for name in ("id", "image_url", "sha256", "file", "env") if task.get(name)}
+        self.memory.keep(Round(round_id, STARTED, kept, {}))
         self.waiting.put_nowait(round_id)
         log.info("round %s: heard of", round_id)
 
@@ -524,10 +525,6 @@ def _checked(answer: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(update, dict) or not update:
         raise CannotTrain("output: update: expected an object with the trained model")
     metrics = answer.get("metrics")
-    try:
-        json.dumps([update, metrics], allow_nan=False)
-    except (ValueError, RecursionError):
-        raise CannotTrain("output: a number is beyond double precision") from None
     return {"num_samples": samples, "metrics": metrics if isinstance(metrics, dict) else {}, "update": update}
 
 
@@ -595,7 +592,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (InvalidSettings, Unusable, OSError) as error:
         print(f"healchain edge device: {error}", file=sys.stderr)
         sys.exit(2)
-    asyncio.run(_serve(settings, memory, me))
+    try:
+        asyncio.run(_serve(settings, memory, me))
+    except* OSError as errors:  # of its own disk: the network's are waited out
+        print(f"healchain edge device: {_first(errors)}. Started again, it goes on where it was", file=sys.stderr)
+        sys.exit(1)
+
+
+def _first(errors: BaseExceptionGroup) -> BaseException:
+    found = errors.exceptions[0]
+    return _first(found) if isinstance(found, BaseExceptionGroup) else found
 
 
 if __name__ == "__main__":

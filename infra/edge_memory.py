@@ -3,23 +3,28 @@
     device.json        its id, and its key                                                              mode 0600
     status.json        how it is, for whoever looks after it
     rounds/NAME.json   a round: its task until it is trained, its update until it is sent, then how it ended
+    rounds/NAME.aside  one of these that cannot be used, because somebody changed it, or that could not be sent
     modules/SHA256     training modules; each is checked by its digest when it is read
     compiled/          their machine code (blocks.wasm_runner)
 
 A file is written aside, synced and renamed, so that a kill leaves the earlier one or the whole new one.
 
-Errors: OSError, and Unusable for a file that somebody changed.
+Errors: OSError, and Unusable for a device.json that somebody changed.
 """
 
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import secrets
 import uuid
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from blocks.wasm_runner import MAX_DEPTH, Limits, read_object
+
+log = logging.getLogger("healchain.device")
 STARTED, TRAINED, SENT, REFUSED = "started", "trained", "sent", "refused"
 OVER = (SENT, REFUSED)
 KEPT_ROUNDS = 200  # of those that are over
@@ -68,6 +73,10 @@ class Memory:
         """Those of device.json, made when there is none. A key that is given replaces the one in the file."""
         path = self.home / "device.json"
         found = _read(path) if path.exists() else {}
+        if not all(isinstance(value, str) for value in found.values()):
+            raise Unusable(
+                f"{path}: expected texts, proplet_id and key: correct it, or remove it and give --id and the key"
+            )
         if path.exists() and path.stat().st_mode & 0o077:
             raise Unusable(f"{path} holds a key, and others can read it: chmod 600 {path}")
         if wanted_id and found.get("proplet_id", wanted_id) != wanted_id:
@@ -82,7 +91,7 @@ class Memory:
 
     def find(self, round_id: str) -> Round | None:
         path = self._path(round_id)
-        return _round(path) if path.exists() else None
+        return self._load(path) if path.exists() else None
 
     def keep(self, round_: Round) -> None:
         """Remember a round; of one that is over, no more than that."""
@@ -93,7 +102,7 @@ class Memory:
     def unfinished(self) -> list[Round]:
         """Rounds that were started and not sent, oldest first. What is over for long is forgotten."""
         paths = sorted((self.home / "rounds").glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
-        rounds = [(path, _round(path)) for path in paths]
+        rounds = [(path, one) for path in paths if (one := self._load(path)) is not None]
         over = [path for path, one in rounds if one.state in OVER]
         for path in over[:-KEPT_ROUNDS]:
             path.unlink()
@@ -113,21 +122,45 @@ class Memory:
         for old in sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime_ns)[:-KEPT_MODULES]:
             old.unlink()
 
+    def _load(self, path: Path) -> Round | None:
+        """The round of a file. One that cannot be used is set aside, so that it stands in the way of no other."""
+        try:
+            found = _round(path)
+            if path != self._path(found.round_id):
+                raise Unusable(f"it is of round {found.round_id!r:.80}, which has another file")
+        except Unusable as error:
+            aside = path.with_suffix(".aside")
+            path.replace(aside)
+            log.error("%s cannot be used and is set aside as %s: %s", path, aside.name, error)
+            return None
+        return found
+
     def _path(self, round_id: str) -> Path:
         return self.home / "rounds" / f"{hashlib.sha256(round_id.encode()).hexdigest()[:32]}.json"
 
 
 def _round(path: Path) -> Round:
+    """Whatever it holds can be sent. Raises Unusable."""
     try:
-        return Round(**_read(path))
-    except TypeError:
-        raise Unusable(f"{path} is no round: remove it") from None
+        # The task's texts count, too; and the update is a level below its file's top.
+        fields = read_object(path.read_bytes(), max_values=2 * Limits.answer_values, max_depth=MAX_DEPTH + 1)
+        found = Round(**fields)
+    except (ValueError, TypeError) as error:
+        raise Unusable(f"no round: {error}") from None
+    kinds = (str, str, dict, dict, str)
+    if not all(map(isinstance, found, kinds)) or found.state not in (STARTED, TRAINED, *OVER):
+        raise Unusable("no round: a field has another kind of value")
+    if found.state not in OVER and not isinstance(found.task.get("env"), dict):
+        raise Unusable("task.env: expected an object of texts")
+    if found.state == TRAINED and not isinstance(found.update.get("update"), dict):
+        raise Unusable("update.update: expected an object")
+    return found
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Unusable(f"{path} is no JSON ({error}): remove it") from None
     if not isinstance(found, dict):
         raise Unusable(f"{path} holds no JSON object: remove it")

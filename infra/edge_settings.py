@@ -159,6 +159,8 @@ OPTIONS = (
     Option("fuel", "200000000000", _between(1, 2**62, int), "of one training, about a unit an instruction"),
     Option("memory-mib", "256", _between(1, 4096, int), "of the module's memory"),
     Option("wall-clock-s", "600", _between(0.1, 86_400), "seconds that one training may take"),
+    Option("compile-s", "120", _between(0.1, 86_400), "seconds that compiling a module may take, once"),
+    Option("compile-memory-mib", "1024", _between(64, 65_536, int), "of the process that compiles"),
 )
 
 
@@ -191,7 +193,13 @@ def read_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> S
         poll_s=read["poll-s"],
         timeout_s=read["timeout-s"],
         ca=read["ca"],
-        limits=Limits(read["fuel"], read["memory-mib"] * MIB, read["wall-clock-s"]),
+        limits=Limits(
+            read["fuel"],
+            read["memory-mib"] * MIB,
+            read["wall-clock-s"],
+            compile_s=read["compile-s"],
+            compile_memory_bytes=read["compile-memory-mib"] * MIB,
+        ),
         key=_secret("KEY", environment),
         mqtt_password=_secret("MQTT_PASSWORD", environment),
     )

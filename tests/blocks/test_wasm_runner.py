@@ -323,15 +323,16 @@ def test_answers_that_no_reader_should_accept_are_refused():
     ("text", "says"),
     [
         ('{"a":-Infinity}', "no number"),
-        ("[" * 4000, "recursion|Expecting"),
-        ('{"a":' * 4000, "recursion|Expecting"),
+        ("[" * 1_000_000, "nested more than 26 deep"),
+        ('{"a":' * 1_000_000, "nested more than 26 deep"),
+        ('{"\\\\":' * 27, "nested more than 26 deep"),
         ('{"a":1}{', "Extra data"),
         ('{"a":' + "9" * 400 + "}", "400 characters is beyond double precision"),
         ('{"a":' + "9" * 5000 + "}", "beyond double precision"),
         ('{"a":-1e999}', "beyond double precision"),
-        ('{"a":' + "[" * 26 + "]" * 26 + "}", "nested too deep"),
-        ('{"a":' * 27 + "1" + "}" * 27, "nested too deep"),
-        ('{"a":[' + "{}," * 4000 + "{}]}", "at most 5000 are read"),
+        ('{"a":' + "[" * 26 + "]" * 26 + "}", "nested more than 26 deep"),
+        ('{"a":' * 27 + "1" + "}" * 27, "nested more than 26 deep"),
+        ('{"a":[' + "{}," * 4000 + "{}]}", "at most 4000 are read"),
         ('{"a":"\\ud800"}', "half of a character"),
         ('{"\\udfff":1}', "half of a character"),
         ("[]", "no object"),
@@ -339,14 +340,15 @@ def test_answers_that_no_reader_should_accept_are_refused():
     ],
 )
 def test_an_object_that_could_not_be_written_again_is_not_read(text, says):
-    with pytest.raises((ValueError, RecursionError), match=says):
-        read_object(text.encode(), max_values=5000)
+    with pytest.raises(ValueError, match=says):
+        read_object(text.encode(), max_values=2_000_000 if len(text) >= 10**6 else 4000)
 
 
 @pytest.mark.parametrize(
     ("text", "value"),
     [
         ("[" * 25 + "]" * 25, None),
+        ('"\\\\\\"' + "[" * 30 + '"', '\\"' + "[" * 30),
         ("123456789012345678", 123456789012345678),
         ("1" + "0" * 308, 1e308),
         ("-1e308", -1e308),

@@ -21,8 +21,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from infra.edge_chunks import Assembly, BadChunk
-from infra.edge_device import encode_cbor
-from infra.edge_memory import REFUSED, SENT, STARTED, TRAINED, Memory, Round, Unusable
+from infra.edge_device import Device, encode_cbor
+from infra.edge_memory import REFUSED, SENT, STARTED, TRAINED, Credentials, Memory, Round, Unusable
 from infra.edge_modules import build
 from infra.edge_settings import InvalidSettings, read_settings
 from tests.infra.edge_site import PREFIX, DeviceProcess, Site, wait_for
@@ -36,8 +36,8 @@ DATA = {"data": [{"x": x.tolist(), "y": int(y)} for x, y in zip(X, Y, strict=Tru
 ANSWER = b'{"num_samples":1,"update":{"w":[1,2,3],"b":4}}'
 
 
-def wat(body: str) -> bytes:
-    quoted = ANSWER.decode().replace('"', '\\"')
+def wat(body: str, answer: bytes = ANSWER) -> bytes:
+    quoted = "".join(f"\\{byte:02x}" for byte in answer)
     return bytes(
         wasmtime.wat2wasm(f"""(module
           (import "wasi_snapshot_preview1" "fd_write" (func $write (param i32 i32 i32 i32) (result i32)))
@@ -45,6 +45,14 @@ def wat(body: str) -> bytes:
           (memory (export "memory") 1)
           (data (i32.const 1024) "{quoted}")
           (func (export "_start") {body}))""")
+    )
+
+
+def wat_answering(answer: bytes) -> bytes:
+    return wat(
+        f"""(i32.store (i32.const 0) (i32.const 1024)) (i32.store (i32.const 4) (i32.const {len(answer)}))
+            (drop (call $write (i32.const 1) (i32.const 0) (i32.const 1) (i32.const 8)))""",
+        answer,
     )
 
 
@@ -554,6 +562,8 @@ def test_secrets_come_from_the_environment_or_from_a_file_that_nobody_else_reads
         ("fuel", "many", "an integer"),
         ("memory-mib", "0", "from 1 to 4096"),
         ("wall-clock-s", "-1", "a number"),
+        ("compile-s", "0", "a number from 0.1"),
+        ("compile-memory-mib", "1", "an integer from 64"),
         ("cbor", "yes", "expected 0 or 1"),
     ],
 )
@@ -584,7 +594,7 @@ def test_a_round_is_remembered_until_it_is_over_and_then_only_its_end(tmp_path):
 
 def test_old_rounds_are_forgotten_but_never_unsent_ones(tmp_path):
     memory = Memory(tmp_path / "home")
-    memory.keep(Round("old", TRAINED, {}, {}))
+    memory.keep(Round("old", TRAINED, {"env": {}}, {"update": {}}))
     for number in range(205):
         memory.keep(Round(f"r-{number}", SENT, {}, {}))
     assert [one.round_id for one in memory.unfinished()] == ["old"]
@@ -612,14 +622,94 @@ def test_credentials_are_made_once_and_checked(tmp_path):
         memory.credentials("", "")
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"round_id":"r"}', '{"a":1}'])
-def test_a_damaged_file_is_named(tmp_path, text):
+def round_file(**changes: Any) -> str:
+    fields = {"round_id": "r", "state": TRAINED, "task": {"env": {}}, "update": {"update": {"w": [1.0]}}, "detail": ""}
+    return json.dumps({**fields, **changes})
+
+
+DEEP = (
+    '{"round_id":"r","state":"trained","task":{"env":{}},"detail":"","update":{"update":{"w":'
+    + "[" * 900
+    + "]" * 900
+    + "}}}"
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "Expecting value"),
+        ("[]", "no object"),
+        ('{"round_id":"r"}', "missing"),
+        ('{"a":1}', "unexpected"),
+        ("[" * 1_000_000, "nested more than 27 deep"),
+        (DEEP, "nested more than 27 deep"),
+        (round_file(update={"update": {"w": [10**400]}}), "beyond double precision"),
+        (round_file(update={"update": {"w": "\ud800"}}), "half of a character"),
+        (round_file(update={"update": [1]}), "update.update: expected an object"),
+        (round_file(state="other"), "another kind of value"),
+        (round_file(detail=7), "another kind of value"),
+        (round_file(task={}), "task.env"),
+        (round_file(round_id="../other"), "which has another file"),
+    ],
+    ids=range(13),
+)
+def test_a_file_that_cannot_be_used_is_set_aside_and_the_others_are_sent(tmp_path, caplog, text, says):
     memory = Memory(tmp_path / "home")
-    memory.keep(Round("r", STARTED, {}, {}))
-    (path,) = (tmp_path / "home" / "rounds").iterdir()
+    memory.keep(Round("good", TRAINED, {"env": {}}, {"update": {"w": [1.0]}}))
+    memory.keep(Round("r", STARTED, {"env": {}}, {}))
+    path = memory._path("r")
+    for look in (memory.unfinished, lambda: memory.find("r")):
+        path.write_text(text)
+        look()
+        assert path.with_suffix(".aside").read_text() == text
+        assert not path.exists()
+    assert str(path) in caplog.text
+    assert says in caplog.text
+    assert [one.round_id for one in memory.unfinished()] == ["good"]
+
+
+@pytest.mark.parametrize(
+    "number", ["9" * 400, "-1e999", '"\\ud800"', "[" * 500 + "]" * 500], ids=["digits", "infinite", "half", "deep"]
+)
+def test_an_output_that_cannot_be_sent_is_an_error_update(site, device, number):
+    one = device("--cbor")
+    answer = '{"num_samples":1,"update":{"w":[' + number + "]}}"
+    site.start_round("r-1", "device-1", wat_answering(answer.encode()))
+    (_, _, body, _) = wait_for(lambda: site.updates, "an error update")[0]
+    assert cbor2.loads(body)["error"].startswith("output: stdout, ")
+    wait_for(lambda: one.state_of("r-1") == SENT, "the round's end")
+
+
+def test_a_device_starts_beside_a_file_that_cannot_be_sent(site, device, tmp_path):
+    """As an earlier version could have left it."""
+    memory = Memory(tmp_path / "device-1")
+    memory._path("r").write_text(round_file(update={"update": {"w": [10**400]}}))
+    memory.close()
+    one = device("--cbor")
+    site.start_round("r-2", "device-1", MODULE)
+    wait_for(lambda: one.state_of("r-2") == SENT, "the next round")
+    assert "is set aside as" in one.said()
+
+
+def test_a_task_is_remembered_without_what_nobody_reads(tmp_path):
+    memory = Memory(tmp_path / "home")
+    device = Device(read_settings(GIVEN, {}), memory, Credentials("device-1", ""))
+    deep: Any = []
+    for _ in range(900):
+        deep = [deep]
+    device.accept({"id": "t", "other": deep, "env": {"ROUND_ID": "r"}})
+    assert memory.find("r") == Round("r", STARTED, {"id": "t", "env": {"ROUND_ID": "r"}}, {})
+
+
+@pytest.mark.parametrize("text", ['{"proplet_id": 7}', "[]", "{", '{"proplet_id": "a", "key": null}'])
+def test_a_device_json_that_is_none_is_named(tmp_path, text):
+    memory = Memory(tmp_path / "home")
+    path = tmp_path / "home" / "device.json"
     path.write_text(text)
+    path.chmod(0o600)
     with pytest.raises(Unusable, match=str(path)):
-        memory.unfinished()
+        memory.credentials("", "")
 
 
 # Formats
