@@ -52,6 +52,9 @@ LONGEST_PAUSE_S = 60.0
 MAX_ERROR = 1000  # characters of an error update
 FLOAT64 = 86  # tags of RFC 8746: a typed array of little-endian float64, and one with dimensions
 DIMENSIONS = 40
+KEY_REMEDY = (
+    "write what `healchain edge register` printed into a file, chmod 600, and name it in HEALCHAIN_DEVICE_KEY_FILE"
+)
 
 
 class CannotTrain(RuntimeError):
@@ -84,6 +87,8 @@ class Device:
             else:
                 self.has_unsent.set()
         log.info("device %s, server %s", self.me.proplet_id, self.settings.server)
+        if not self.me.key:
+            log.warning("no key: %s", KEY_REMEDY)
         self._note_status()
         async with asyncio.TaskGroup() as group:
             parts: list[Coroutine[Any, Any, None]] = [
@@ -144,7 +149,8 @@ class Device:
                     self.accept(_as_started((await self._get_json(address)).get("task")))
         except (Refused, Unreachable, ValueError, TypeError, RecursionError) as error:
             if str(error) != self.no_rounds:  # it may be so for days
-                log.warning("no rounds from %s: %s", self.settings.server, error)
+                remedy = f": {KEY_REMEDY}" if isinstance(error, Refused) and error.status == 401 else ""
+                log.warning("no rounds from %s: %s%s", self.settings.server, error, remedy)
             self.no_rounds = str(error)
         else:
             self.no_rounds = ""

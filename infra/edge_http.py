@@ -6,6 +6,7 @@ Errors: Refused (the answer is final), Unreachable (it may be asked again).
 """
 
 import ssl
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Collection
@@ -65,7 +66,7 @@ class Http:
                 raise Unreachable(f"HTTP {error.code}: {said}") from None
             raise Refused(error.code, said) from None
         except (OSError, HTTPException) as error:  # a URLError is an OSError; a cut answer is neither
-            raise Unreachable(str(error) or type(error).__name__) from None
+            raise Unreachable(_cause(error)) from None
         if len(body) > max_bytes:
             raise Refused(200, f"the answer has more than {max_bytes} bytes")
         return body
@@ -75,6 +76,15 @@ def origin_of(url: str) -> tuple[str, str]:
     """Scheme and host with port."""
     parts = urlsplit(url)
     return parts.scheme, parts.netloc.rpartition("@")[2].lower()
+
+
+def _cause(error: Exception) -> str:
+    """In one line; with the time that this host believes in, where a certificate is out of its time."""
+    reason = error.reason if isinstance(error, urllib.error.URLError) else error
+    said = " ".join(str(reason).split()) or type(error).__name__
+    if "not yet valid" in said or "has expired" in said:
+        said += f"; this host's clock says {time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())}"
+    return said
 
 
 def _readable(error: urllib.error.HTTPError) -> str:

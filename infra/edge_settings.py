@@ -139,7 +139,7 @@ def _switch(text: str) -> bool:
 
 
 OPTIONS = (
-    Option("server", "", _address, "http(s) address of the coordinator"),
+    Option("server", "", _address, "http(s)://HOST:PORT of the coordinator; needed"),
     Option("registry", "", lambda text: _address(text) if text else "", "of the model registry; default: the server"),
     Option("data-store", "", lambda text: _address(text) if text else "", "of the data store; default: the server"),
     Option("mqtt", "", _broker, "mqtt(s)://HOST:PORT of the broker; without one the server is asked for rounds"),
@@ -156,7 +156,7 @@ OPTIONS = (
     Option("poll-s", "5", _between(0.1, 3600), "seconds between questions for rounds, where there is no MQTT"),
     Option("timeout-s", "30", _between(0.1, 3600), "seconds that an answer over HTTP may take"),
     Option("ca", "", _authority, "certificate of the authority that signed the servers' own"),
-    Option("fuel", "200000000000", _between(1, 2**62, int), "of one training, about a unit an instruction"),
+    Option("fuel", "200000000000", _between(1, 10**18, int), "of one training, about a unit an instruction"),
     Option("memory-mib", "256", _between(1, 4096, int), "of the module's memory"),
     Option("wall-clock-s", "600", _between(0.1, 86_400), "seconds that one training may take"),
     Option("compile-s", "120", _between(0.1, 86_400), "seconds that compiling a module may take, once"),
@@ -164,10 +164,25 @@ OPTIONS = (
 )
 
 
+EPILOG = """\
+Each option may stand in the environment: HEALCHAIN_DEVICE_SERVER for --server, HEALCHAIN_DEVICE_BEAT_S for --beat-s.
+
+The key that `healchain edge register ID` printed is no option, because others on this host can read a command line:
+  HEALCHAIN_DEVICE_KEY_FILE=FILE   a file that nobody else can read (chmod 600), or HEALCHAIN_DEVICE_KEY
+  HEALCHAIN_DEVICE_MQTT_PASSWORD_FILE, HEALCHAIN_DEVICE_MQTT_PASSWORD   where the broker has another password
+It is kept in the home from then on.
+
+The log is on stderr; HOME/status.json says how the device is. Exit code 2: a setting is wrong; 1: its disk failed."""
+
+
 def read_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
     """Raises InvalidSettings; SystemExit for --help and for a flag that there is not."""
     parser = argparse.ArgumentParser(
-        "healchain edge device", description="Train WebAssembly modules on this device's data, in rounds."
+        "healchain edge device",
+        usage="healchain-device --server URL [--mqtt URL] [--id ID] [--data FILE] [other options]",
+        description="Train WebAssembly modules on this device's data, in rounds, until it is stopped.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     for option in OPTIONS:
         said = f"{option.help}; default: {option.default}" if option.default else option.help

@@ -1,13 +1,17 @@
 """A device as a process: what it trains is right, what it cannot hand in is kept, and nothing that is said to it ends it."""
 
+import asyncio
 import datetime
 import hashlib
 import ipaddress
 import json
 import os
+import re
+import ssl
 import subprocess
 import sys
 import time
+import urllib.error
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,12 +24,14 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from infra import edge_http
 from infra.edge_chunks import Assembly, BadChunk
 from infra.edge_device import Device, encode_cbor
+from infra.edge_http import Http, Refused, Unreachable
 from infra.edge_memory import REFUSED, SENT, STARTED, TRAINED, Credentials, Memory, Round, Unusable
 from infra.edge_modules import build
 from infra.edge_settings import InvalidSettings, read_settings
-from tests.infra.edge_site import PREFIX, DeviceProcess, Site, wait_for
+from tests.infra.edge_site import PREFIX, DeviceProcess, Site, free_port, wait_for
 from tests.infra.test_edge_modules import plain
 
 MODULE = build.module_path("logistic").read_bytes()
@@ -506,6 +512,35 @@ def test_the_command_hands_over_to_the_small_program():
 # Settings
 
 GIVEN = ["--server", "http://127.0.0.1:1"]
+
+
+def test_help_says_where_the_key_comes_from(capsys):
+    with pytest.raises(SystemExit):
+        read_settings(["--help"], {})
+    said = capsys.readouterr().out
+    assert said.startswith("usage: healchain-device --server URL")
+    assert "HEALCHAIN_DEVICE_KEY_FILE=FILE" in said
+    assert all(len(line) <= 130 for line in said.splitlines())
+
+
+def test_a_server_that_does_not_answer_is_told_in_plain_words():
+    with pytest.raises(Unreachable, match=r"^\[Errno 111\] Connection refused$"):
+        Http(timeout_s=5).get(f"http://127.0.0.1:{free_port()}", max_bytes=1)
+
+
+def test_a_certificate_out_of_its_time_is_told_with_the_hosts_own():
+    error = urllib.error.URLError(ssl.SSLError("certificate verify failed: certificate is not yet valid"))
+    assert re.search(r"not yet valid.*; this host's clock says 20[0-9-]+T[0-9:]+Z$", edge_http._cause(error))
+
+
+def test_a_device_without_a_key_is_told_how_to_give_it(tmp_path, caplog, monkeypatch):
+    def refuse(*_: Any, **__: Any) -> bytes:
+        raise Refused(401, "the key is unknown")
+
+    made = Device(read_settings(GIVEN, {}), Memory(tmp_path / "home"), Credentials("device-1", ""))
+    monkeypatch.setattr(made.http, "get", refuse)
+    asyncio.run(made._ask_once())
+    assert "HTTP 401: the key is unknown: write what `healchain edge register` printed into a file" in caplog.text
 
 
 def test_a_flag_comes_before_the_environment_and_that_before_the_default():
