@@ -88,7 +88,7 @@ class Device:
                 self.has_unsent.set()
         log.info("device %s, server %s", self.me.proplet_id, self.settings.server)
         if not self.me.key:
-            log.warning("no key: %s", KEY_REMEDY)
+            log.warning("no key, which only a server in open mode takes: %s", KEY_REMEDY)
         self._note_status()
         async with asyncio.TaskGroup() as group:
             parts: list[Coroutine[Any, Any, None]] = [

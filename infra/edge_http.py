@@ -79,11 +79,13 @@ def origin_of(url: str) -> tuple[str, str]:
 
 
 def _cause(error: Exception) -> str:
-    """In one line; with the time that this host believes in, where a certificate is out of its time."""
+    """In one line, with what explains it: a certificate out of its time is mostly a clock that is wrong."""
     reason = error.reason if isinstance(error, urllib.error.URLError) else error
     said = " ".join(str(reason).split()) or type(error).__name__
     if "not yet valid" in said or "has expired" in said:
         said += f"; this host's clock says {time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())}"
+    if "WRONG_VERSION_NUMBER" in said:
+        said += "; no TLS is spoken there: is it http:// or another port?"
     return said
 
 

@@ -529,6 +529,8 @@ def test_a_server_that_does_not_answer_is_told_in_plain_words():
 
 
 def test_a_certificate_out_of_its_time_is_told_with_the_hosts_own():
+    plain = urllib.error.URLError(ssl.SSLError("[SSL: WRONG_VERSION_NUMBER] wrong version number"))
+    assert "is it http://" in edge_http._cause(plain)
     error = urllib.error.URLError(ssl.SSLError("certificate verify failed: certificate is not yet valid"))
     assert re.search(r"not yet valid.*; this host's clock says 20[0-9-]+T[0-9:]+Z$", edge_http._cause(error))
 
