@@ -4,8 +4,16 @@ from prefect import flow
 
 from tasks.edge import experiment as edge
 
+RETRIES, RETRY_S = 2, 10  # of a run whose step failed; each begins again and goes on where the ledger is
 
-@flow(name="edge-experiment", flow_run_name="edge · {experiment_id}", persist_result=False)
+
+@flow(
+    name="edge-experiment",
+    flow_run_name="edge · {experiment_id}",
+    persist_result=False,
+    retries=RETRIES,
+    retry_delay_seconds=RETRY_S,
+)
 def run_experiment(experiment_id: str, actor: str = "edge") -> str:
     """Configure, distribute, collect, combine, store, notify. COMPLETED, or the worst of its rounds.
 
@@ -23,7 +31,13 @@ def run_experiment(experiment_id: str, actor: str = "edge") -> str:
     return edge.conclude(experiment_id, actor)
 
 
-@flow(name="edge-retry", flow_run_name="edge retry · {round_id}", persist_result=False)
+@flow(
+    name="edge-retry",
+    flow_run_name="edge retry · {round_id}",
+    persist_result=False,
+    retries=RETRIES,
+    retry_delay_seconds=RETRY_S,
+)
 def retry_round(round_id: str, actor: str = "edge") -> str:
     """Combine the updates that a round has kept. The round's status.
 

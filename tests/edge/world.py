@@ -15,6 +15,7 @@ from blocks.identity import create_home, residents
 from blocks.registry import Registry
 from blocks.tables import EdgeModelRow, EdgeUpdateRow
 from tasks.edge import wire
+from tasks.edge.intake import record
 from tasks.edge.server import Server, utc_now
 
 BASE = {"b": 0.0, "w": [0.0, 0.0, 0.0]}
@@ -28,8 +29,7 @@ def make_server(folder: Path, **pinned: Any) -> Server:
         name="edge",
         store=ArtifactStore(root=str(folder / "store")),
         registry=registry,
-        aggregation_pause_s=0.05,
-        **pinned,
+        **{"aggregation_pause_s": 0.05, "stalled_s": 0.0, **pinned},
     )
     connections.pin(me)
     residents["edge"] = me
@@ -47,7 +47,7 @@ def ask(server: Server, **fields: Any) -> str:
     """Ask for an experiment; its id."""
     asked = {"round_id": "r-1", "participants": ["a", "b", "c"], "k_of_n": 2, "timeout_s": 30, **fields}
     request = wire.read_experiment(json.dumps(asked).encode())
-    server.ledger.record_experiment(request.name, request.model_dump_json(), utc_now())
+    record(server, request, utc_now())
     return request.name
 
 
