@@ -690,7 +690,7 @@ def _drop(session: Session, row: EdgeUpdateRow, reason: str, sha256: str, size_b
 def _head(session: Session, experiment_id: str | None = None) -> EdgeRoundRow | None:
     query = select(EdgeRoundRow).where(col(EdgeRoundRow.version).is_not(None))
     query = query if experiment_id is None else query.where(EdgeRoundRow.experiment_id == experiment_id)
-    order = (col(EdgeRoundRow.opened_at).desc(), col(EdgeRoundRow.number).desc())
+    order = [col(one).desc() for one in (EdgeRoundRow.opened_at, EdgeRoundRow.number, EdgeRoundRow.version)]
     return session.exec(query.order_by(*order).limit(1)).first()
 
 

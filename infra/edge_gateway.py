@@ -31,7 +31,6 @@ from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.params import Query
 from fastapi.routing import APIRoute
-from prefect.client.schemas.objects import StateType
 from prometheus_client import CONTENT_TYPE_LATEST
 from sqlalchemy.exc import DataError
 from sqlalchemy.exc import TimeoutError as NoConnection
@@ -48,6 +47,7 @@ from infra.edge_server import EdgeSettings
 from infra.gateway import listening_socket
 from tasks.edge import intake, rounds, wire
 from tasks.edge.combiner import AggregatorAway, combine_in_child
+from tasks.edge.runs import experiment_run, start_run
 from tasks.edge.server import Server, form_of, server_of, tensors_in, utc_now
 from tasks.edge.wire import CBOR_TYPES, JSON_TYPE, Refusal
 from tasks.learning.combining import InvalidRule, NotCombinable, Part, checked_options
@@ -64,7 +64,6 @@ BODY_S = 60.0
 SAID_BYTES = 65_536  # of what a device says of itself, and of one of whom no update is awaited
 LOOK_S = 10.0  # longest wait for who asks
 PATIENCE_S = 3.0  # longest wait of a request for a database or a store that is away: a device asks again
-RUNS_MAX = 5  # of one experiment; each has its own retries, and is given back when its process dies
 COMBINING = CapacityLimiter(2)  # at a time in processes of their own, for POST /aggregate
 STATUSES = {
     400: "what was sent is wrong; the message names the field",
@@ -170,8 +169,7 @@ class Gateway:
 
     def start_experiment(self, experiment_id: str) -> str:
         """Have a run for it; another one where the last has died. Empty, or why there is none."""
-        parameters = {"experiment_id": experiment_id, "actor": self.server.pinned.name}
-        return self.start_flow("edge-experiment", parameters, f"{self.server.ledger.owner}/edge/{experiment_id}")
+        return self.start_flow(*experiment_run(self.server, experiment_id))
 
     def _start_asked(self, experiment_id: str) -> None:
         if why := self.start_experiment(experiment_id):
@@ -793,11 +791,7 @@ def service(gateway: Gateway, parts: Sequence[str] = PARTS) -> FastAPI:
 
 
 def start_by_prefect(flow: str, parameters: dict[str, Any], key: str) -> str:
-    """Have the worker of this server run a flow; another time where the run of this key has died, RUNS_MAX times at most.
-
-    Empty when a run is under way, or an experiment's is done; else why there is none. Raises Refusal when Prefect does not
-    answer.
-    """
+    """As `start_run`, for somebody who waits. Raises Refusal when Prefect does not answer."""
     from prefect.settings import PREFECT_API_URL
 
     url = PREFECT_API_URL.value()
@@ -807,19 +801,7 @@ def start_by_prefect(flow: str, parameters: dict[str, Any], key: str) -> str:
         raise Refusal(
             503, f"Prefect's API does not answer ({type(error).__name__}): nothing was started; ask again"
         ) from None
-    what = str(parameters.get("experiment_id") or parameters.get("round_id"))
-    name = f"edge · {what}" if flow == "edge-experiment" else f"edge retry · {what}"
-    tags = ["edge", f"experiment:{what}"]
-    for number in range(1, RUNS_MAX + 1):
-        own = key if number == 1 else f"{key}/{number}"
-        run = pools.start(f"{flow}/edge", str(parameters["actor"]), parameters, key=own, name=name, tags=tags)
-        if not run.has_ended:
-            return ""
-        if run.kind is StateType.CANCELLED:
-            return "its run was cancelled"
-        if run.is_done and flow == "edge-experiment":
-            return "its run is done"
-    return f"{RUNS_MAX} runs of it have ended, the last: {run.state} {run.message[:500]}".strip()
+    return start_run(flow, parameters, key)
 
 
 def gateway_of(folder: Path, settings: EdgeSettings) -> Gateway:

@@ -22,16 +22,16 @@ _bases: dict[tuple[str, int], Tensors] = {}  # by owner and version: versions ar
 
 
 def ask_for_experiment(
-    server: Server, request: ExperimentRequest, now: datetime, start: Callable[[str], None]
+    server: Server, request: ExperimentRequest, now: datetime, start: Callable[[str], None], *, series: str = ""
 ) -> EdgeRoundRow:
     """Remember the request, start its flow, open its first round. The same request again changes nothing.
 
     start: starts the flow of an experiment, once however often it is called. The round is opened when it has been: nobody
-    would conduct it otherwise.
+    would conduct it otherwise. series: of the schedule that asks.
     """
     request = _with_participants(server, request, now)
     _check_runnable(server, request)
-    record(server, request, now)
+    record(server, request, now, series=series)
     found = server.ledger.experiment(request.name)
     if found is None or found.ended_at is None:
         start(request.name)

@@ -35,6 +35,7 @@ from deployments import register
 from infra import edge_cli, edge_gateway, edge_server, edge_watch
 from infra.edge_gateway import Gateway, service
 from infra.stack import DEFINITIONS
+from tasks.edge.runs import RUNS_MAX
 from tasks.edge.server import server_of, utc_now
 from tasks.edge.wire import Refusal
 from tests.edge.world import make_server, plain_mean, update
@@ -422,7 +423,7 @@ def test_a_run_that_has_died_is_followed_by_another_of_the_same_experiment():
         register.register_pools(register.EDGE_POOLS)
         register.register_deployments(DEFINITIONS, register.EDGE_POOLS)
 
-        def runs() -> list[FlowRun]:
+        def found_runs() -> list[FlowRun]:
             found = client.read_flow_runs(
                 flow_run_filter=FlowRunFilter(tags=FlowRunFilterTags(all_=["experiment:exp-1"]))
             )
@@ -430,17 +431,17 @@ def test_a_run_that_has_died_is_followed_by_another_of_the_same_experiment():
 
         for _ in range(2):
             assert edge_gateway.start_by_prefect("edge-experiment", parameters, "key") == ""
-        assert len(runs()) == 1
-        for number in range(1, edge_gateway.RUNS_MAX):
-            client.set_flow_run_state(runs()[-1].id, Failed(message=f"failure {number}"), force=True)
+        assert len(found_runs()) == 1
+        for number in range(1, RUNS_MAX):
+            client.set_flow_run_state(found_runs()[-1].id, Failed(message=f"failure {number}"), force=True)
             assert edge_gateway.start_by_prefect("edge-experiment", parameters, "key") == ""
-            assert len(runs()) == number + 1
-        client.set_flow_run_state(runs()[-1].id, Failed(message="the last"), force=True)
+            assert len(found_runs()) == number + 1
+        client.set_flow_run_state(found_runs()[-1].id, Failed(message="the last"), force=True)
         assert "5 runs of it have ended, the last: Failed the last" in edge_gateway.start_by_prefect(
             "edge-experiment", parameters, "key"
         )
         edge_gateway.start_by_prefect("edge-experiment", parameters, "other")
-        client.set_flow_run_state(runs()[-1].id, Cancelled(), force=True)
+        client.set_flow_run_state(found_runs()[-1].id, Cancelled(), force=True)
         assert edge_gateway.start_by_prefect("edge-experiment", parameters, "other") == "its run was cancelled"
 
 

@@ -24,16 +24,16 @@ BASE = {"b": 0.0, "w": [0.0, 0.0, 0.0]}
 def make_server(folder: Path, **pinned: Any) -> Server:
     """With version 0, zeros; known to the steps of this process as `edge`."""
     me = create_home(folder / "home")
-    registry = Registry(url=SecretStr(f"sqlite:///{folder / 'registry.sqlite'}"))
-    connections = EdgeConnections(
-        name="edge",
-        store=ArtifactStore(root=str(folder / "store")),
-        registry=registry,
-        **{"aggregation_pause_s": 0.05, "stalled_s": 0.0, **pinned},
-    )
+    fields: dict[str, Any] = {
+        "store": ArtifactStore(root=str(folder / "store")),
+        "registry": Registry(url=SecretStr(f"sqlite:///{folder / 'registry.sqlite'}")),
+        "aggregation_pause_s": 0.05,
+        "stalled_s": 0.0,
+    }
+    connections = EdgeConnections(name="edge", **{**fields, **pinned})
     connections.pin(me)
     residents["edge"] = me
-    server = Server(EdgeLedger(registry, connections.store, me.address), connections)
+    server = Server(EdgeLedger(connections.registry, connections.store, me.address), connections)
     put_model(server, BASE, 0)
     return server
 
