@@ -118,9 +118,9 @@ def schedule(
     with _failures():
         if not (folder.resolve() / "admin-key").exists():
             raise ValueError(f"--folder {folder}: no admin-key there; name the folder of healchain edge up")
-        from infra.cli import use_prefect_of_home
-
-        use_prefect_of_home(folder / "home")
+        # Before Prefect is imported: the profile there names the server.
+        os.environ.setdefault("PREFECT_HOME", str(folder.resolve() / "home" / "prefect"))
+        os.environ.setdefault("DO_NOT_TRACK", "1")
         name = _scheduled(experiment, cron, every_s)
     console.print(f"deployment [bold]{name}[/bold]: pause and resume its schedule in the Prefect UI", soft_wrap=True)
 
