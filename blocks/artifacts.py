@@ -112,6 +112,14 @@ class ArtifactStore(Block):
             raise TamperedArtifact(f"artifact {sha256} of {owner} has digest {sha256_hex(data)}: truncated or changed")
         return data
 
+    def size(self, owner: str, sha256: str) -> int | None:
+        """How many bytes are stored under this digest, unchecked; None when there is nothing."""
+        return self._place.size(_blob(owner, sha256))
+
+    def remove(self, owner: str, sha256: str) -> None:
+        """Let go of bytes that nothing names any longer. Removing what is not there changes nothing."""
+        self._place.remove(_blob(owner, sha256))
+
     def post(self, owner: str, path: str, data: bytes) -> None:
         """Store a record under an agreed name, once. Posting the same bytes again changes nothing."""
         name = _record(owner, path)
@@ -199,6 +207,15 @@ class Directory:
     def create(self, name: str, data: bytes) -> None:
         """Write a file that is not there. Raises FileExistsError."""
         _write_once(self.root / name, data)
+
+    def size(self, name: str) -> int | None:
+        try:
+            return (self.root / name).stat().st_size
+        except FileNotFoundError:
+            return None
+
+    def remove(self, name: str) -> None:
+        (self.root / name).unlink(missing_ok=True)
 
     def names(self, folder: str) -> list[str]:
         """Names of all files in a folder and below, relative to it."""

@@ -55,7 +55,8 @@ class EdgeConnections(BaseModel):
     tenant, channel: of the prefix of MQTT's topics. is_open: devices without keys are let in, and bare topics are served.
     beat_s: how often a device says that it is well; it is alive for three times that. aggregator_url, aggregator_key: who
     combines, if not a process of this host, and the key that it asks for, if any. public_url: of the gateway, as devices
-    reach it; told to the modules of existing devices.
+    reach it; told to the modules of existing devices. max_samples: the most that an update may say it was trained on.
+    stalled_s: a broker that takes no message for so long is not waited for before a round's clock starts.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
@@ -71,6 +72,8 @@ class EdgeConnections(BaseModel):
     aggregator_key: SecretStr = SecretStr("")
     aggregation_timeout_s: float = 30.0
     aggregation_pause_s: float = 1.0
+    max_samples: int = 10**9
+    stalled_s: float = 5.0
     public_url: str = ""
 
     @property

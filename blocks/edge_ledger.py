@@ -2,7 +2,10 @@
 
 The tables are in the registry's database; what is large is in the artifact store, named by its SHA-256. A round is changed in
 one transaction that holds its row, so that of several who would close it exactly one does, and a version is allocated where it
-is written: versions count up, are written once and never given twice, whoever restarts.
+is written: versions count up, are written once and never given twice, whoever restarts. The head is the version of the round that
+was opened last: a round that is combined later than its followers makes a version, and not the one from which training goes on.
+
+Bytes that nothing names any longer are removed; what a kill leaves between the store and the database stays.
 
 What is received here was read and judged before (tasks.edge.wire, tasks.edge.rounds). Moments are arguments.
 
@@ -12,13 +15,16 @@ Errors: UnknownRound, UnknownModel, AlreadyWritten; TamperedArtifact for bytes t
 import hashlib
 import json
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, TypeVar
 from uuid import NAMESPACE_URL, uuid5
 
-from sqlalchemy import func, text, update
+from sqlalchemy import func, or_, text, update
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import defer
 from sqlmodel import Session, SQLModel, col, select
 
 from blocks.artifacts import ArtifactStore, TamperedArtifact
@@ -26,8 +32,8 @@ from blocks.registry import Registry
 from blocks.tables import (
     EdgeBlobRow,
     EdgeDeviceRow,
+    EdgeDroppedRow,
     EdgeExperimentRow,
-    EdgeLateRow,
     EdgeMessageRow,
     EdgeModelRow,
     EdgeRoundRow,
@@ -43,9 +49,14 @@ SMALL_BYTES = 2**20  # a model or an update of more is an artifact
 KEY_BYTES = 32
 PBKDF2_ROUNDS = 101  # a key has 256 random bits: stretching it adds nothing
 PIN_FOLDER = "edge/"
-LOCK = 0x45646765  # PostgreSQL's advisory lock of whoever allocates a version
+# PostgreSQL's advisory locks: of whoever allocates a version, takes names of rounds, names or removes bytes of the store.
+VERSIONS_LOCK, NAMES_LOCK, BYTES_LOCK = 0x45646765, 0x45646766, 0x45646767
+DROPPED_MAX = 8  # remembered of one device in one round
+WRITES = 4  # attempts, when another process writes a row of the same key at the same moment
 PENDING, RUNNING, DONE, BROKEN = 0, 2, 3, 4  # states of a task
+BODY: Any = EdgeModelRow.body  # of a version: many megabytes together, so listings leave it out
 R = TypeVar("R", bound=SQLModel)
+T = TypeVar("T")
 
 
 class UnknownRound(LookupError):
@@ -79,23 +90,73 @@ class EdgeLedger:
 
     # Experiments and rounds
 
-    def record_experiment(self, experiment_id: str, request: str, at: datetime) -> None:
-        """Remember a request; the same again changes nothing. Raises AlreadyWritten for another one of this name."""
+    def record_experiment(
+        self,
+        experiment_id: str,
+        request: str,
+        at: datetime,
+        *,
+        first_round: str = "",
+        rounds: int = 1,
+        series: str = "",
+    ) -> None:
+        """Remember a request, and that the names of its rounds are taken; the same again changes nothing.
+
+        first_round: the experiment's own name unless given; the others are it with their number. Raises AlreadyWritten for
+        another request of this name, and for a name of a round that another experiment has or will have.
+        """
         digest = hashlib.sha256(request.encode()).hexdigest()
+        asked: dict[str, Any] = {"experiment_id": experiment_id, "digest": digest, "request": request, "created_at": at}
+        asked |= {"first_round": first_round or experiment_id, "rounds": rounds, "series": series}
 
-        def write(session: Session) -> str:
+        def write(session: Session) -> tuple[str, str]:
+            _take_turn(session, NAMES_LOCK)
             found = session.get(EdgeExperimentRow, experiment_id)
-            if found is None:
-                row = EdgeExperimentRow(experiment_id=experiment_id, digest=digest, request=request, created_at=at)
-                session.add(row)
-                return digest
-            return found.digest
+            if found is not None:
+                return found.digest, ""
+            row = EdgeExperimentRow(**asked)
+            if rival := _rival(session, row):
+                return digest, rival
+            session.add(row)
+            return digest, ""
 
-        if self.registry.change(write) != digest:
+        written, rival = self._change(write)
+        if rival:
+            raise AlreadyWritten(
+                f"round {asked['first_round']}, or one that follows it, is of experiment {rival}: give it another round_id"
+            )
+        if written != digest:
             raise AlreadyWritten(f"experiment {experiment_id} was configured otherwise before: give it another id")
 
     def experiment(self, experiment_id: str) -> EdgeExperimentRow | None:
         return self.registry.read(lambda session: session.get(EdgeExperimentRow, experiment_id))
+
+    def series(self, name: str) -> list[EdgeExperimentRow]:
+        """The experiments that a schedule of this name has asked for, in order."""
+        found = self._all(select(EdgeExperimentRow).where(EdgeExperimentRow.series == name))
+        return sorted(found, key=lambda row: (row.created_at, row.experiment_id))
+
+    def unended(self) -> list[str]:
+        """Experiments that have begun, and whose run has not said that they are over."""
+        begun = col(EdgeExperimentRow.experiment_id).in_(select(EdgeRoundRow.experiment_id))
+        under_way = col(EdgeExperimentRow.ended_at).is_(None)
+        return sorted(self._all(select(EdgeExperimentRow.experiment_id).where(under_way, begun)))
+
+    def end_experiment(self, experiment_id: str, at: datetime) -> None:
+        """Nothing conducts it from here on. The first moment stays."""
+
+        def write(session: Session) -> None:
+            row = session.get(EdgeExperimentRow, experiment_id)
+            if row is not None and row.ended_at is None:
+                row.ended_at = at
+
+        self._change(write)
+
+    def newest_experiments(self, most: int) -> list[str]:
+        """Those whose rounds were opened last."""
+        newest = func.max(EdgeRoundRow.opened_at).desc()
+        query = select(EdgeRoundRow.experiment_id).group_by(col(EdgeRoundRow.experiment_id)).order_by(newest)
+        return self._all(query.limit(most))
 
     def open_round(self, row: EdgeRoundRow) -> EdgeRoundRow:
         """Open a round; the one that was opened before under this name, where there is one. Raises AlreadyWritten."""
@@ -107,10 +168,21 @@ class EdgeLedger:
                 session.flush()
             return _free(session, found)
 
-        found = self.registry.change(write)
+        found = self._change(write)
         if (found.experiment_id, found.number) != (row.experiment_id, row.number):
             raise AlreadyWritten(f"round {row.round_id} is of experiment {found.experiment_id}: give it another id")
         return found
+
+    def start_clock(self, round_id: str, at: datetime) -> EdgeRoundRow:
+        """Have the deadline count from here; a clock that runs already stays. Raises UnknownRound."""
+
+        def write(session: Session) -> EdgeRoundRow:
+            round_ = _lock(session, round_id)
+            if round_.started_at is None:
+                round_.started_at, round_.deadline_at = at, at + timedelta(seconds=round_.timeout_s)
+            return _free(session, round_)
+
+        return self._change(write)
 
     def round(self, round_id: str) -> EdgeRoundRow:
         """Raises UnknownRound."""
@@ -128,45 +200,55 @@ class EdgeLedger:
     def open_rounds(self) -> list[EdgeRoundRow]:
         return sorted(self._all(select(EdgeRoundRow).where(EdgeRoundRow.status == OPEN)), key=lambda row: row.opened_at)
 
-    def last_completed(self) -> EdgeRoundRow | None:
-        """The round that made the newest version."""
-        query = select(EdgeRoundRow).where(col(EdgeRoundRow.version).is_not(None))
-        found = self._all(query.order_by(col(EdgeRoundRow.version).desc()).limit(1))
-        return found[0] if found else None
+    def count_rounds(self) -> dict[str, int]:
+        """Rounds by how they stand."""
+        return dict(self._all(select(EdgeRoundRow.status, func.count()).group_by(EdgeRoundRow.status)))
+
+    def head(self, experiment_id: str | None = None) -> EdgeRoundRow | None:
+        """Of the rounds that made a version the one that was opened last; of one experiment, or of all."""
+        return self.registry.read(lambda session: _head(session, experiment_id))
 
     def receive(self, row: EdgeUpdateRow, body: bytes | None) -> Received:
         """Take an update into its round, in place of an earlier one of its sender; the k-th closes the round.
 
-        One that comes after the closing is remembered beside it; one that was taken before and comes again is not late.
-        Raises UnknownRound.
+        Of one that comes after the closing, or that is replaced, only that it was there is kept; one that was taken before
+        and comes again is not late. Raises UnknownRound.
         """
         if body is not None and len(body) > SMALL_BYTES:
-            row.sha256 = self.store.put(self.owner, body).sha256
+            row.sha256 = _sha256(body)
+            if self.close_if_due(row.round_id, row.received_at).status == OPEN:
+                self.store.put(self.owner, body)  # others wait for the transaction, which finds it there
         elif body is not None:
             row.body = body.decode()
 
-        def write(session: Session) -> Received:
+        def write(session: Session) -> tuple[Received, str | None]:
             round_ = _lock(session, row.round_id)
             _close_if_due(round_, row.received_at)
             before = session.get(EdgeUpdateRow, (row.round_id, row.proplet_id))
-            if before is not None and before.digest == row.digest:
-                return Received("repeated", _count(session, row.round_id), _free(session, round_))
-            if round_.status != OPEN:
-                late = {name: getattr(row, name) for name in EdgeLateRow.model_fields}
-                session.merge(EdgeLateRow(**late))
-                return Received("late", _count(session, row.round_id), _free(session, round_))
+            kind = _kind_of(round_, before, row)
+            if kind == "late":
+                _drop(session, row, kind, _sha256(body) if body is not None else "", len(body or b""))
+            if kind != "accepted":
+                return Received(kind, _count(session, row.round_id), _free(session, round_)), row.sha256
+            if before is not None:
+                _drop(session, before, "replaced", *self._measure(before))
+            left = None if before is None else before.sha256
+            if row.sha256 is not None:
+                self._hold(session, row.sha256, body or b"")
             session.merge(EdgeUpdateRow(**row.model_dump()))
             session.flush()
             count = _count(session, row.round_id)
             if count >= round_.k_of_n:
                 _close(round_, "k", row.received_at, row.proplet_id)
-            return Received("accepted", count, _free(session, round_))
+            return Received("accepted", count, _free(session, round_)), left
 
-        return self.registry.change(write)
+        received, left = self._change(write)
+        self.discard(left)
+        return received
 
     def close_if_due(self, round_id: str, now: datetime, closer: str = "") -> EdgeRoundRow:
         """Close a round whose deadline has passed; the round as it stands then. Raises UnknownRound."""
-        if (seen := self.round(round_id)).status != OPEN or now < seen.deadline_at:
+        if not _is_due(seen := self.round(round_id), now):
             return seen
 
         def write(session: Session) -> EdgeRoundRow:
@@ -174,7 +256,7 @@ class EdgeLedger:
             _close_if_due(round_, now, closer)
             return _free(session, round_)
 
-        return self.registry.change(write)
+        return self._change(write)
 
     def updates(self, round_id: str) -> list[EdgeUpdateRow]:
         """By sender, those with an error among them."""
@@ -182,8 +264,19 @@ class EdgeLedger:
             self._all(select(EdgeUpdateRow).where(EdgeUpdateRow.round_id == round_id)), key=lambda row: row.proplet_id
         )
 
-    def late_updates(self, round_id: str) -> list[EdgeLateRow]:
-        return self._all(select(EdgeLateRow).where(EdgeLateRow.round_id == round_id))
+    def answered(self, round_id: str) -> set[str]:
+        """Who has sent an update, or an error."""
+        return set(self._all(select(EdgeUpdateRow.proplet_id).where(EdgeUpdateRow.round_id == round_id)))
+
+    def measured(self, round_id: str) -> list[tuple[int, str]]:
+        """The samples and the metrics (JSON) of each update without an error, by sender."""
+        query = select(EdgeUpdateRow.proplet_id, EdgeUpdateRow.num_samples, EdgeUpdateRow.metrics)
+        found = self._all(query.where(EdgeUpdateRow.round_id == round_id, EdgeUpdateRow.error == ""))
+        return [(samples, metrics) for _, samples, metrics in sorted(tuple(one) for one in found)]
+
+    def dropped(self, round_id: str) -> list[EdgeDroppedRow]:
+        """What came late or was replaced; of each device the last DROPPED_MAX."""
+        return self._all(select(EdgeDroppedRow).where(EdgeDroppedRow.round_id == round_id))
 
     def count(self, round_id: str) -> int:
         """Updates without an error."""
@@ -194,37 +287,46 @@ class EdgeLedger:
         return row.body.encode() if row.body is not None else self.store.get(self.owner, row.sha256 or "")
 
     def end_round(self, round_id: str, status: str, detail: str, at: datetime) -> EdgeRoundRow:
-        """A closed round without a version: FAILED, or COMPLETED_WITH_WARNING. One that has ended well stays as it is."""
+        """A round without a version: FAILED, or COMPLETED_WITH_WARNING. One that has ended well stays as it is.
+
+        One that is open is closed by it: it was abandoned.
+        """
 
         def write(session: Session) -> EdgeRoundRow:
             round_ = _lock(session, round_id)
+            if round_.status == OPEN:
+                _close(round_, "abandoned", at, "")
             if round_.version is None:
                 round_.status, round_.detail, round_.completed_at = status, detail[:2000], at
             return _free(session, round_)
 
-        return self.registry.change(write)
+        return self._change(write)
 
     def complete(self, model: EdgeModelRow, data: bytes, topic: str, notice: Mapping[str, Any]) -> EdgeRoundRow:
         """Write the version of a closed round, end the round, and leave a notice to be published: all of it, once.
 
-        The version is the next free one; the notice gets it as new_model_version. A round that has one keeps it.
+        The version is the next free one. The notice gets it as new_model_version, and how the round ended. A round that has a
+        version keeps it.
         """
         row = self._placed(model, data)
-        round_id = row.round_id or ""
 
         def write(session: Session) -> EdgeRoundRow:
-            round_ = _lock(session, round_id)
+            round_ = _lock(session, row.round_id or "")
             if round_.version is not None:
                 return _free(session, round_)
             if round_.status == OPEN:
-                raise ValueError(f"round {round_id} is open: close it first")
+                raise ValueError(f"round {row.round_id} is open: close it first")
+            _take_turn(session, VERSIONS_LOCK)  # before that of the bytes, as everywhere
+            self._hold_model(session, row, data)
             version = _add_version(session, row)
-            round_.status, round_.version, round_.detail, round_.completed_at = COMPLETED, version, "", row.created_at
-            said = {**notice, "new_model_version": version, "model_uri": f"fl/models/global_model_v{version}"}
+            round_.status, round_.version, round_.completed_at = COMPLETED, version, row.created_at
+            session.flush()
+            said = {**notice, **_ending(session, round_)}
+            round_.detail = said["detail"]
             session.add(EdgeMessageRow(topic=topic, payload=json.dumps(said, sort_keys=True), made_at=row.created_at))
             return _free(session, round_)
 
-        return self.registry.change(write)
+        return self._change(write)
 
     # Model versions
 
@@ -236,14 +338,16 @@ class EdgeLedger:
         placed = self._placed(row, data)
 
         def write(session: Session) -> tuple[int, str]:
-            _take_turn(session)
+            _take_turn(session, VERSIONS_LOCK)
             found = None if version is None else session.get(EdgeModelRow, version)
             if found is not None:
                 return found.version, found.sha256
+            self._hold_model(session, placed, data)
             return _add_version(session, placed, version), placed.sha256
 
-        written, sha256 = self.registry.change(write)
+        written, sha256 = self._change(write)
         if sha256 != placed.sha256:
+            self.discard(placed.sha256 if placed.body is None else None)
             raise AlreadyWritten(
                 f"version {written} is another model: versions are written once, store it under the next"
             )
@@ -256,8 +360,23 @@ class EdgeLedger:
             raise UnknownModel("Model not found")
         return found
 
+    def described(self, version: int) -> EdgeModelRow:
+        """As `model`, without the body, which may be large."""
+        found = self._all(_bodiless().where(EdgeModelRow.version == version)) if 0 <= version < 2**31 else []
+        if not found:
+            raise UnknownModel("Model not found")
+        row: EdgeModelRow = found[0]
+        return row
+
     def models(self) -> list[EdgeModelRow]:
-        return self._all(select(EdgeModelRow).order_by(col(EdgeModelRow.version)))
+        """Without their bodies."""
+        return self._all(_bodiless().order_by(col(EdgeModelRow.version)))
+
+    def versions(self) -> list[int]:
+        return self._all(select(EdgeModelRow.version).order_by(col(EdgeModelRow.version)))
+
+    def newest_version(self) -> int | None:
+        return self.registry.read(lambda session: session.exec(select(func.max(EdgeModelRow.version))).one())
 
     def model_bytes(self, row: EdgeModelRow) -> bytes:
         """As they were written, in the form that the row names. Raises TamperedArtifact."""
@@ -272,7 +391,7 @@ class EdgeLedger:
 
     def state_bytes(self, version: int) -> bytes | None:
         """What the rule kept with this version."""
-        kept = self.model(version).state_sha256
+        kept = self.described(version).state_sha256
         return None if kept is None else self.store.get(self.owner, kept)
 
     def pin(self, name: str, version: int, at: datetime) -> EdgeModelRow:
@@ -281,7 +400,7 @@ class EdgeLedger:
         if (standing := self._pins(name)) and standing[-1].version == _pinned_name(version):
             return found
         row = PinRow(name=PIN_FOLDER + name, version=_pinned_name(version), pinned_at=at)
-        self.registry.change(lambda session: session.add(row))
+        self._change(lambda session: session.add(row))
         return found
 
     def pinned(self, name: str) -> EdgeModelRow:
@@ -298,7 +417,7 @@ class EdgeLedger:
                 f"pin {name[:80]!r} was set {len(standing)} times: there is no version before to go back to"
             )
         undone = update(PinRow).where(col(PinRow.id) == standing[-1].id).values(undone_at=at)
-        self.registry.change(lambda session: session.execute(undone) and None)
+        self._change(lambda session: session.execute(undone) and None)
         return self.pinned(name)
 
     def _pins(self, name: str) -> list[PinRow]:
@@ -311,6 +430,36 @@ class EdgeLedger:
         found.sha256 = _sha256(data) if found.form == "json" else self.store.put(self.owner, data).sha256
         found.body = data.decode() if found.form == "json" else None
         return found
+
+    def _hold_model(self, session: Session, row: EdgeModelRow, data: bytes) -> None:
+        if row.body is None:
+            self._hold(session, row.sha256, data)
+
+    # Bytes in the store
+
+    def discard(self, sha256: str | None) -> None:
+        """Remove bytes that nothing names any longer. A store that does not let them go keeps them."""
+
+        def remove(session: Session) -> None:
+            _take_turn(session, BYTES_LOCK)
+            if sha256 and not _is_named(session, sha256):
+                with suppress(OSError):
+                    self.store.remove(self.owner, sha256)
+
+        if sha256:
+            self._change(remove)
+
+    def _hold(self, session: Session, sha256: str, data: bytes) -> None:
+        """Have bytes in the store that the transaction is about to name; nobody removes them before it has."""
+        _take_turn(session, BYTES_LOCK)
+        if self.store.size(self.owner, sha256) is None:
+            self.store.put(self.owner, data)
+
+    def _measure(self, row: EdgeUpdateRow) -> tuple[str, int]:
+        """Digest and size of an update's model."""
+        if row.body is not None:
+            return _sha256(row.body.encode()), len(row.body.encode())
+        return row.sha256 or "", (self.store.size(self.owner, row.sha256) or 0) if row.sha256 else 0
 
     # Devices
 
@@ -344,7 +493,7 @@ class EdgeLedger:
                 setattr(row, name, value)
             session.add(row)
 
-        self.registry.change(write)
+        self._change(write)
 
     # Tasks and messages
 
@@ -364,7 +513,7 @@ class EdgeLedger:
             session.add_all(fresh)
             return many
 
-        return self.registry.change(write) if tasks else 0
+        return self._change(write) if tasks else 0
 
     def put_task(self, row: EdgeTaskRow, messages: Iterable[tuple[str, str]] = ()) -> None:
         """Write a task as it stands, and leave messages to be published."""
@@ -375,7 +524,7 @@ class EdgeLedger:
                 EdgeMessageRow(topic=topic, payload=said, made_at=row.changed_at) for topic, said in messages
             )
 
-        self.registry.change(write)
+        self._change(write)
 
     def task(self, task_id: str) -> EdgeTaskRow | None:
         return self.registry.read(lambda session: session.get(EdgeTaskRow, task_id))
@@ -390,23 +539,41 @@ class EdgeLedger:
         waiting = select(EdgeMessageRow).where(col(EdgeMessageRow.sent_at).is_(None))
         return self._all(waiting.order_by(col(EdgeMessageRow.id)).limit(most))
 
+    def waiting(self, upto: int | None = None) -> int:
+        """How many messages nobody has published; upto: those that were there when it was `last_message`."""
+        query = select(func.count()).select_from(EdgeMessageRow).where(col(EdgeMessageRow.sent_at).is_(None))
+        query = query if upto is None else query.where(col(EdgeMessageRow.id) <= upto)
+        return int(self.registry.read(lambda session: session.exec(query).one()))
+
+    def last_message(self) -> int:
+        return self.registry.read(lambda session: session.exec(select(func.max(EdgeMessageRow.id))).one()) or 0
+
     def leave(self, topic: str, payload: str, at: datetime) -> None:
         """Leave a message to be published."""
         row = EdgeMessageRow(topic=topic, payload=payload, made_at=at)
-        self.registry.change(lambda session: session.add(row))
+        self._change(lambda session: session.add(row))
 
     def mark_sent(self, ids: Sequence[int], at: datetime) -> None:
         """So that what the broker has taken is not published again."""
         done = update(EdgeMessageRow).where(col(EdgeMessageRow.id).in_(ids)).values(sent_at=at)
-        self.registry.change(lambda session: session.execute(done) and None)
+        self._change(lambda session: session.execute(done) and None)
 
     # Modules and data sets
 
     def put_blob(self, kind: str, name: str, data: bytes) -> EdgeBlobRow:
-        """Keep bytes under a name, in place of earlier ones."""
+        """Keep bytes under a name, in place of earlier ones, which are removed."""
         sha256 = self.store.put(self.owner, data).sha256
-        row = EdgeBlobRow(kind=kind, name=name, sha256=sha256, size_bytes=len(data))
-        return self.registry.change(lambda session: _free(session, session.merge(row)))
+
+        def write(session: Session) -> tuple[EdgeBlobRow, str | None]:
+            before = session.get(EdgeBlobRow, (kind, name))
+            left = None if before is None or before.sha256 == sha256 else before.sha256
+            self._hold(session, sha256, data)
+            row = EdgeBlobRow(kind=kind, name=name, sha256=sha256, size_bytes=len(data))
+            return _free(session, session.merge(row)), left
+
+        row, left = self._change(write)
+        self.discard(left)
+        return row
 
     def blob(self, kind: str, name: str) -> EdgeBlobRow | None:
         return self.registry.read(lambda session: session.get(EdgeBlobRow, (kind, name)))
@@ -420,6 +587,17 @@ class EdgeLedger:
 
     def _all(self, query: Any) -> list[Any]:
         return self.registry.read(lambda session: list(session.exec(query).all()))
+
+    def _change(self, work: Callable[[Session], T]) -> T:
+        """Do the work in one transaction; again where another process has just written a row of the same key.
+
+        SQLite lets one writer in after the other. On PostgreSQL two that both found no row would both insert it; the second
+        one finds it when it does its work again.
+        """
+        for _ in range(1, WRITES):
+            with suppress(IntegrityError):
+                return self.registry.change(work)
+        return self.registry.change(work)
 
 
 def task_id_of(round_id: str, proplet_id: str) -> str:
@@ -470,8 +648,12 @@ def _free(session: Session, row: R) -> R:
     return type(row)(**row.model_dump())
 
 
+def _is_due(round_: EdgeRoundRow, now: datetime) -> bool:
+    return round_.status == OPEN and round_.started_at is not None and now >= round_.deadline_at
+
+
 def _close_if_due(round_: EdgeRoundRow, now: datetime, closer: str = "") -> None:
-    if round_.status == OPEN and now >= round_.deadline_at:
+    if _is_due(round_, now):
         _close(round_, "timeout", round_.deadline_at, closer)
 
 
@@ -488,14 +670,85 @@ def _count(session: Session, round_id: str) -> int:
     return int(session.exec(good).one())
 
 
-def _take_turn(session: Session) -> None:
-    """Until the end of the transaction nobody else allocates a version."""
+def _kind_of(round_: EdgeRoundRow, before: EdgeUpdateRow | None, row: EdgeUpdateRow) -> str:
+    if before is not None and before.digest == row.digest:
+        return "repeated"
+    return "accepted" if round_.status == OPEN else "late"
+
+
+def _drop(session: Session, row: EdgeUpdateRow, reason: str, sha256: str, size_bytes: int) -> None:
+    """Remember of an update that it was there; of each device the last ones, so that nobody fills the disk."""
+    known = {name: getattr(row, name) for name in ("round_id", "proplet_id", "digest", "num_samples", "received_at")}
+    session.merge(EdgeDroppedRow(**known, sha256=sha256, size_bytes=size_bytes, reason=reason))
+    session.flush()
+    of_device = (EdgeDroppedRow.round_id == row.round_id, EdgeDroppedRow.proplet_id == row.proplet_id)
+    newest = select(EdgeDroppedRow).where(*of_device).order_by(col(EdgeDroppedRow.received_at).desc())
+    for old in session.exec(newest.offset(DROPPED_MAX)).all():
+        session.delete(old)
+
+
+def _head(session: Session, experiment_id: str | None = None) -> EdgeRoundRow | None:
+    query = select(EdgeRoundRow).where(col(EdgeRoundRow.version).is_not(None))
+    query = query if experiment_id is None else query.where(EdgeRoundRow.experiment_id == experiment_id)
+    order = [col(one).desc() for one in (EdgeRoundRow.opened_at, EdgeRoundRow.number, EdgeRoundRow.version)]
+    return session.exec(query.order_by(*order).limit(1)).first()
+
+
+def _ending(session: Session, round_: EdgeRoundRow) -> dict[str, Any]:
+    """What the notice of a new version says of it. head: the version from which training goes on, of the same experiment."""
+    count, head = _count(session, round_.round_id), _head(session, round_.experiment_id) or round_
+    remarks = [f"{count} of {round_.k_of_n} updates came"] if count < round_.k_of_n else []
+    if head.round_id != round_.round_id:
+        remarks.append(f"round {head.round_id} trained without it, and training goes on from version {head.version}")
+    return {
+        "new_model_version": round_.version,
+        "model_uri": f"fl/models/global_model_v{round_.version}",
+        "num_updates": count,
+        "k_of_n": round_.k_of_n,
+        "partial": count < round_.k_of_n,
+        "head": head.version,
+        "detail": "; ".join(remarks),
+    }
+
+
+def _rival(session: Session, row: EdgeExperimentRow) -> str | None:
+    """Another experiment that has, or will have, a round of one of the names of this one's."""
+    stem, _, _ = row.first_round.rpartition(".")
+    theirs, others = col(EdgeExperimentRow.first_round), col(EdgeExperimentRow.experiment_id) != row.experiment_id
+    near = or_(theirs.in_([row.first_round, stem]), theirs.startswith(row.first_round + ".", autoescape=True))
+    for other in session.exec(select(EdgeExperimentRow).where(others, near)).all():
+        follows = _follows(row.first_round, other) or _follows(other.first_round, row)
+        if follows or other.first_round == row.first_round:
+            return other.experiment_id
+    return None
+
+
+def _follows(name: str, row: EdgeExperimentRow) -> bool:
+    """Whether a round of this name is a later one of the experiment."""
+    stem, _, number = name.rpartition(".")
+    return (
+        stem == row.first_round and number.isdecimal() and str(int(number)) == number and 2 <= int(number) <= row.rounds
+    )
+
+
+def _is_named(session: Session, sha256: str) -> bool:
+    """Whether bytes of the store belong to anything here."""
+    named = (EdgeUpdateRow.sha256, EdgeModelRow.sha256, EdgeModelRow.state_sha256, EdgeBlobRow.sha256)
+    return any(session.exec(select(one).where(col(one) == sha256).limit(1)).first() is not None for one in named)
+
+
+def _bodiless() -> Any:
+    return select(EdgeModelRow).options(defer(BODY, raiseload=True))
+
+
+def _take_turn(session: Session, lock: int) -> None:
+    """Until the end of the transaction nobody else has this turn; on SQLite one writes at a time anyway."""
     if session.get_bind().dialect.name == "postgresql":
-        session.connection().execute(text(f"SELECT pg_advisory_xact_lock({LOCK})"))
+        session.connection().execute(text(f"SELECT pg_advisory_xact_lock({lock})"))
 
 
 def _add_version(session: Session, row: EdgeModelRow, version: int | None = None) -> int:
-    _take_turn(session)
+    _take_turn(session, VERSIONS_LOCK)
     if version is None:
         newest = session.exec(select(func.max(EdgeModelRow.version))).one()
         version = 0 if newest is None else int(newest) + 1

@@ -104,6 +104,16 @@ class Bucket:
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), name)
         self._put(name, data)
 
+    def size(self, name: str) -> int | None:
+        """Bytes of an object, by GET as in `_has`; None when there is none."""
+        try:
+            return self._ask(f"measure {name}", lambda client: _size(self._get(client, name)))
+        except FileNotFoundError:
+            return None
+
+    def remove(self, name: str) -> None:
+        self._ask(f"remove {name}", lambda client: client.remove_object(bucket_name=self._bucket, object_name=name))
+
     def names(self, folder: str) -> list[str]:
         """Names of all objects in a folder and below, relative to it."""
         listed = self._list(f"{folder}/", recursive=True)
@@ -204,6 +214,12 @@ def _received(response: BaseHTTPResponse, max_bytes: int | None) -> bytes:
         data: bytes = response.read(decode_content=False)
         response.release_conn()
         return data
+
+
+def _size(response: BaseHTTPResponse) -> int:
+    """What the server announces; nothing of it is read."""
+    with closing(response):
+        return _announced(response)
 
 
 def _is_content(response: BaseHTTPResponse, data: bytes) -> bool:

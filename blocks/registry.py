@@ -49,6 +49,7 @@ from contracts.task_spec import Start
 
 PATIENCE_S = 60.0  # longest wait for a database that restarts
 RETRY_S = 0.2
+CONNECT_S = 5
 BATCH_ROWS = 500
 INSERT: Mapping[str, Any] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
 _write_lock = threading.Lock()
@@ -74,6 +75,8 @@ class Registry(Block):
     url: SecretStr = BlockField(
         description="SQLAlchemy URL, e.g. sqlite:////path/registry.sqlite; it may hold a password"
     )
+
+    patience_s: float = BlockField(default=PATIENCE_S, ge=0, description="longest wait for a database that restarts")
 
     # Who can be asked
 
@@ -307,8 +310,8 @@ class Registry(Block):
         self._patiently(run)
 
     def _patiently(self, run: Callable[[], T]) -> T:
-        """Try again while the database server is away, for at most PATIENCE_S. Raises RegistryUnavailable."""
-        give_up_s = time.monotonic() + PATIENCE_S
+        """Try again while the database server is away, for at most patience_s. Raises RegistryUnavailable."""
+        give_up_s = time.monotonic() + self.patience_s
         while True:
             try:
                 return run()
@@ -404,7 +407,8 @@ def _engine(url: str, _process: int) -> Engine:
         engine = create_engine(url, poolclass=NullPool)
         event.listen(engine, "connect", _survive_a_kill)
     else:
-        engine = create_engine(url, pool_pre_ping=True)
+        # Of a host that does not answer at all: without a limit each try would take minutes.
+        engine = create_engine(url, pool_pre_ping=True, connect_args={"connect_timeout": CONNECT_S})
     bring_up_to_date(engine)
     return engine
 

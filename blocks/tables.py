@@ -245,20 +245,29 @@ class PinRow(SQLModel, table=True):
 
 
 class EdgeExperimentRow(SQLModel, table=True):
-    """Rounds over edge devices that somebody asked for. request: JSON as it was asked; digest: SHA-256 of it."""
+    """Rounds over edge devices that somebody asked for. request: JSON as it was asked; digest: SHA-256 of it.
+
+    first_round, rounds: what names its rounds are taken by. series: of experiments that a schedule asks for, its name; else
+    empty. ended_at: all its rounds are over, and no run conducts it.
+    """
 
     __tablename__ = "edge_experiments"
     experiment_id: str = Field(primary_key=True)
     digest: str
     request: str = Field(sa_type=Text)
+    first_round: str = Field(default="", index=True)
+    rounds: int = 1
+    series: str = Field(default="", index=True)
     created_at: datetime = Field(sa_type=UtcDateTime)
+    ended_at: datetime | None = Field(default=None, sa_type=UtcDateTime, index=True)
 
 
 class EdgeRoundRow(SQLModel, table=True):
     """One round over edge devices.
 
-    status: OPEN, CLOSED (reason: k, or timeout), then COMPLETED with a version, COMPLETED_WITH_WARNING (the updates wait for a
-    later combination; detail says why), or FAILED (detail says why). closed_by: who won the closing.
+    status: OPEN, CLOSED (reason: k, timeout, or abandoned with its run), then COMPLETED with a version, COMPLETED_WITH_WARNING
+    (the updates wait for a later combination; detail says why), or FAILED (detail says why). closed_by: who won the closing.
+    started_at: when its devices had been told, from which deadline_at counts; until then no deadline closes it.
     """
 
     __tablename__ = "edge_rounds"
@@ -274,6 +283,7 @@ class EdgeRoundRow(SQLModel, table=True):
     version: int | None = None
     detail: str = Field(default="", sa_type=Text)
     opened_at: datetime = Field(sa_type=UtcDateTime)
+    started_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
     deadline_at: datetime = Field(sa_type=UtcDateTime)
     closed_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
     completed_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
@@ -294,19 +304,25 @@ class EdgeUpdateRow(SQLModel, table=True):
     error: str = Field(default="", sa_type=Text)
     transport: str
     body: str | None = Field(default=None, sa_type=Text)
-    sha256: str | None = None
+    sha256: str | None = Field(default=None, index=True)
     received_at: datetime = Field(sa_type=UtcDateTime)
 
 
-class EdgeLateRow(SQLModel, table=True):
-    """An update that came after the closing of its round. It is refused."""
+class EdgeDroppedRow(SQLModel, table=True):
+    """That there was an update which counts for nothing: its bytes are not kept. reason: late, or replaced.
 
-    __tablename__ = "edge_late_updates"
+    sha256, size_bytes: of its model in JSON; empty and 0 for one with an error.
+    """
+
+    __tablename__ = "edge_dropped_updates"
     round_id: str = Field(primary_key=True)
     proplet_id: str = Field(primary_key=True)
     digest: str = Field(primary_key=True)
     num_samples: int = Field(sa_type=BigInteger)
     received_at: datetime = Field(sa_type=UtcDateTime)
+    sha256: str = ""
+    size_bytes: int = Field(default=0, sa_type=BigInteger)
+    reason: str = ""
 
 
 class EdgeDeviceRow(SQLModel, table=True):
@@ -403,7 +419,7 @@ EDGE: tuple[type[SQLModel], ...] = (
     EdgeExperimentRow,
     EdgeRoundRow,
     EdgeUpdateRow,
-    EdgeLateRow,
+    EdgeDroppedRow,
     EdgeDeviceRow,
     EdgeModelRow,
     EdgeTaskRow,

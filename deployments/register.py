@@ -100,21 +100,31 @@ def register_deployments(definitions: Path, pools: Collection[str] = POOLS) -> l
 
 
 def register_schedule(
-    name: str, queue: str, parameters: dict[str, Any], *, cron: str | None, interval_s: float | None
+    name: str,
+    queue: str,
+    parameters: dict[str, Any],
+    *,
+    cron: str | None,
+    interval_s: float | None,
+    entrypoint: str = "flows.protocol.run_task",
+    pool: str = "publisher",
 ) -> str:
-    """A deployment of the whole protocol that begins by itself; its schedule can be paused and resumed in the UI.
+    """A deployment that begins by itself; its schedule can be paused and resumed in the UI.
+
+    entrypoint: of the whole protocol, or of what asks for the next experiment over edge devices, on its pool.
 
     Raises ValueError for a schedule that is none.
     """
     if (cron is None) == (interval_s is None):
         raise ValueError("give either a cron expression or an interval")
-    flow: Flow[..., Any] = importlib.import_module("flows.protocol").run_task
+    module, _, function = entrypoint.rpartition(".")
+    flow: Flow[..., Any] = getattr(importlib.import_module(module), function)
     deployment = flow.to_deployment(
         name,
         parameters=parameters,
         tags=["recurring", f"series:{name}"],
-        description=f"The next task named {name}, from the last published model.",
-        work_pool_name="publisher",
+        description=f"The next one named {name}, from the last model of this name.",
+        work_pool_name=pool,
         work_queue_name=queue,
         cron=cron,
         interval=interval_s,

@@ -1,11 +1,22 @@
 """Rounds over edge devices: the only place where the order of their steps is written."""
 
+from typing import Any
+
 from prefect import flow
 
 from tasks.edge import experiment as edge
+from tasks.edge.runs import ask_next
+
+RETRIES, RETRY_S = 2, 10  # of a run whose step failed; each begins again and goes on where the ledger is
 
 
-@flow(name="edge-experiment", flow_run_name="edge · {experiment_id}", persist_result=False)
+@flow(
+    name="edge-experiment",
+    flow_run_name="edge · {experiment_id}",
+    persist_result=False,
+    retries=RETRIES,
+    retry_delay_seconds=RETRY_S,
+)
 def run_experiment(experiment_id: str, actor: str = "edge") -> str:
     """Configure, distribute, collect, combine, store, notify. COMPLETED, or the worst of its rounds.
 
@@ -23,7 +34,13 @@ def run_experiment(experiment_id: str, actor: str = "edge") -> str:
     return edge.conclude(experiment_id, actor)
 
 
-@flow(name="edge-retry", flow_run_name="edge retry · {round_id}", persist_result=False)
+@flow(
+    name="edge-retry",
+    flow_run_name="edge retry · {round_id}",
+    persist_result=False,
+    retries=RETRIES,
+    retry_delay_seconds=RETRY_S,
+)
 def retry_round(round_id: str, actor: str = "edge") -> str:
     """Combine the updates that a round has kept. The round's status.
 
@@ -34,3 +51,21 @@ def retry_round(round_id: str, actor: str = "edge") -> str:
     combined = edge.combine(round_id, actor)
     edge.store(round_id, combined, actor)
     return edge.notify(round_id, actor)
+
+
+@flow(
+    name="edge-series",
+    flow_run_name="edge series · {name}",
+    persist_result=False,
+    retries=RETRIES,
+    retry_delay_seconds=RETRY_S,
+)
+def ask_on_schedule(name: str, experiment: dict[str, Any], actor: str = "edge") -> str:
+    """Ask for the next experiment of a series, which has a run of its own; its id, or SKIPPED while one is under way.
+
+    Args:
+        name: of the series.
+        experiment: as for POST /fl/experiments; the ids of experiment and rounds are made from the name.
+        actor: the server of edge devices whose home the worker serves.
+    """
+    return ask_next(name, experiment, actor) or "SKIPPED"

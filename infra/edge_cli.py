@@ -1,4 +1,4 @@
-"""The commands of a server of edge devices: `healchain edge up`, `down`, `status`, `register` and `retry`."""
+"""The commands of a server of edge devices: `healchain edge up`, `down`, `status`, `register`, `retry` and `schedule`."""
 
 import json
 import os
@@ -22,7 +22,7 @@ URL = "http://127.0.0.1:8080"
 
 def add_to(app: typer.Typer) -> None:
     """Put the commands into the group `edge`."""
-    for command in (up, down, status, register, retry):
+    for command in (up, down, status, register, retry, schedule):
         app.command()(command)
 
 
@@ -106,6 +106,37 @@ def retry(
     with _failures():
         said = _ask(folder, url, "POST", f"/fl/rounds/{round_id}/retry", {})
     console.print(f"round {round_id}: {said['status']}, version {said['model_version']}")
+
+
+def schedule(
+    experiment: Annotated[Path, typer.Argument(metavar="EXPERIMENT.json", help="as for POST /fl/experiments")],
+    cron: Annotated[str | None, typer.Option(help='when, e.g. "0 3 * * 1": every Monday at three')] = None,
+    every_s: Annotated[float | None, typer.Option(min=1, help="or the seconds from one to the next")] = None,
+    folder: FolderOption = FOLDER,
+) -> None:
+    """Have experiments begin by themselves, each from the last model of this name, one at a time."""
+    with _failures():
+        if not (folder.resolve() / "admin-key").exists():
+            raise ValueError(f"--folder {folder}: no admin-key there; name the folder of healchain edge up")
+        # Before Prefect is imported: the profile there names the server.
+        os.environ.setdefault("PREFECT_HOME", str(folder.resolve() / "home" / "prefect"))
+        os.environ.setdefault("DO_NOT_TRACK", "1")
+        name = _scheduled(experiment, cron, every_s)
+    console.print(f"deployment [bold]{name}[/bold]: pause and resume its schedule in the Prefect UI", soft_wrap=True)
+
+
+def _scheduled(path: Path, cron: str | None, every_s: float | None) -> str:
+    """The deployment of a file's experiment. Raises ValueError."""
+    from deployments.register import EDGE_POOLS, register_schedule
+    from tasks.edge.wire import read_experiment
+
+    request = read_experiment(path.read_bytes())
+    parameters = {"name": request.name, "experiment": json.loads(path.read_text()), "actor": "edge"}
+    times: dict[str, Any] = {"cron": cron, "interval_s": every_s}
+    (pool,) = EDGE_POOLS
+    return register_schedule(
+        request.name, "edge", parameters, entrypoint="flows.edge.ask_on_schedule", pool=pool, **times
+    )
 
 
 def take_environment(folder: Path) -> None:

@@ -169,9 +169,9 @@ def lineage(server: Server, version: str) -> list[dict[str, Any]]:
     """A version and its parents, the newest first."""
     if not version.isascii() or not version.isdigit() or len(version) > 10:
         raise Refusal(400, "Invalid version", "version")
-    found = [shown_version(row := server.ledger.model(int(version)))]
+    found = [shown_version(row := server.ledger.described(int(version)))]
     while row.parent is not None and row.parent < row.version and len(found) < LINEAGE_MAX:
-        row = server.ledger.model(row.parent)
+        row = server.ledger.described(row.parent)
         found.append(shown_version(row))
     return found
 

@@ -19,12 +19,13 @@ import os
 import signal
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import httpx
 import uvicorn
+from anyio import CapacityLimiter
 from anyio.to_thread import run_sync
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -32,11 +33,12 @@ from fastapi.params import Query
 from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST
 from sqlalchemy.exc import DataError
+from sqlalchemy.exc import TimeoutError as NoConnection
 from starlette.exceptions import HTTPException
 
 from blocks import pools
 from blocks.artifacts import MissingArtifact, TamperedArtifact
-from blocks.edge_ledger import ENDED, RUNNING, AlreadyWritten, UnknownModel, UnknownRound
+from blocks.edge_ledger import OPEN, RUNNING, AlreadyWritten, UnknownModel, UnknownRound
 from blocks.identity import Identity, residents
 from blocks.registry import RegistryUnavailable
 from blocks.tables import EdgeDeviceRow, EdgeModelRow, EdgeTaskRow
@@ -44,9 +46,11 @@ from infra import edge_data, edge_metrics, edge_server
 from infra.edge_server import EdgeSettings
 from infra.gateway import listening_socket
 from tasks.edge import intake, rounds, wire
+from tasks.edge.combiner import AggregatorAway, combine_in_child
+from tasks.edge.runs import experiment_run, start_run
 from tasks.edge.server import Server, form_of, server_of, tensors_in, utc_now
 from tasks.edge.wire import CBOR_TYPES, JSON_TYPE, Refusal
-from tasks.learning.combining import InvalidRule, NotCombinable, Part, combine
+from tasks.learning.combining import InvalidRule, NotCombinable, Part, checked_options
 
 PARTS = ("manager", "coordinator", "registry", "aggregator", "datastore")
 PORTS = {"manager": 7070, "coordinator": 8080, "registry": 8081, "aggregator": 8082, "datastore": 8083}
@@ -57,6 +61,10 @@ PLAIN_TYPES = (
     "application/octet-stream",
 )  # what curl and others say
 BODY_S = 60.0
+SAID_BYTES = 65_536  # of what a device says of itself, and of one of whom no update is awaited
+LOOK_S = 10.0  # longest wait for who asks
+PATIENCE_S = 3.0  # longest wait of a request for a database or a store that is away: a device asks again
+COMBINING = CapacityLimiter(2)  # at a time in processes of their own, for POST /aggregate
 STATUSES = {
     400: "what was sent is wrong; the message names the field",
     401: "no key, or a wrong one",
@@ -72,18 +80,24 @@ STATUSES = {
 TEXT = {"type": "string"}
 JSON_ERROR = {JSON_TYPE: {"schema": {"type": "object", "properties": {"error": TEXT}, "required": ["error"]}}}
 TEXT_ERROR = {"text/plain": {"schema": TEXT}}
+T = TypeVar("T")
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
+KEYS = {"type": "http", "scheme": "bearer", "description": "A device's key, or the administrator's."}
+FOR_ALL = ("/health", "/metrics")
 Text = Annotated[str, Query(max_length=256)]
 
 
 @dataclass
 class Gateway:
-    """What the routes work with. start_flow(flow, parameters, key): has Prefect run it."""
+    """What the routes work with.
+
+    start_flow(flow, parameters, key): has Prefect run it; empty when a run of this key is under way, else why there is none.
+    """
 
     server: Server
     admin_key: str = field(repr=False)
     body_bytes: int = wire.MAX_BYTES
-    start_flow: Callable[[str, dict[str, Any], str], None] = field(default=lambda *_: None)
+    start_flow: Callable[[str, dict[str, Any], str], str] = field(default=lambda *_: "")
     metrics: edge_metrics.Metrics = field(default_factory=edge_metrics.Metrics)
 
     # Who asks
@@ -109,13 +123,35 @@ class Gateway:
 
     def check_own(self, request: Request, proplet_id: str) -> None:
         """Whether whoever asks may speak for this device. Raises Refusal."""
-        device = self.device_of(request)
-        if device is not None and device.proplet_id != proplet_id:
-            raise Refusal(403, f"proplet_id {proplet_id[:80]!r}: the key is that of {device.proplet_id}", "proplet_id")
+        check_speaks_for(self.device_of(request), proplet_id)
 
     def check_admin(self, request: Request) -> None:
         if self.device_of(request) is not None:
             raise Refusal(403, "the administrator's key is needed here, this is a device's")
+
+    # Bodies: nothing is read of somebody who may not send it
+
+    async def body_of_admin(self, request: Request, most: int | None = None) -> bytes:
+        await look(lambda: self.check_admin(request))
+        return await read_body(request, most or self.body_bytes)
+
+    async def body_of(self, request: Request, proplet_id: str, most: int | None = None) -> bytes:
+        """From this device, or from the administrator."""
+        await look(lambda: self.check_own(request, proplet_id))
+        return await read_body(request, most or self.body_bytes)
+
+    async def update_from(self, request: Request, kind: Callable[[], str]) -> tuple[EdgeDeviceRow | None, bytes, str]:
+        """Who sends an update, its body and its kind. Of a device of whom none is awaited little is read: enough to say why."""
+        try:
+            device = await look(lambda: self.device_of(request))
+            named = kind()
+            if device is None or await look(lambda: intake.takes_part(self.server, device.proplet_id)):
+                return device, await read_body(request, self.body_bytes), named
+            stranger = f"proplet_id {device.proplet_id!r} takes part in no round"
+            return device, await read_body(request, SAID_BYTES, Refusal(403, stranger, "proplet_id")), named
+        except Refusal as refusal:
+            self.metrics.refused("http", refusal.status)
+            raise
 
     # Experiments and updates
 
@@ -123,7 +159,7 @@ class Gateway:
         asked = wire.read_experiment(body, max_bytes=self.body_bytes)
         if needs_module and not asked.task_wasm_image:
             raise Refusal(400, "task_wasm_image is required for WASM orchestration", "task_wasm_image")
-        opened = intake.ask_for_experiment(self.server, asked, utc_now(), self._start_experiment)
+        opened = intake.ask_for_experiment(self.server, asked, utc_now(), self._start_asked)
         return {
             "experiment_id": opened.experiment_id,
             "model_version": opened.base_version,
@@ -131,41 +167,49 @@ class Gateway:
             "status": "configured",
         }
 
-    def _start_experiment(self, experiment_id: str) -> None:
-        parameters = {"experiment_id": experiment_id, "actor": self.server.pinned.name}
-        self.start_flow("edge-experiment", parameters, f"{self.server.ledger.owner}/edge/{experiment_id}")
+    def start_experiment(self, experiment_id: str) -> str:
+        """Have a run for it; another one where the last has died. Empty, or why there is none."""
+        return self.start_flow(*experiment_run(self.server, experiment_id))
+
+    def _start_asked(self, experiment_id: str) -> None:
+        if why := self.start_experiment(experiment_id):
+            raise Refusal(409, f"experiment {experiment_id}: {why}; ask for another one", "experiment_id")
 
     def retry(self, round_id: str) -> dict[str, Any]:
-        row = self.server.ledger.round(round_id)
-        if row.status not in ENDED:
-            raise Refusal(
-                409, f"round {round_id} is {row.status}: only a round that has ended is combined again", "round_id"
-            )
+        row = self.server.ledger.close_if_due(round_id, utc_now())
+        if row.status == OPEN:
+            raise Refusal(409, f"round {round_id} is OPEN: only one that is closed is combined again", "round_id")
         if row.version is None:
             if not self.server.ledger.count(round_id):
                 raise Refusal(409, f"round {round_id} has no updates: ask for another round", "round_id")
             parameters = {"round_id": round_id, "actor": self.server.pinned.name}
             # A minute later it may be tried anew; two who ask at once start one run.
-            self.start_flow(
+            why = self.start_flow(
                 "edge-retry", parameters, f"{self.server.ledger.owner}/retry/{round_id}/{int(time.time() // 60)}"
             )
+            if why:
+                raise Refusal(409, f"round {round_id}: {why}; ask again in a minute", "round_id")
         return {
             "round_id": round_id,
             "status": "retrying" if row.version is None else row.status,
             "model_version": row.version,
         }
 
-    def take(self, request: Request, body: bytes, kind: str) -> dict[str, str]:
+    def take(self, device: EdgeDeviceRow | None, body: bytes, kind: str) -> dict[str, str]:
         began_s = time.perf_counter()
         try:
             update = wire.read_update(body, kind, max_bytes=self.body_bytes)
-            self.check_own(request, update.proplet_id)
+            check_speaks_for(device, update.proplet_id)
             intake.take_update(self.server, update, "http", utc_now())
         except Refusal as refusal:
             self.metrics.refused("http", refusal.status)
             raise
         self.metrics.accepted("http", time.perf_counter() - began_s)
         return {"status": "accepted"}
+
+    async def take_from(self, request: Request, kind: Callable[[], str]) -> dict[str, str]:
+        device, body, named = await self.update_from(request, kind)
+        return await run_sync(lambda: self.take(device, body, named))
 
     def task(self, request: Request, round_id: str, proplet_id: str) -> dict[str, Any]:
         device = self.device_of(request)
@@ -196,8 +240,7 @@ class Gateway:
     def _prefix(self) -> str:
         return rounds.prefix_of(self.server.pinned.tenant, self.server.pinned.channel)
 
-    def beat(self, request: Request, proplet_id: str, body: bytes) -> dict[str, Any]:
-        self.check_own(request, proplet_id)
+    def beat(self, proplet_id: str, body: bytes) -> dict[str, Any]:
         said = _object(body).get("status", intake.ALIVE) if body else intake.ALIVE
         if said not in (intake.ALIVE, intake.OFFLINE, intake.UNHEALTHY):
             raise Refusal(400, f"status = {said!r:.60}: expected alive, offline or unhealthy", "status")
@@ -253,17 +296,29 @@ class Gateway:
         state = wire.read_tensors(found["state"], "state") if found.get("state") else {}
         for place, part in enumerate(parts):
             wire.check_fits(part.tensors, base, f"updates.{place}.update")
+        self._check_samples(parts)
         rule, options = found.get("rule", "fedavg"), found.get("rule_options") or {}
         if not isinstance(rule, str) or not isinstance(options, dict):
             raise Refusal(400, "rule: expected text; rule_options: expected an object", "rule")
         try:
-            model, after = combine(rule, base, parts, state, options)
+            checked_options(rule, options)
+            timeout_s = self.server.pinned.aggregation_timeout_s
+            model, after = combine_in_child(rule, options, base, state, parts, timeout_s)
         except InvalidRule as error:
             raise Refusal(400, str(error), "rule") from None
         except NotCombinable as error:
             raise Refusal(500, str(error)) from None
+        except AggregatorAway as error:
+            raise Refusal(503, f"{error}: try again") from None
         bare = wire.model_json(model)
         return {"model": bare, "state": wire.model_json(after)} if "rule" in found else bare
+
+    def _check_samples(self, parts: Sequence[Part]) -> None:
+        most = self.server.pinned.max_samples
+        for place, part in enumerate(parts):
+            if part.samples > most:
+                what = f"updates.{place}.num_samples"
+                raise Refusal(400, f"{what} = {part.samples}: expected an integer from 1 to {most}", what)
 
     # Tasks of the manager
 
@@ -284,6 +339,12 @@ class Gateway:
         if found is None:
             raise Refusal(404, f"no task {task_id[:80]!r}", "task_id")
         return found
+
+
+def check_speaks_for(device: EdgeDeviceRow | None, proplet_id: str) -> None:
+    """Whether a key is this device's; None: it opens everything. Raises Refusal."""
+    if device is not None and device.proplet_id != proplet_id:
+        raise Refusal(403, f"proplet_id {proplet_id[:80]!r}: the key is that of {device.proplet_id}", "proplet_id")
 
 
 def _part(place: int, one: Any) -> Part:
@@ -327,7 +388,7 @@ def refusal_of(error: Exception) -> Refusal | None:
         return Refusal(400, "a text holds a character that cannot be kept; leave zero characters out")
     if isinstance(error, TamperedArtifact):
         return Refusal(500, f"Invalid model file: {error}")
-    if isinstance(error, RegistryUnavailable | pools.PoolsUnavailable | OSError):
+    if isinstance(error, RegistryUnavailable | NoConnection | pools.PoolsUnavailable | OSError):
         return Refusal(503, f"a part that is needed is away ({type(error).__name__}): try again")
     return None
 
@@ -366,15 +427,28 @@ def _route_class(render: Callable[[Refusal], Response]) -> type[APIRoute]:
     return Route
 
 
-async def read_body(request: Request, most: int) -> bytes:
-    """Raises Refusal: 413 as soon as it is too large, 408 when it does not come."""
+async def look(work: Callable[[], T]) -> T:
+    """Look something up in a thread, so that others are served meanwhile. Raises Refusal: 503 after LOOK_S."""
+    try:
+        async with asyncio.timeout(LOOK_S):
+            return await run_sync(work, abandon_on_cancel=True)
+    except TimeoutError:
+        raise Refusal(503, f"the database did not answer within {LOOK_S:g} s: try again") from None
+
+
+async def read_body(request: Request, most: int, larger: Refusal | None = None) -> bytes:
+    """Raises Refusal: 413, or `larger`, before anything is read or as soon as it is too large; 408 when it does not come."""
+    larger = larger or Refusal(413, f"the body has more than {most} bytes")
+    said = request.headers.get("content-length", "")
+    if said.isdecimal() and (len(said) > 18 or int(said) > most):
+        raise larger
     received = bytearray()
     try:
         async with asyncio.timeout(BODY_S):
             async for piece in request.stream():
                 received += piece
                 if len(received) > most:
-                    raise Refusal(413, f"the body has more than {most} bytes")
+                    raise larger
     except TimeoutError:
         raise Refusal(408, f"the body did not come within {BODY_S:g} s") from None
     return bytes(received)
@@ -390,6 +464,14 @@ def kind_of(request: Request, default: str) -> str:
     if named in PLAIN_TYPES:
         return default
     raise Refusal(415, f"Content-Type {named[:80]!r}: expected {JSON_TYPE} or {' or '.join(CBOR_TYPES)}")
+
+
+def cbor_of(request: Request) -> str:
+    """As `kind_of`, where nothing but CBOR is taken."""
+    named = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if named not in CBOR_TYPES:
+        raise Refusal(400, f"Content-Type {named[:80]!r}: expected {' or '.join(CBOR_TYPES)}")
+    return named
 
 
 # Routes
@@ -424,7 +506,7 @@ def manager_routes(gateway: Gateway) -> APIRouter:
     @routes.post("/fl/experiments", openapi_extra=JSON_BODY)
     async def configure(request: Request) -> Response:
         """Ask for an experiment; its flow is started."""
-        gateway.check_admin(request)
+        await look(lambda: gateway.check_admin(request))
         if JSON_TYPE not in request.headers.get("content-type", ""):
             raise Refusal(400, f"Content-Type: expected {JSON_TYPE}")
         body = await read_body(request, gateway.body_bytes)
@@ -437,16 +519,11 @@ def manager_routes(gateway: Gateway) -> APIRouter:
 
     @routes.post("/fl/update", openapi_extra=JSON_BODY)
     async def update(request: Request) -> Response:
-        body = await read_body(request, gateway.body_bytes)
-        return answer(await run_sync(lambda: gateway.take(request, body, kind_of(request, JSON_TYPE))))
+        return answer(await gateway.take_from(request, lambda: kind_of(request, JSON_TYPE)))
 
     @routes.post("/fl/update_cbor", openapi_extra=CBOR_BODY)
     async def update_cbor(request: Request) -> Response:
-        named = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if named not in CBOR_TYPES:
-            raise Refusal(400, f"Content-Type {named[:80]!r}: expected {' or '.join(CBOR_TYPES)}")
-        body = await read_body(request, gateway.body_bytes)
-        return answer(await run_sync(lambda: gateway.take(request, body, named)))
+        return answer(await gateway.take_from(request, lambda: cbor_of(request)))
 
     @routes.get("/fl/rounds/{round_id}/complete")
     def is_complete(request: Request, round_id: str) -> Response:
@@ -474,8 +551,7 @@ def _device_routes(gateway: Gateway, routes: APIRouter) -> None:
     @routes.post("/devices", status_code=201, openapi_extra=JSON_BODY)
     async def register(request: Request) -> Response:
         """Give a device a key, in place of an earlier one. It is shown once."""
-        gateway.check_admin(request)
-        body = await read_body(request, gateway.body_bytes)
+        body = await gateway.body_of_admin(request)
         return answer(await run_sync(gateway.register, body), 201)
 
     @routes.get("/devices")
@@ -486,14 +562,13 @@ def _device_routes(gateway: Gateway, routes: APIRouter) -> None:
     @routes.post("/devices/{proplet_id}/alive")
     async def beat(request: Request, proplet_id: str) -> Response:
         """What a device without MQTT says each beat: {"status": "alive"}."""
-        body = await read_body(request, 65536)
-        return answer(await run_sync(lambda: gateway.beat(request, proplet_id, body)))
+        body = await gateway.body_of(request, proplet_id, SAID_BYTES)
+        return answer(await run_sync(lambda: gateway.beat(proplet_id, body)))
 
     @routes.put("/modules/{name:path}", status_code=201, openapi_extra=BYTES_BODY)
     async def put_module(request: Request, name: str) -> Response:
         """Keep a training module under the name that experiments give as task_wasm_image."""
-        gateway.check_admin(request)
-        body = await read_body(request, gateway.body_bytes)
+        body = await gateway.body_of_admin(request)
         return answer(await run_sync(lambda: edge_data.put_module(gateway.server, name, body)), 201)
 
     @routes.get("/modules/{name:path}", **_bytes("application/wasm"))
@@ -507,8 +582,7 @@ def _device_routes(gateway: Gateway, routes: APIRouter) -> None:
 def _task_routes(gateway: Gateway, routes: APIRouter) -> None:
     @routes.post("/tasks", status_code=201, openapi_extra=JSON_BODY)
     async def make(request: Request) -> Response:
-        gateway.check_admin(request)
-        body = await read_body(request, gateway.body_bytes)
+        body = await gateway.body_of_admin(request)
         row = await run_sync(gateway.make_task, body)
         return answer(edge_data.shown_task(row), 201, {"Location": f"/tasks/{row.task_id}"})
 
@@ -541,8 +615,7 @@ def coordinator_routes(gateway: Gateway) -> APIRouter:
 
     @routes.post("/experiments", status_code=201, openapi_extra=JSON_BODY)
     async def configure(request: Request) -> Response:
-        gateway.check_admin(request)
-        body = await read_body(request, gateway.body_bytes)
+        body = await gateway.body_of_admin(request)
         return answer(await run_sync(lambda: gateway.ask(body, needs_module=False)), 201)
 
     @routes.get("/task")
@@ -551,15 +624,11 @@ def coordinator_routes(gateway: Gateway) -> APIRouter:
 
     @routes.post("/update", openapi_extra=UPDATE_BODY)
     async def update(request: Request) -> Response:
-        kind = kind_of(request, JSON_TYPE)
-        body = await read_body(request, gateway.body_bytes)
-        return answer(await run_sync(lambda: gateway.take(request, body, kind)))
+        return answer(await gateway.take_from(request, lambda: kind_of(request, JSON_TYPE)))
 
     @routes.post("/update_cbor", openapi_extra=UPDATE_BODY)
     async def update_cbor(request: Request) -> Response:
-        kind = kind_of(request, CBOR_TYPES[0])
-        body = await read_body(request, gateway.body_bytes)
-        return answer(await run_sync(lambda: gateway.take(request, body, kind)))
+        return answer(await gateway.take_from(request, lambda: kind_of(request, CBOR_TYPES[0])))
 
     @routes.get("/rounds/next")
     def next_round(request: Request, proplet_id: Text = "") -> Response:
@@ -584,14 +653,13 @@ def registry_routes(gateway: Gateway) -> APIRouter:
     @routes.post("/models", status_code=201, openapi_extra=JSON_BODY)
     async def put(request: Request) -> Response:
         """Store a version, once; without a number the next one."""
-        gateway.check_admin(request)
-        body = await read_body(request, gateway.body_bytes)
+        body = await gateway.body_of_admin(request)
         return answer(await run_sync(gateway.put_model, body), 201)
 
     @routes.get("/models")
     def versions(request: Request) -> Response:
         gateway.device_of(request)
-        return answer({"versions": [row.version for row in server.ledger.models()]})
+        return answer({"versions": server.ledger.versions()})
 
     @routes.get("/models/{version}", **_bytes(JSON_TYPE, "application/octet-stream"))
     def model(request: Request, version: str, format: Text = "") -> Response:
@@ -609,8 +677,7 @@ def registry_routes(gateway: Gateway) -> APIRouter:
     @routes.put("/pins/{name}", openapi_extra=JSON_BODY)
     async def pin(request: Request, name: str) -> Response:
         """Let a name stand for a version: {"version": 3}."""
-        gateway.check_admin(request)
-        body = await read_body(request, 65536)
+        body = await gateway.body_of_admin(request, SAID_BYTES)
         return answer(await run_sync(lambda: edge_data.pin(server, name, _object(body))))
 
     @routes.get("/pins/{name}")
@@ -633,9 +700,8 @@ def aggregator_routes(gateway: Gateway) -> APIRouter:
 
     @routes.post("/aggregate", openapi_extra=JSON_BODY)
     async def aggregate(request: Request) -> Response:
-        gateway.check_admin(request)
-        body = await read_body(request, gateway.body_bytes)
-        return answer(await run_sync(gateway.aggregate, body))
+        body = await gateway.body_of_admin(request)
+        return answer(await run_sync(gateway.aggregate, body, limiter=COMBINING))
 
     _health(routes, "ok")
     return routes
@@ -660,8 +726,7 @@ def datastore_routes(gateway: Gateway) -> APIRouter:
 
     @routes.post("/datasets/{proplet_id}", status_code=201, openapi_extra=JSON_BODY)
     async def put(request: Request, proplet_id: str) -> Response:
-        gateway.check_own(request, proplet_id)
-        body = await read_body(request, gateway.body_bytes)
+        body = await gateway.body_of(request, proplet_id)
         return answer(await run_sync(lambda: edge_data.put_dataset(server, proplet_id, _object(body))), 201)
 
     _health(routes, "ok")
@@ -691,13 +756,15 @@ ROUTES = dict(
 
 
 class _Service(FastAPI):
-    """Its document is without 422, which FastAPI adds to every route with a parameter: they answer 400."""
+    """Its document is without 422, which FastAPI adds to every route with a parameter: they answer 400. It names the keys."""
 
     def openapi(self) -> dict[str, Any]:
         document = super().openapi()
-        for operation in (one for path in document["paths"].values() for one in path.values()):
-            operation["responses"].pop("422", None)
-        document.pop("components", None)
+        for name, path in document["paths"].items():
+            for operation in path.values():
+                operation["responses"].pop("422", None)
+                operation["security"] = [] if name in FOR_ALL else [{"HTTPBearer": []}]
+        document["components"] = {"securitySchemes": {"HTTPBearer": KEYS}}
         return document
 
 
@@ -723,8 +790,8 @@ def service(gateway: Gateway, parts: Sequence[str] = PARTS) -> FastAPI:
 # The process
 
 
-def start_by_prefect(flow: str, parameters: dict[str, Any], key: str) -> None:
-    """Have the worker of this server run a flow, once for each key. Raises Refusal when Prefect does not answer."""
+def start_by_prefect(flow: str, parameters: dict[str, Any], key: str) -> str:
+    """As `start_run`, for somebody who waits. Raises Refusal when Prefect does not answer."""
     from prefect.settings import PREFECT_API_URL
 
     url = PREFECT_API_URL.value()
@@ -734,17 +801,22 @@ def start_by_prefect(flow: str, parameters: dict[str, Any], key: str) -> None:
         raise Refusal(
             503, f"Prefect's API does not answer ({type(error).__name__}): nothing was started; ask again"
         ) from None
-    what = str(parameters.get("experiment_id") or parameters.get("round_id"))
-    name = f"edge · {what}" if flow == "edge-experiment" else f"edge retry · {what}"
-    pools.start(
-        f"{flow}/edge", str(parameters["actor"]), parameters, key=key, name=name, tags=["edge", f"experiment:{what}"]
-    )
+    return start_run(flow, parameters, key)
 
 
 def gateway_of(folder: Path, settings: EdgeSettings) -> Gateway:
     """The gateway of a folder that `healchain edge up` has set up. Raises NotConnected."""
     residents["edge"] = Identity(home=str(folder / "home"))
-    return Gateway(server_of("edge"), edge_server.admin_key(folder), settings.body_bytes, start_by_prefect)
+    server = impatient(server_of("edge"))
+    return Gateway(server, edge_server.admin_key(folder), settings.body_bytes, start_by_prefect)
+
+
+def impatient(server: Server) -> Server:
+    """The same, for requests: whoever asks is told within seconds that the database or the store is away."""
+    patience = {"patience_s": PATIENCE_S}
+    registry = server.ledger.registry.model_copy(update=patience)
+    store = server.ledger.store.model_copy(update=patience)
+    return replace(server, ledger=replace(server.ledger, registry=registry, store=store))
 
 
 async def serve(
@@ -790,10 +862,14 @@ def main() -> None:
     settings = edge_server.read_settings(os.environ)
     gateway = gateway_of(given.folder.resolve(), settings)
     ports = {part: own for part, own in settings.ports.items() if own != given.port} if given.ports else {}
-    from infra import edge_bridge
+    from infra import edge_bridge, edge_watch
 
-    bridge = edge_bridge.Bridge(gateway.server, settings, given.folder.resolve(), gateway.metrics)
-    asyncio.run(serve(gateway, given.host, given.port, ports, bridge.run))
+    bridge = edge_bridge.Bridge(server_of("edge"), settings, given.folder.resolve(), gateway.metrics)
+
+    async def beside() -> None:
+        await asyncio.gather(bridge.run(), edge_watch.watch(gateway))
+
+    asyncio.run(serve(gateway, given.host, given.port, ports, beside))
 
 
 if __name__ == "__main__":

@@ -59,12 +59,12 @@ class _OfLedger(Collector):
         within_s = self._server.pinned.alive_within_s
         alive = Tally("alive" if is_alive(row, now, within_s) else "silent" for row in ledger.devices())
         yield _family("healchain_edge_devices", "Devices", "state", {"alive": 0, "silent": 0} | alive)
-        yield _family("healchain_edge_rounds", "Rounds", "status", Tally(row.status for row in ledger.rounds()))
-        newest = max((row.version for row in ledger.models()), default=-1)
-        yield GaugeMetricFamily("healchain_edge_model_version", "The newest version", value=newest)
+        yield _family("healchain_edge_rounds", "Rounds", "status", ledger.count_rounds())
+        newest = ledger.newest_version()
         yield GaugeMetricFamily(
-            "healchain_edge_messages_waiting", "Messages to be published", value=len(ledger.unsent())
+            "healchain_edge_model_version", "The newest version", value=-1 if newest is None else newest
         )
+        yield GaugeMetricFamily("healchain_edge_messages_waiting", "Messages to be published", value=ledger.waiting())
 
     def describe(self) -> Iterator[Metric]:
         return iter(())

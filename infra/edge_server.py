@@ -46,6 +46,7 @@ class EdgeSettings(BaseModel):
     )
     aggregator_key: SecretStr = Field(default=SecretStr(""), description="that the other aggregator asks for, if any")
     aggregation_timeout_s: float = Field(default=30, gt=0, le=86400, description="longest wait for a combination")
+    max_samples: int = Field(default=wire.MAX_SAMPLES, ge=1, le=wire.MAX_SAMPLES, description="of one update")
     registry_url: SecretStr = Field(default=SecretStr(""), description="SQLAlchemy URL; else FOLDER/registry.sqlite")
     store_url: str = Field(default="", description="directory, or http(s)://HOST:PORT/BUCKET; else FOLDER/store")
     store_access_key: str = Field(default="", description="of the S3 server")
@@ -140,6 +141,7 @@ def set_up(folder: Path, settings: EdgeSettings) -> EdgeConnections:
         aggregator_url=settings.aggregator_url,
         aggregator_key=settings.aggregator_key,
         aggregation_timeout_s=settings.aggregation_timeout_s,
+        max_samples=settings.max_samples,
         public_url=settings.public_url,
     )
     connections.pin(me)
@@ -149,7 +151,7 @@ def set_up(folder: Path, settings: EdgeSettings) -> EdgeConnections:
 
 def found_first_model(ledger: EdgeLedger) -> None:
     """Version 0, zeros as existing registries begin with, where there is no version at all."""
-    if not ledger.models():
+    if not ledger.versions():
         row = EdgeModelRow(version=-1, sha256="", form="json", created_at=utc_now())
         ledger.put_model(row, wire.encode_model(wire.read_tensors(FIRST_MODEL, "model")), version=0)
 

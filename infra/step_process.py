@@ -43,6 +43,7 @@ ORDERING = {
     "run-task": "flows.protocol.run_task",
     "edge-experiment": "flows.edge.run_experiment",
     "edge-retry": "flows.edge.retry_round",
+    "edge-series": "flows.edge.ask_on_schedule",
 }
 ENTRYPOINTS = {name: step.entrypoint for name, step in STEPS.items()} | ORDERING
 SOONEST_S = 5.0

@@ -241,5 +241,6 @@ def test_every_flow_is_a_step_but_those_that_order_them():
     for module in (name for name in MODULES if is_within(name, "flows")):
         found = vars(importlib.import_module(module)).items()
         named |= {f"{module}.{name}" for name, value in found if isinstance(value, Flow)}
-    ordering = {"flows.protocol.run_task", "flows.edge.run_experiment", "flows.edge.retry_round"}
+    of_edge = {f"flows.edge.{name}" for name in ("run_experiment", "retry_round", "ask_on_schedule")}
+    ordering = {"flows.protocol.run_task", *of_edge}
     assert named - {step.entrypoint for step in STEPS.values()} == ordering

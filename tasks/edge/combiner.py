@@ -1,9 +1,12 @@
 """Combine the updates of a round in a process of its own: a rule that hangs, or takes all memory, harms nobody else.
 
 A job and its answer are a line of JSON and then safetensors. `python -m tasks.edge.combiner` reads one and writes the other.
+
+Errors: AggregatorAway, NotCombinable.
 """
 
 import json
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,6 +20,26 @@ BASE, STATE, PART, MODEL = (
     "part ",
     "model ",
 )  # beginnings of names; a name of a tensor may be anything
+
+
+class AggregatorAway(ConnectionError):
+    """The aggregator did not answer in time; the message says why. It can be asked again."""
+
+
+def combine_in_child(
+    rule: str, options: Mapping[str, Any], base: Tensors, state: Tensors, parts: Sequence[Part], timeout_s: float
+) -> tuple[Tensors, Tensors]:
+    """The model and the state; the process is ended after timeout_s. Raises AggregatorAway or NotCombinable."""
+    job = encode_job(rule, options, base, state, parts)
+    command = [sys.executable, "-m", "tasks.edge.combiner"]
+    try:
+        done = subprocess.run(command, input=job, capture_output=True, timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        raise AggregatorAway(f"no answer within {timeout_s:g} s") from None
+    if done.returncode:
+        last = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or [f"exit {done.returncode}"]
+        raise AggregatorAway(f"the combining process ended: {last[0][:300]}")
+    return decode_answer(done.stdout)
 
 
 def encode_job(rule: str, options: Mapping[str, Any], base: Tensors, state: Tensors, parts: Sequence[Part]) -> bytes:

@@ -6,11 +6,10 @@ or a result: models are in the store, named by their digests.
 Errors: NotConnected, UnknownRound, UnknownModel, TamperedArtifact.
 """
 
+import asyncio
 import re
-import subprocess
-import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import httpx
@@ -25,7 +24,8 @@ from blocks.edge_ledger import FAILED, OPEN, WARNING
 from blocks.tables import EdgeModelRow, EdgeRoundRow
 from tasks import show
 from tasks.edge import rounds, wire
-from tasks.edge.combiner import decode_answer, encode_job
+from tasks.edge.combiner import AggregatorAway, combine_in_child
+from tasks.edge.intake import kept
 from tasks.edge.server import Server, form_of, open_next, server_of, start_alive, tensors_in, utc_now
 from tasks.edge.wire import ExperimentRequest, Refusal
 from tasks.learning.combining import NotCombinable, Part, Tensors
@@ -34,10 +34,6 @@ POLL_S = 0.25
 SELECT_S = 2.0  # how often a round looks for devices that have come back
 ATTEMPTS = 3
 ONLY_PLAIN = ("fedavg", "fedprox")  # rules that need nothing but the updates: any aggregator has them
-
-
-class AggregatorAway(ConnectionError):
-    """The aggregator did not answer in time; the message says why. It can be asked again."""
 
 
 # Steps
@@ -59,9 +55,23 @@ def open_round(experiment_id: str, number: int, actor: str) -> str:
 
 @task(task_run_name="distribute · {round_id}", persist_result=False)
 def distribute(round_id: str, actor: str) -> int:
-    """Leave a start message for each participant that is alive; how many there were."""
+    """Leave a start message for each participant that is alive, and start the clock when they are out; how many there were."""
     server = server_of(actor)
-    return start_alive(server, server.ledger.round(round_id))
+    count = start_alive(server, server.ledger.round(round_id))
+    _await_starts(server, round_id)
+    server.ledger.start_clock(round_id, utc_now())
+    return count
+
+
+def _await_starts(server: Server, round_id: str) -> None:
+    """Until what is to be published has been, or the round is closed. A broker that takes nothing is not waited for."""
+    ledger, moved_s = server.ledger, time.monotonic()
+    last = ledger.last_message()
+    left = ledger.waiting(last)
+    while left and time.monotonic() - moved_s < server.pinned.stalled_s and ledger.round(round_id).status == OPEN:
+        time.sleep(POLL_S)
+        if (found := ledger.waiting(last)) < left:
+            left, moved_s = found, time.monotonic()
 
 
 @task(task_run_name="collect · {round_id}", persist_result=False)
@@ -105,12 +115,7 @@ def combine(round_id: str, actor: str) -> dict[str, str]:
         _end(server, round_id, FAILED, str(error))
         return {}
     except AggregatorAway as error:
-        _end(
-            server,
-            round_id,
-            WARNING,
-            f"{len(parts)} updates are kept, combine them later (healchain edge retry): {error}",
-        )
+        _end(server, round_id, WARNING, kept(len(parts), str(error)))
         return {}
     put = server.ledger.store.put
     found = {"model": put(server.ledger.owner, wire.encode_tensors(model)).sha256}
@@ -120,12 +125,12 @@ def combine(round_id: str, actor: str) -> dict[str, str]:
 @task(task_run_name="store · {round_id}", persist_result=False)
 def store(round_id: str, combined: dict[str, str], actor: str) -> int | None:
     """Write the next version, end the round and leave the notice of it, in one transaction; the version, if there is one."""
-    server, ledger = server_of(actor), server_of(actor).ledger
+    ledger = server_of(actor).ledger
     round_ = ledger.round(round_id)
     if not combined:
         return round_.version
     model = wire.decode_tensors(ledger.store.get(ledger.owner, combined["model"]))
-    updates, now = [row for row in ledger.updates(round_id) if not row.error], utc_now()
+    measured, now = ledger.measured(round_id), utc_now()
     form, data = form_of(model)
     row = EdgeModelRow(
         version=-1,
@@ -133,7 +138,7 @@ def store(round_id: str, combined: dict[str, str], actor: str) -> int | None:
         sha256="",
         form=form,
         state_sha256=combined.get("state"),
-        metrics=orjson.dumps(mean_metrics((row.num_samples, orjson.loads(row.metrics)) for row in updates)).decode(),
+        metrics=orjson.dumps(mean_metrics((samples, orjson.loads(told)) for samples, told in measured)).decode(),
         experiment_id=round_.experiment_id,
         round_id=round_id,
         created_at=now,
@@ -144,7 +149,10 @@ def store(round_id: str, combined: dict[str, str], actor: str) -> int | None:
         "next_round_available": True,
         "timestamp": now.strftime("%Y-%m-%dT%H:%M:%SZ"),
     }
-    return server.ledger.complete(row, data, rounds.ROUND_NEXT, notice).version
+    version = ledger.complete(row, data, rounds.ROUND_NEXT, notice).version
+    for sha256 in combined.values():
+        ledger.discard(sha256)  # a small model is in its row
+    return version
 
 
 @task(task_run_name="notify · {round_id}", persist_result=False)
@@ -161,7 +169,9 @@ def notify(round_id: str, actor: str) -> str:
 @task(task_run_name="conclude · {experiment_id}", persist_result=False)
 def conclude(experiment_id: str, actor: str) -> str:
     """How the experiment ended: the worst of its rounds."""
-    found = {row.status for row in server_of(actor).ledger.rounds(experiment_id)}
+    ledger = server_of(actor).ledger
+    ledger.end_experiment(experiment_id, utc_now())
+    found = {row.status for row in ledger.rounds(experiment_id)}
     return next((status for status in (FAILED, WARNING) if status in found), "COMPLETED")
 
 
@@ -171,13 +181,17 @@ def conclude(experiment_id: str, actor: str) -> str:
 def ask_aggregator(
     pinned: EdgeConnections, request: ExperimentRequest, base: Tensors, state: Tensors, parts: list[Part]
 ) -> tuple[Tensors, Tensors]:
-    """Have the updates combined, at most ATTEMPTS times, with pauses that double. Raises AggregatorAway or NotCombinable."""
+    """Have the updates combined, at most ATTEMPTS times, with pauses that double. Raises AggregatorAway or NotCombinable.
+
+    It takes no longer than the attempts' time limits and pauses together: by default 3 times 30 s, and 3 s.
+    """
     pause_s = pinned.aggregation_pause_s
     for attempt in range(1, ATTEMPTS + 1):
         try:
             if pinned.aggregator_url:
                 return _combine_by_url(pinned, request, base, state, parts)
-            return _combine_in_child(pinned, request, base, state, parts)
+            limit_s = pinned.aggregation_timeout_s
+            return combine_in_child(request.rule, request.rule_options, base, state, parts, limit_s)
         except AggregatorAway as error:
             if attempt == ATTEMPTS:
                 raise AggregatorAway(f"{ATTEMPTS} attempts, the last: {error}") from error
@@ -185,21 +199,6 @@ def ask_aggregator(
         time.sleep(pause_s)
         pause_s *= 2
     raise AssertionError("the last attempt returns or raises")
-
-
-def _combine_in_child(
-    pinned: EdgeConnections, request: ExperimentRequest, base: Tensors, state: Tensors, parts: list[Part]
-) -> tuple[Tensors, Tensors]:
-    job = encode_job(request.rule, request.rule_options, base, state, parts)
-    command = [sys.executable, "-m", "tasks.edge.combiner"]
-    try:
-        done = subprocess.run(command, input=job, capture_output=True, timeout=pinned.aggregation_timeout_s)
-    except subprocess.TimeoutExpired:
-        raise AggregatorAway(f"no answer within {pinned.aggregation_timeout_s:g} s") from None
-    if done.returncode:
-        last = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or [f"exit {done.returncode}"]
-        raise AggregatorAway(f"the combining process ended: {last[0][:300]}")
-    return decode_answer(done.stdout)
 
 
 def _combine_by_url(
@@ -213,22 +212,39 @@ def _combine_by_url(
     url = f"{pinned.aggregator_url.rstrip('/')}/aggregate"
     key = pinned.aggregator_key.get_secret_value()
     headers = {"Content-Type": wire.JSON_TYPE} | ({"Authorization": f"Bearer {key}"} if key else {})
+    status, said = asyncio.run(_post(url, orjson.dumps(asked), headers, pinned))
+    if status in (400, 422, 500):
+        raise NotCombinable(f"the aggregator: {said.decode(errors='replace').strip()[:500]}")
+    if status != 200:
+        raise AggregatorAway(f"{pinned.aggregator_url}: HTTP {status}")
     try:
-        answer = httpx.post(url, content=orjson.dumps(asked), headers=headers, timeout=pinned.aggregation_timeout_s)
-    except httpx.HTTPError as error:
-        raise AggregatorAway(f"{pinned.aggregator_url}: {type(error).__name__}") from None
-    if answer.status_code in (400, 422, 500):
-        raise NotCombinable(f"the aggregator: {answer.text.strip()[:500]}")
-    if answer.status_code != 200:
-        raise AggregatorAway(f"{pinned.aggregator_url}: HTTP {answer.status_code}")
-    try:
-        found = wire.decode_json(answer.content)
+        found = wire.decode_json(said)
         plain = request.rule in ONLY_PLAIN
         model = wire.read_tensors(found if plain else found["model"], "model")
         wire.check_fits(model, base, "model")
         return model, {} if plain or not found.get("state") else wire.read_tensors(found["state"], "state")
     except (Refusal, KeyError, TypeError) as error:
         raise NotCombinable(f"the aggregator's answer is no model: {error}") from None
+
+
+async def _post(url: str, body: bytes, headers: Mapping[str, str], pinned: EdgeConnections) -> tuple[int, bytes]:
+    """Status and body of the answer, all of it within the time limit, however slowly it comes. Raises AggregatorAway."""
+    limit_s, said = pinned.aggregation_timeout_s, bytearray()
+    try:
+        async with (
+            asyncio.timeout(limit_s),
+            httpx.AsyncClient(timeout=limit_s) as client,
+            client.stream("POST", url, content=body, headers=headers) as answer,
+        ):
+            async for piece in answer.aiter_bytes():
+                said += piece
+                if len(said) > wire.MAX_BYTES:
+                    raise AggregatorAway(f"{pinned.aggregator_url}: its answer has more than {wire.MAX_BYTES} bytes")
+            return answer.status_code, bytes(said)
+    except httpx.HTTPError as error:
+        raise AggregatorAway(f"{pinned.aggregator_url}: {type(error).__name__}") from None
+    except TimeoutError:
+        raise AggregatorAway(f"{pinned.aggregator_url}: no answer within {limit_s:g} s") from None
 
 
 def _as_update(part: Part) -> dict[str, Any]:
@@ -271,7 +287,7 @@ def show_rounds(server: Server, experiment_id: str) -> None:
 
 
 def _shown(server: Server, row: EdgeRoundRow) -> dict[str, Any]:
-    model = None if row.version is None else server.ledger.model(row.version)
+    model = None if row.version is None else server.ledger.described(row.version)
     return {
         "round": row.round_id,
         "status": row.status,

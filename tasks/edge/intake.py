@@ -8,42 +8,59 @@ from collections.abc import Callable
 from datetime import datetime
 from typing import Any
 
-from blocks.edge_ledger import ENDED, AlreadyWritten, Received, UnknownModel, UnknownRound, is_alive
+from blocks.edge_ledger import ENDED, FAILED, WARNING, AlreadyWritten, Received, UnknownModel, is_alive
 from blocks.tables import EdgeRoundRow, EdgeUpdateRow
 from tasks.edge import rounds, wire
-from tasks.edge.server import Server, open_next
+from tasks.edge.server import Server, open_next, utc_now
 from tasks.edge.wire import ExperimentRequest, Refusal, Update
 from tasks.learning.combining import InvalidRule, NotCombinable, Tensors, check_enough, checked_options
 
 ALIVE, OFFLINE, UNHEALTHY = "alive", "offline", "unhealthy"
 BASES_MAX = 4
+RECENT_MAX = 32  # experiments; half of those whose requests a process keeps
 _bases: dict[tuple[str, int], Tensors] = {}  # by owner and version: versions are written once, so they are never stale
 
 
 def ask_for_experiment(
-    server: Server, request: ExperimentRequest, now: datetime, start: Callable[[str], None]
+    server: Server, request: ExperimentRequest, now: datetime, start: Callable[[str], None], *, series: str = ""
 ) -> EdgeRoundRow:
     """Remember the request, start its flow, open its first round. The same request again changes nothing.
 
     start: starts the flow of an experiment, once however often it is called. The round is opened when it has been: nobody
-    would conduct it otherwise.
+    would conduct it otherwise. series: of the schedule that asks.
     """
     request = _with_participants(server, request, now)
     _check_runnable(server, request)
+    record(server, request, now, series=series)
+    found = server.ledger.experiment(request.name)
+    if found is None or found.ended_at is None:
+        start(request.name)
+    return open_next(server, request.name, 1, now)
+
+
+def record(server: Server, request: ExperimentRequest, now: datetime, *, series: str = "") -> None:
+    """Remember what was asked for. Raises Refusal where the experiment, or a round's name, is taken."""
+    text, names = request.model_dump_json(), {"first_round": request.round_id, "rounds": request.rounds}
     try:
-        found = server.ledger.round(request.round_id)
-    except UnknownRound:
-        found = None
-    if found is not None and found.experiment_id != request.name:
-        raise Refusal(
-            409, f"round_id {request.round_id}: a round of experiment {found.experiment_id}; choose another", "round_id"
-        )
-    try:
-        server.ledger.record_experiment(request.name, request.model_dump_json(), now)
+        server.ledger.record_experiment(request.name, text, now, series=series, **names)  # type: ignore[arg-type]
     except AlreadyWritten as error:
         raise Refusal(409, str(error), "experiment_id") from None
-    start(request.name)
-    return open_next(server, request.name, 1, now)
+
+
+def give_up(server: Server, experiment_id: str, why: str) -> None:
+    """End what nothing conducts any more: updates that came are kept to be combined later, and a round without is failed."""
+    for row in server.ledger.rounds(experiment_id):
+        if row.status in ENDED:
+            continue
+        if count := server.ledger.count(row.round_id):
+            server.ledger.end_round(row.round_id, WARNING, kept(count, why), utc_now())
+        else:
+            server.ledger.end_round(row.round_id, FAILED, why, utc_now())
+    server.ledger.end_experiment(experiment_id, utc_now())
+
+
+def kept(count: int, why: str) -> str:
+    return f"{count} updates are kept, combine them later (healchain edge retry): {why}"
 
 
 def _with_participants(server: Server, request: ExperimentRequest, now: datetime) -> ExperimentRequest:
@@ -78,7 +95,7 @@ def _check_runnable(server: Server, request: ExperimentRequest) -> None:
         raise Refusal(400, f"{error}; raise k_of_n or change the rule", "rule") from None
     version = wire.version_of(request.model_ref)
     try:
-        server.ledger.model(version)
+        server.ledger.described(version)
     except UnknownModel:
         raise Refusal(
             404, f"model_ref {request.model_ref!r}: no version {version}; store it first (POST /models)", "model_ref"
@@ -90,6 +107,9 @@ def take_update(server: Server, update: Update, transport: str, now: datetime) -
     round_ = server.ledger.round(update.round_id)
     request = server.request_of(round_.experiment_id)
     rounds.check_update(update, frozenset(request.participants), round_.base_version)
+    if update.num_samples > server.pinned.max_samples:
+        limit = f"expected an integer from 1 to {server.pinned.max_samples}"
+        raise Refusal(400, f"num_samples = {update.num_samples}: {limit}", "num_samples")
     if not update.error:
         wire.check_fits(update.update, _base(server, round_.base_version))
     row = EdgeUpdateRow(
@@ -106,6 +126,13 @@ def take_update(server: Server, update: Update, transport: str, now: datetime) -
     if received.kind == "late":
         raise rounds.late(update.round_id, received.round.reason)
     return received
+
+
+def takes_part(server: Server, proplet_id: str) -> bool:
+    """Whether a device is asked in one of the experiments that opened a round last: of others no update is awaited."""
+    return any(
+        proplet_id in server.request_of(one).participants for one in server.ledger.newest_experiments(RECENT_MAX)
+    )
 
 
 def task_of(server: Server, round_id: str, proplet_id: str) -> dict[str, Any]:
@@ -125,18 +152,20 @@ def task_of(server: Server, round_id: str, proplet_id: str) -> dict[str, Any]:
         "hyperparams": request.hyperparams,
         "task_wasm_image": request.task_wasm_image,
         "task_wasm_sha256": None if module is None else module.sha256.removeprefix("0x"),
-        "deadline": round_.deadline_at.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "deadline": round_.deadline_at.strftime("%Y-%m-%dT%H:%M:%SZ") if round_.started_at else None,
     }
 
 
 def standing_of(server: Server, round_id: str, now: datetime) -> dict[str, Any]:
-    """How a round stands; completed: it is over, well or not, as `state` says."""
+    """How a round stands; completed: it is over, well or not, as `state` says. partial: and fewer updates than k came."""
     row = server.ledger.close_if_due(round_id, now)
+    count = server.ledger.count(round_id)
     return {
         "round_id": row.round_id,
         "completed": row.status in ENDED,
-        "num_updates": server.ledger.count(round_id),
+        "num_updates": count,
         "k_of_n": row.k_of_n,
+        "partial": row.status in ENDED and count < row.k_of_n,
         "model_version": row.version,
         "state": row.status,
         "reason": row.reason,
@@ -145,11 +174,11 @@ def standing_of(server: Server, round_id: str, now: datetime) -> dict[str, Any]:
 
 
 def next_round(server: Server, proplet_id: str = "") -> dict[str, Any]:
-    """The newest model that a round made; and, ours, the open rounds, of one device where it is named."""
+    """The model that the newest round made; and, ours, the open rounds, of one device where it is named."""
     opened = [
         row.round_id for row in server.ledger.open_rounds() if not proplet_id or _takes_part(server, row, proplet_id)
     ]
-    last = server.ledger.last_completed()
+    last = server.ledger.head()
     if last is None or last.version is None:
         return {"message": "No completed rounds found", "next_round_available": False, "open_rounds": opened}
     return {

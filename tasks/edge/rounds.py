@@ -46,7 +46,8 @@ def check_update(update: Update, participants: Collection[str], base_version: in
 
 def late(round_id: str, reason: str) -> Refusal:
     """To an update that came after the closing."""
-    because = "enough updates came" if reason == "k" else "its time was over"
+    why = {"k": "enough updates came", "timeout": "its time was over"}
+    because = why.get(reason, "nothing conducts it any more")
     return Refusal(409, f"round {round_id} is closed: {because}; wait for the next round", "round_id")
 
 

@@ -57,11 +57,16 @@ def utc_now() -> datetime:
 
 
 def open_next(server: Server, experiment_id: str, number: int, now: datetime) -> EdgeRoundRow:
-    """Raises UnknownModel when the model that the experiment starts from is none."""
+    """A round from what the last one before it made. Its clock stands until its devices have been told.
+
+    The last one by its number: an earlier round that was combined later has a higher version, which knows less. Raises
+    UnknownModel when the model that the experiment starts from is none.
+    """
     request, ledger = server.request_of(experiment_id), server.ledger
-    made = [row.version for row in ledger.rounds(experiment_id) if row.version is not None and row.number < number]
-    base = max(made) if made else wire.version_of(request.model_ref)
-    ledger.model(base)
+    made = [(row.number, row.version) for row in ledger.rounds(experiment_id) if row.version is not None]
+    before = [one for one in made if one[0] < number]
+    base = max(before)[1] if before else wire.version_of(request.model_ref)
+    ledger.described(base)
     limit_s = rounds.timeout_s(request)
     return ledger.open_round(
         EdgeRoundRow(
@@ -98,7 +103,7 @@ def start_again(server: Server, proplet_id: str | None = None) -> int:
     """
     count = 0
     for round_ in server.ledger.open_rounds():
-        answered = {row.proplet_id for row in server.ledger.updates(round_.round_id)}
+        answered = server.ledger.answered(round_.round_id)
         for task_row in server.ledger.tasks(round_.round_id):
             if task_row.proplet_id not in answered and proplet_id in (None, task_row.proplet_id):
                 server.ledger.leave(rounds.TASK_START, task_row.start, utc_now())

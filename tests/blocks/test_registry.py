@@ -502,9 +502,8 @@ def test_a_server_that_is_killed_and_comes_back_is_waited_for(postgres_server, p
     assert [row.round_number for row in registry.steps("a-task")] == written
 
 
-def test_a_server_that_stays_away_is_named_without_its_password(monkeypatch):
-    monkeypatch.setattr(registry_module, "PATIENCE_S", 0.5)
-    registry = Registry(url="postgresql+psycopg://me:hidden-word@127.0.0.1:1/index")
+def test_a_server_that_stays_away_is_named_without_its_password():
+    registry = Registry(url="postgresql+psycopg://me:hidden-word@127.0.0.1:1/index", patience_s=0.5)
     with pytest.raises(
         RegistryUnavailable, match=r"postgresql\+psycopg://me:\*\*\*@127.0.0.1:1/index: .*refused"
     ) as caught:

@@ -1,5 +1,6 @@
 """The flow over a ledger: rounds by k and by deadline, combinations that fail, and that a killed run goes on."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from prefect.client.orchestration import get_client
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from blocks.edge_ledger import COMPLETED, FAILED, WARNING
+from blocks.edge_ledger import COMPLETED, FAILED, WARNING, EdgeLedger
 from blocks.identity import residents
-from flows.edge import retry_round, run_experiment
-from tasks.edge.combiner import decode_answer, encode_job, run_job
+from blocks.object_store import StoreUnavailable
+from deployments.register import EDGE_POOLS, register_pools
+from flows.edge import ask_on_schedule, retry_round, run_experiment
+from infra import edge_cli
+from tasks.edge import experiment, runs
+from tasks.edge.combiner import AggregatorAway, decode_answer, encode_job, run_job
+from tasks.edge.intake import next_round
 from tasks.edge.server import Server, open_next, start_alive, utc_now
 from tasks.learning.combining import NotCombinable, Part, combine
 from tests.edge import world
@@ -109,7 +117,7 @@ def test_a_deadline_combines_what_has_come_and_is_exact_to_a_second(server):
     sending.join()
     row = server.ledger.round("r-1")
     assert (row.reason, row.version) == ("timeout", 1)
-    assert (row.closed_at - row.opened_at).total_seconds() == 2
+    assert (row.closed_at - row.started_at).total_seconds() == 2
     assert (row.completed_at - row.deadline_at).total_seconds() < 3
     assert model_of(server, 1) == {"w": [1.0, 2.0, 3.0], "b": 1.0}
 
@@ -224,6 +232,136 @@ def test_in_open_mode_devices_that_never_beat_are_started(tmp_path):
     server.ledger.beat("a", "offline", utc_now())
     row = open_next(server, name, 1, utc_now())
     assert start_alive(server, row) == 2
+
+
+def test_a_step_that_fails_is_done_again_by_its_run(server, monkeypatch):
+    """The store is away once, when the model is written."""
+    name, real, failures = ask(server), EdgeLedger.complete, [StoreUnavailable("it is away")]
+
+    def away_once(self: EdgeLedger, *given: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return real(self, *given)
+
+    monkeypatch.setattr(EdgeLedger, "complete", away_once)
+    send_when_open(server, UPDATES)
+    assert run_experiment.with_options(retry_delay_seconds=0)(name) == COMPLETED
+    assert failures == []
+    assert [row.version for row in server.ledger.models()] == [0, 1]
+    assert server.ledger.experiment(name).ended_at is not None
+    model = server.ledger.model(1)
+    kept = {path.name for path in Path(server.ledger.store.root).rglob("blobs/*/*")}
+    assert kept <= {model.sha256.removeprefix("0x")}
+
+
+def test_a_late_retry_is_no_base_of_what_follows(server):
+    """Round 1 is combined after round 2, and round 3 goes on from round 2."""
+    name = ask(server, rounds=3)
+    for number, status in ((1, WARNING), (2, COMPLETED)):
+        row = open_next(server, name, number, utc_now())
+        for one in UPDATES:
+            receive(server, {**one, "round_id": row.round_id})
+        if status == WARNING:
+            server.ledger.end_round(row.round_id, WARNING, "the aggregator was away", utc_now())
+        else:
+            assert retry_round(row.round_id) == COMPLETED
+    assert retry_round("r-1") == COMPLETED
+    assert [(row.version, row.round_id) for row in server.ledger.models()] == [(0, None), (1, "r-1.2"), (2, "r-1")]
+    assert open_next(server, name, 3, utc_now()).base_version == 1
+    assert next_round(server)["new_model_version"] == 1
+    assert "training goes on from version 1" in server.ledger.round("r-1").detail
+
+
+def test_the_clock_starts_when_the_starts_are_out(tmp_path):
+    server = make_server(tmp_path, stalled_s=60.0)
+    name = ask(server, timeout_s=5)
+    server.ledger.beat("a", "alive", utc_now())
+    row = open_next(server, name, 1, utc_now())
+    distributing = threading.Thread(target=experiment.distribute.fn, args=(row.round_id, "edge"))
+    distributing.start()
+    while not server.ledger.waiting():
+        time.sleep(0.01)
+    assert server.ledger.round(row.round_id).started_at is None
+    assert server.ledger.close_if_due(row.round_id, utc_now() + timedelta(hours=1)).status == "OPEN"
+    sent_at = utc_now()
+    server.ledger.mark_sent([one.id for one in server.ledger.unsent()], sent_at)
+    distributing.join()
+    started = server.ledger.round(row.round_id)
+    assert started.started_at >= sent_at
+    assert (started.deadline_at - started.started_at).total_seconds() == 5
+
+
+class Dripping(BaseHTTPRequestHandler):
+    """Sends a byte each tenth of a second: each is in time, the whole never is."""
+
+    def do_POST(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            while True:
+                self.wfile.write(b" ")
+                self.wfile.flush()
+                time.sleep(0.1)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_an_answer_that_never_ends_is_given_up_as_a_whole(tmp_path, monkeypatch):
+    listening = ThreadingHTTPServer(("127.0.0.1", 0), Dripping)
+    threading.Thread(target=listening.serve_forever, daemon=True).start()
+    server = make_server(
+        tmp_path, aggregator_url=f"http://127.0.0.1:{listening.server_port}", aggregation_timeout_s=0.5
+    )
+    monkeypatch.setattr(experiment, "ATTEMPTS", 1)
+    name = ask(server)
+    parts = [Part("a", 1, {"w": np.zeros(3), "b": np.zeros(())})]
+    began_s = time.monotonic()
+    with pytest.raises(AggregatorAway, match=r"no answer within 0\.5 s"):
+        experiment.ask_aggregator(server.pinned, server.request_of(name), parts[0].tensors, {}, parts)
+    listening.shutdown()
+    assert time.monotonic() - began_s < 30
+
+
+def test_experiments_of_a_series_follow_each_other_one_at_a_time(server, monkeypatch):
+    """Each from the last model, and none while another is under way; a run that begins again goes on with its own."""
+    started: list[str] = []
+    monkeypatch.setattr(runs, "start_run", lambda *run: started.append(run[1]["experiment_id"]) or "")
+    for one in "ab":
+        server.ledger.register(one, {}, utc_now())
+    asked = {"round_id": "nightly", "participants": ["a", "b"], "k_of_n": 2, "timeout_s": 30}
+    first = ask_on_schedule("nightly", asked)
+    assert (first.startswith("nightly-"), started) == (True, [first])
+    assert ask_on_schedule("nightly", asked) == "SKIPPED"
+    for one in UPDATES:
+        receive(server, {**one, "round_id": first})
+    assert run_experiment(first) == COMPLETED
+    second = ask_on_schedule("nightly", asked)
+    assert second not in ("SKIPPED", first)
+    assert server.ledger.round(second).base_version == 1
+    assert started == [first, second]
+
+
+def test_a_schedule_of_experiments_can_be_paused_and_resumed(tmp_path):
+    path = tmp_path / "nightly.json"
+    path.write_text(json.dumps({"round_id": "nightly", "rounds": 2}))
+    with get_client(sync_client=True) as client, temporary_settings({PREFECT_API_URL: str(client.api_url)}):
+        register_pools(EDGE_POOLS)
+        assert edge_cli._scheduled(path, "0 3 * * 1", None) == "edge-series/nightly"
+        found = client.read_deployment_by_name("edge-series/nightly")
+        assert (found.work_pool_name, found.work_queue_name) == ("edge", "edge")
+        assert found.parameters == {
+            "name": "nightly",
+            "experiment": {"round_id": "nightly", "rounds": 2},
+            "actor": "edge",
+        }
+        (times,) = found.schedules
+        assert (times.schedule.cron, times.active) == ("0 3 * * 1", True)
+    with pytest.raises(ValueError, match="either a cron expression or an interval"):
+        edge_cli._scheduled(path, None, None)
+    path.write_text('{"rounds": 2}')
+    with pytest.raises(ValueError, match="round_id is required"):
+        edge_cli._scheduled(path, None, 60)
 
 
 KILLED = """

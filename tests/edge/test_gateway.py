@@ -1,9 +1,12 @@
 """The gateway's routes: names, statuses and texts of existing devices, and who may do what."""
 
+import asyncio
 import hashlib
 import json
 import os
 import re
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
@@ -17,14 +20,22 @@ import pytest
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterTags
+from prefect.client.schemas.objects import FlowRun
 from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.states import Cancelled, Failed
 from pydantic import SecretStr
+from sqlalchemy import event
 
-from blocks.edge_ledger import FAILED, WARNING, EdgeLedger
+from blocks.edge_ledger import CLOSED, FAILED, WARNING, EdgeLedger
 from blocks.identity import residents
-from blocks.registry import Registry, RegistryUnavailable
-from infra import edge_cli, edge_gateway, edge_server
+from blocks.registry import Registry, RegistryUnavailable, _engine
+from deployments import register
+from infra import edge_cli, edge_gateway, edge_server, edge_watch
 from infra.edge_gateway import Gateway, service
+from infra.stack import DEFINITIONS
+from tasks.edge.runs import RUNS_MAX
 from tasks.edge.server import server_of, utc_now
 from tasks.edge.wire import Refusal
 from tests.edge.world import make_server, plain_mean, update
@@ -48,9 +59,13 @@ class Asked:
     def __init__(self, folder: Path, **pinned: Any) -> None:
         self.server = make_server(folder, **pinned)
         self.flows: list[tuple[str, dict[str, Any], str]] = []
-        self.gateway = Gateway(self.server, ADMIN, 2**20, lambda *flow: self.flows.append(flow))
+        self.gateway = Gateway(self.server, ADMIN, 2**20, self._start)
         self.client = TestClient(service(self.gateway))
         self.keys: dict[str, str] = {"admin": ADMIN}
+
+    def _start(self, *flow: Any) -> str:
+        self.flows.append(flow)
+        return ""
 
     def register(self, *names: str) -> None:
         for name in names:
@@ -157,7 +172,7 @@ def test_a_flow_that_cannot_be_started_opens_no_round(ask):
     ask.gateway.start_flow = away
     assert ask("POST", "/fl/experiments", EXPERIMENT).status_code == 503
     assert ask("GET", "/rounds/r-1/complete").status_code == 404
-    ask.gateway.start_flow = lambda *flow: ask.flows.append(flow)
+    ask.gateway.start_flow = lambda *_: ""
     ask.open()
 
 
@@ -254,19 +269,180 @@ def test_cbor_is_taken_on_all_update_routes(ask):
 
 
 def test_a_body_that_is_too_large_is_refused(ask):
+    ask.open()
     assert ask("POST", "/update", b" " * (2**20 + 1), by="a").status_code == 413
     assert ask("POST", "/fl/update", b" " * (2**20 + 1), by="a").status_code == 413
 
 
 def test_a_deadline_that_has_passed_is_seen_by_whoever_asks(ask):
     ask.open(timeout_s=1)
-    row = ask.server.ledger.round("r-1")
+    row = ask.server.ledger.start_clock("r-1", utc_now())
     assert ask.server.ledger.close_if_due("r-1", row.deadline_at - timedelta(milliseconds=1)).status == "OPEN"
     while utc_now() < row.deadline_at:
         pass
     assert ask("GET", "/rounds/r-1/complete").json()["reason"] == "timeout"
     late = ask("POST", "/update", update("a"), by="a")
     assert (late.status_code, "its time was over" in late.text) == (409, True)
+
+
+def unread(ask: Asked, method: str, path: str, by: str | None, said: int = 0) -> int:
+    """The status of a request whose body must not be read: whoever reads it ends the test. said: its Content-Length."""
+    headers = [(b"content-type", b"application/json")]
+    headers += [(b"authorization", f"Bearer {ask.keys[by]}".encode())] if by else []
+    headers += [(b"content-length", str(said).encode())] if said else []
+    scope = {"type": "http", "method": method, "path": path, "headers": headers, "query_string": b"", "root_path": ""}
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        raise AssertionError("the body is read")
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    asyncio.run(ask.client.app({**scope, "http_version": "1.1", "scheme": "http", "server": ("x", 80)}, receive, send))
+    return int(sent[0]["status"])
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "by", "said", "status"),
+    [
+        ("POST", "/update", None, 0, 401),
+        ("POST", "/fl/update", "wrong", 0, 401),
+        ("POST", "/fl/update_cbor", None, 0, 401),
+        ("POST", "/update_cbor", "wrong", 0, 401),
+        ("POST", "/update", "a", 2**20 + 1, 413),
+        ("POST", "/update", "a", 10**30, 413),
+        ("POST", "/update", "stranger", 65_537, 403),
+        ("POST", "/devices/a/alive", "b", 0, 403),
+        ("POST", "/datasets/a", "b", 0, 403),
+        ("PUT", "/modules/x", "a", 0, 403),
+        ("POST", "/fl/experiments", "a", 0, 403),
+        ("PUT", "/pins/x", "a", 0, 403),
+    ],
+    ids=str,
+)
+def test_nothing_is_read_of_who_may_not_send_it(ask, method, path, by, said, status):
+    ask.keys["wrong"] = "wrong"
+    ask.open()
+    assert unread(ask, method, path, by, said) == status
+
+
+def test_a_stranger_hears_why_and_sends_little(ask):
+    ask.open()
+    answer = ask("POST", "/update", update("stranger"), by="stranger")
+    assert (answer.status_code, "is no participant of round r-1" in answer.text) == (403, True)
+    assert ask("POST", "/update", update("stranger", round_id="r-9"), by="stranger").status_code == 404
+    assert ask("POST", "/update", b" " * 65_537, by="stranger").status_code == 403
+
+
+def test_a_database_that_is_away_is_said_within_seconds(ask, monkeypatch):
+    monkeypatch.setattr(edge_gateway, "PATIENCE_S", 0.1)
+    away = Registry(url=SecretStr("postgresql+psycopg://me:x@127.0.0.1:1/none"))
+    server = edge_gateway.impatient(replace(ask.server, ledger=replace(ask.server.ledger, registry=away)))
+    assert server.ledger.store.patience_s == 0.1
+    client, began_s = TestClient(service(Gateway(server, ADMIN))), time.monotonic()
+    answer = client.post("/update", json=update("a"), headers={"Authorization": f"Bearer {ask.keys['a']}"})
+    assert (answer.status_code, "a part that is needed is away" in answer.text) == (503, True)
+    assert time.monotonic() - began_s < 20  # of the minute that flows wait
+
+
+def test_a_look_up_that_hangs_is_given_up_and_others_are_served_meanwhile(monkeypatch):
+    monkeypatch.setattr(edge_gateway, "LOOK_S", 0.2)
+    hanging = threading.Event()
+
+    async def both() -> str:
+        asked = asyncio.create_task(edge_gateway.look(hanging.wait))
+        other = await edge_gateway.look(lambda: "served")
+        assert not asked.done()
+        with pytest.raises(Refusal, match="did not answer within") as said:
+            await asked
+        assert said.value.status == 503
+        hanging.set()
+        return other
+
+    assert asyncio.run(both()) == "served"
+
+
+def test_listings_and_metrics_read_no_model(ask):
+    ask.open()
+    queries: list[str] = []
+    engine = _engine(ask.server.ledger.registry.url.get_secret_value(), os.getpid())
+    event.listen(engine, "before_cursor_execute", lambda _c, _cursor, query, *_: queries.append(query))
+    for path in ("/metrics", "/models", "/models/0/lineage"):
+        assert ask("GET", path).status_code == 200
+    assert any("edge_models" in query for query in queries)
+    assert not any("edge_models.body" in query for query in queries)
+
+
+def test_more_samples_than_the_server_allows_are_refused(tmp_path):
+    asked = Asked(tmp_path, max_samples=100)
+    asked.register("a", "b", "c")
+    asked.open()
+    answer = asked("POST", "/update", update("a", samples=101), by="a")
+    assert (answer.status_code, "num_samples = 101: expected an integer from 1 to 100" in answer.text) == (400, True)
+    assert asked("POST", "/update", update("a", samples=100), by="a").status_code == 200
+    assert asked("POST", "/aggregate", {"updates": [update("a", samples=101)]}).status_code == 400
+    residents.pop("edge", None)
+
+
+def test_a_combination_that_hangs_is_ended(tmp_path):
+    asked = Asked(tmp_path, aggregation_timeout_s=0.001)
+    answer = asked("POST", "/aggregate", {"updates": [update("a")]})
+    assert (answer.status_code, "no answer within 0.001 s" in answer.text) == (503, True)
+    residents.pop("edge", None)
+
+
+def test_experiments_whose_run_has_died_are_ended_and_their_updates_kept(ask):
+    ask.open(rounds=3)
+    ask("POST", "/update", update("a"), by="a")
+    ask.open(experiment_id="exp-2", round_id="r-2")
+    ask.flows.clear()
+    edge_watch.look(ask.gateway)
+    assert {flow[1]["experiment_id"] for flow in ask.flows} == {"exp-1", "exp-2"}
+    ask.gateway.start_flow = lambda *_: "its run was cancelled"
+    edge_watch.look(ask.gateway)
+    kept, empty = ask.server.ledger.round("r-1"), ask.server.ledger.round("r-2")
+    assert (kept.status, kept.reason, empty.status, empty.detail) == (
+        WARNING,
+        "abandoned",
+        FAILED,
+        "its run was cancelled",
+    )
+    assert kept.detail.startswith("1 updates are kept")
+    assert ask.server.ledger.unended() == []
+    late = ask("POST", "/update", update("b"), by="b")
+    assert (late.status_code, "nothing conducts it any more" in late.text) == (409, True)
+    assert ask("POST", "/fl/experiments", {**EXPERIMENT, "rounds": 3}).status_code == 200
+    ask.gateway.start_flow = ask._start
+    assert ask("POST", "/fl/rounds/r-1/retry").status_code == 202
+
+
+def test_a_run_that_has_died_is_followed_by_another_of_the_same_experiment():
+    parameters = {"experiment_id": "exp-1", "actor": "edge"}
+    with get_client(sync_client=True) as client, temporary_settings({PREFECT_API_URL: str(client.api_url)}):
+        register.register_pools(register.EDGE_POOLS)
+        register.register_deployments(DEFINITIONS, register.EDGE_POOLS)
+
+        def found_runs() -> list[FlowRun]:
+            found = client.read_flow_runs(
+                flow_run_filter=FlowRunFilter(tags=FlowRunFilterTags(all_=["experiment:exp-1"]))
+            )
+            return sorted(found, key=lambda run: run.created)
+
+        for _ in range(2):
+            assert edge_gateway.start_by_prefect("edge-experiment", parameters, "key") == ""
+        assert len(found_runs()) == 1
+        for number in range(1, RUNS_MAX):
+            client.set_flow_run_state(found_runs()[-1].id, Failed(message=f"failure {number}"), force=True)
+            assert edge_gateway.start_by_prefect("edge-experiment", parameters, "key") == ""
+            assert len(found_runs()) == number + 1
+        client.set_flow_run_state(found_runs()[-1].id, Failed(message="the last"), force=True)
+        assert "5 runs of it have ended, the last: Failed the last" in edge_gateway.start_by_prefect(
+            "edge-experiment", parameters, "key"
+        )
+        edge_gateway.start_by_prefect("edge-experiment", parameters, "other")
+        client.set_flow_run_state(found_runs()[-1].id, Cancelled(), force=True)
+        assert edge_gateway.start_by_prefect("edge-experiment", parameters, "other") == "its run was cancelled"
 
 
 def test_unknown_rounds_are_404_in_both_styles(ask):
@@ -398,6 +574,8 @@ def test_a_retry_starts_a_flow_for_a_round_that_has_ended_and_kept_updates(ask):
     assert ask("POST", "/fl/rounds/r-1/retry").status_code == 409
     for sender in "ab":
         ask("POST", "/update", update(sender), by=sender)
+    assert ask.server.ledger.round("r-1").status == CLOSED
+    assert ask("POST", "/fl/rounds/r-1/retry").status_code == 202
     ask.server.ledger.end_round("r-1", WARNING, "the aggregator is away", utc_now())
     status = ask("GET", "/fl/rounds/r-1/complete").json()["status"]
     assert (status["completed"], status["state"], status["detail"]) == (True, WARNING, "the aggregator is away")

@@ -62,6 +62,7 @@ def a_round(ledger: EdgeLedger, name: str = "r-1", k: int = 2, timeout_s: int = 
             k_of_n=k,
             timeout_s=timeout_s,
             opened_at=NOW,
+            started_at=NOW,
             deadline_at=after(timeout_s),
         )
     )
@@ -109,7 +110,7 @@ def test_a_late_update_is_kept_beside_the_round_and_changes_nothing(ledger):
     assert send(ledger, "a", body='{"w":[9]}').kind == "late"
     assert send(ledger, "a").kind == "repeated"
     assert [row.proplet_id for row in ledger.updates("r-1")] == ["a", "b"]
-    assert sorted(row.proplet_id for row in ledger.late_updates("r-1")) == ["a", "c"]
+    assert sorted((row.proplet_id, row.reason) for row in ledger.dropped("r-1")) == [("a", "late"), ("c", "late")]
     assert send(ledger, "c").kind == "late"
 
 
@@ -201,13 +202,18 @@ def test_a_round_makes_one_version_however_often_it_is_completed(ledger):
     row = ledger.model(1)
     assert (row.parent, row.round_id, row.experiment_id) == (0, "r-1", "exp-1")
     assert ledger.model_bytes(row) == b'{"w":[1]}'
-    assert ledger.last_completed().round_id == "r-1"
+    assert ledger.head().round_id == "r-1"
     (notice,) = ledger.unsent()
     assert json.loads(notice.payload) == {
         "round_id": "r-1",
         "status": "complete",
         "new_model_version": 1,
         "model_uri": "fl/models/global_model_v1",
+        "num_updates": 1,
+        "k_of_n": 1,
+        "partial": False,
+        "head": 1,
+        "detail": "",
     }
     ledger.mark_sent([notice.id], NOW)
     assert ledger.unsent() == []
@@ -326,3 +332,159 @@ def test_mosquitto_knows_the_hash_as_its_own(tmp_path):
     assert theirs.read_text().split("$")[1:3] == mosquitto_hash("key").split("$")[1:3]
     _, _, rounds, salt, derived = theirs.read_text().strip().split("$")
     assert hashlib.pbkdf2_hmac("sha512", b"key", b64decode(salt), int(rounds)) == b64decode(derived)
+
+
+def files(ledger: EdgeLedger) -> set[str]:
+    """Digests of what is in the store."""
+    return {"0x" + path.name for path in Path(ledger.store.root).rglob("blobs/*/*")}
+
+
+def large(number: float) -> str:
+    return json.dumps({"w": [number] * 300_000})
+
+
+def test_bytes_of_what_is_replaced_or_late_are_not_kept_but_that_it_was_there_is(ledger):
+    a_round(ledger)
+    for number in (0.25, 0.5):
+        assert send(ledger, "a", body=large(number)).kind == "accepted"
+    send(ledger, "b", body=large(0.75))
+    assert send(ledger, "c", body=large(0.125)).kind == "late"
+    assert send(ledger, "a", body=large(0.5)).kind == "repeated"
+    held = {row.sha256 for row in ledger.updates("r-1")}
+    assert files(ledger) == held
+    facts = {row.reason: (row.proplet_id, row.sha256, row.size_bytes) for row in ledger.dropped("r-1")}
+    first, late = large(0.25).encode(), large(0.125).encode()
+    assert facts == {
+        "replaced": ("a", "0x" + hashlib.sha256(first).hexdigest(), len(first)),
+        "late": ("c", "0x" + hashlib.sha256(late).hexdigest(), len(late)),
+    }
+
+
+def test_bytes_that_another_names_stay(ledger):
+    a_round(ledger, k=3)
+    for sender in "ab":
+        send(ledger, sender, body=large(0.5))
+    send(ledger, "a", body=large(0.25))
+    assert files(ledger) == {row.sha256 for row in ledger.updates("r-1")}
+    assert [ledger.body_of(row).decode() for row in ledger.updates("r-1")] == [large(0.25), large(0.5)]
+
+
+def test_bytes_that_vanish_before_they_are_named_are_stored_again(ledger, monkeypatch):
+    """Another's removal, between the writing of the bytes and the transaction that names them."""
+    a_round(ledger, k=1)
+    digest = "0x" + hashlib.sha256(large(0.5).encode()).hexdigest()
+    real = EdgeLedger._change
+
+    def removed_before(self: EdgeLedger, work: Any) -> Any:
+        ledger.store.remove(OWNER, digest)
+        return real(self, work)
+
+    monkeypatch.setattr(EdgeLedger, "_change", removed_before)
+    send(ledger, "a", body=large(0.5))
+    monkeypatch.undo()
+    (row,) = ledger.updates("r-1")
+    assert ledger.body_of(row).decode() == large(0.5)
+
+
+def test_what_is_remembered_of_a_flood_is_bounded(ledger):
+    a_round(ledger, k=1)
+    send(ledger, "a")
+    for number in range(12):
+        send(ledger, "b", at=2 + number, body=json.dumps({"w": number}))
+    assert len(ledger.dropped("r-1")) == 8
+    assert max(row.received_at for row in ledger.dropped("r-1")) == after(13)
+
+
+def test_a_module_or_data_set_that_is_replaced_leaves_no_bytes(ledger):
+    for data in (b"first", b"second", b"second"):
+        ledger.put_blob("dataset", "a", data)
+    ledger.put_blob("dataset", "b", b"second")
+    ledger.put_blob("dataset", "a", b"third")
+    assert {ledger.blob_bytes(row) for row in ledger.blobs("dataset")} == {b"second", b"third"}
+    assert len(files(ledger)) == 2
+    with pytest.raises(AlreadyWritten):
+        [ledger.put_model(model(form="safetensors"), data, version=0) for data in (b"one", b"other")]
+    assert len(files(ledger)) == 3
+
+
+def test_the_deadline_counts_from_the_clock(ledger):
+    a_round(ledger)
+    waiting = a_round(ledger, "r-2").model_copy(update={"round_id": "r-3", "number": 3, "started_at": None})
+    ledger.open_round(waiting)
+    assert ledger.close_if_due("r-3", after(3600)).status == OPEN
+    ledger.start_clock("r-3", after(100))
+    assert ledger.start_clock("r-3", after(200)).deadline_at == after(160)
+    assert ledger.close_if_due("r-3", after(160)).reason == "timeout"
+
+
+def test_a_round_that_is_combined_after_its_followers_is_not_the_head(ledger):
+    ledger.put_model(model(), b"{}", version=0)
+    for number, name in enumerate(("r-1", "r-1.2"), start=1):
+        row = a_round(ledger, "unused").model_copy(
+            update={"round_id": name, "number": number, "opened_at": after(number)}
+        )
+        ledger.open_round(row)
+        for sender in "ab":
+            send(ledger, sender, name=name)
+    assert finish(ledger, "r-1.2").version == 1
+    late = finish(ledger, "r-1")
+    assert (late.version, ledger.model(2).round_id, ledger.model(2).parent) == (2, "r-1", 0)
+    assert (ledger.head().round_id, ledger.head("exp-1").version) == ("r-1.2", 1)
+    assert late.detail == "round r-1.2 trained without it, and training goes on from version 1"
+    notice = json.loads(ledger.unsent()[-1].payload)
+    assert (notice["new_model_version"], notice["head"], notice["detail"]) == (2, 1, late.detail)
+
+
+def test_a_partial_round_says_so(ledger):
+    a_round(ledger, k=3)
+    send(ledger, "a")
+    ledger.close_if_due("r-1", after(60))
+    assert finish(ledger).detail == "1 of 3 updates came"
+    notice = json.loads(ledger.unsent()[0].payload)
+    assert (notice["num_updates"], notice["k_of_n"], notice["partial"]) == (1, 3, True)
+
+
+@pytest.mark.parametrize(
+    ("first_round", "rounds"),
+    [("r", 1), ("r.3", 1), ("r.1", 1), ("r.4", 1), ("r.03", 1), ("rr", 9), ("q", 9), ("q.2", 3)],
+)
+def test_names_of_rounds_that_are_to_come_are_taken(ledger, first_round, rounds):
+    ledger.record_experiment("exp-1", "{}", NOW, first_round="r", rounds=3)
+    ledger.record_experiment("exp-2", "{}", NOW, first_round="q.2.2", rounds=1)
+    own = {first_round} | {f"{first_round}.{number}" for number in range(2, rounds + 1)}
+    if own & {"r", "r.2", "r.3", "q.2.2"}:
+        with pytest.raises(AlreadyWritten, match=f"round {first_round}, or one that follows it, is of experiment exp-"):
+            ledger.record_experiment("exp-3", "{}", NOW, first_round=first_round, rounds=rounds)
+        assert ledger.experiment("exp-3") is None
+    else:
+        ledger.record_experiment("exp-3", "{}", NOW, first_round=first_round, rounds=rounds)
+
+
+def test_experiments_are_under_way_until_they_are_ended(ledger):
+    ledger.record_experiment("exp-1", "{}", NOW)
+    assert ledger.unended() == []
+    a_round(ledger)
+    assert ledger.unended() == ["exp-1"]
+    for moment in (NOW, after(5)):
+        ledger.end_experiment("exp-1", moment)
+    assert (ledger.unended(), ledger.experiment("exp-1").ended_at) == ([], NOW)
+
+
+def test_two_who_write_the_same_row_at_once_both_succeed(tmp_path, postgres_url):
+    """The other one's transaction holds a device that is not visible yet; it is committed when this one waits for it."""
+    ledger = EdgeLedger(Registry(url=SecretStr(postgres_url)), ArtifactStore(root=str(tmp_path)), OWNER)
+    ledger.devices()
+    engine = create_engine(postgres_url)
+    row = "INSERT INTO edge_devices (proplet_id, namespace, details, health, registered_at) VALUES ('a', 'x', '{}', '', now())"
+    waiting = text(
+        "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+    )
+    with engine.connect() as other, engine.connect() as watcher:
+        other.execute(text(row))
+        beating = threading.Thread(target=ledger.beat, args=("a", "alive", NOW))
+        beating.start()
+        while not watcher.execute(waiting).scalar():
+            watcher.rollback()
+        other.commit()
+        beating.join()
+    assert (ledger.device("a").health, ledger.device("a").namespace) == ("alive", "x")

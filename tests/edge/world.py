@@ -15,6 +15,7 @@ from blocks.identity import create_home, residents
 from blocks.registry import Registry
 from blocks.tables import EdgeModelRow, EdgeUpdateRow
 from tasks.edge import wire
+from tasks.edge.intake import record
 from tasks.edge.server import Server, utc_now
 
 BASE = {"b": 0.0, "w": [0.0, 0.0, 0.0]}
@@ -23,17 +24,16 @@ BASE = {"b": 0.0, "w": [0.0, 0.0, 0.0]}
 def make_server(folder: Path, **pinned: Any) -> Server:
     """With version 0, zeros; known to the steps of this process as `edge`."""
     me = create_home(folder / "home")
-    registry = Registry(url=SecretStr(f"sqlite:///{folder / 'registry.sqlite'}"))
-    connections = EdgeConnections(
-        name="edge",
-        store=ArtifactStore(root=str(folder / "store")),
-        registry=registry,
-        aggregation_pause_s=0.05,
-        **pinned,
-    )
+    fields: dict[str, Any] = {
+        "store": ArtifactStore(root=str(folder / "store")),
+        "registry": Registry(url=SecretStr(f"sqlite:///{folder / 'registry.sqlite'}")),
+        "aggregation_pause_s": 0.05,
+        "stalled_s": 0.0,
+    }
+    connections = EdgeConnections(name="edge", **{**fields, **pinned})
     connections.pin(me)
     residents["edge"] = me
-    server = Server(EdgeLedger(registry, connections.store, me.address), connections)
+    server = Server(EdgeLedger(connections.registry, connections.store, me.address), connections)
     put_model(server, BASE, 0)
     return server
 
@@ -47,7 +47,7 @@ def ask(server: Server, **fields: Any) -> str:
     """Ask for an experiment; its id."""
     asked = {"round_id": "r-1", "participants": ["a", "b", "c"], "k_of_n": 2, "timeout_s": 30, **fields}
     request = wire.read_experiment(json.dumps(asked).encode())
-    server.ledger.record_experiment(request.name, request.model_dump_json(), utc_now())
+    record(server, request, utc_now())
     return request.name
 
 

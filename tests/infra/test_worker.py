@@ -95,7 +95,7 @@ def test_an_own_step_is_taken():
 
 
 def test_names_lead_to_flows_of_this_package_alone():
-    assert set(ENTRYPOINTS) == {*STEPS, "run-task", "edge-experiment", "edge-retry"}
+    assert set(ENTRYPOINTS) == {*STEPS, "run-task", "edge-experiment", "edge-retry", "edge-series"}
     for name in ENTRYPOINTS:
         assert flow_of(name).name == name
         assert flow_of(name).fn.__module__.startswith("flows.")
