@@ -363,6 +363,7 @@ def test_what_nobody_foresaw_ends_neither_the_bridge_nor_the_messages_behind_it(
 
     asyncio.run(beside(bridge, send()))
     assert [row.proplet_id for row in server.ledger.updates("r-3")] == ["b"]
+    assert "fl/rounds/r-3/updates/a: passed over" in caplog.text
     assert "unforeseen in taking" in caplog.text
     assert "again in 0.5 s" in caplog.text
 
