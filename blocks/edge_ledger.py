@@ -22,7 +22,7 @@ from datetime import datetime, timedelta
 from typing import Any, TypeVar
 from uuid import NAMESPACE_URL, uuid5
 
-from sqlalchemy import func, or_, text, update
+from sqlalchemy import delete, func, or_, text, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import defer
 from sqlmodel import Session, SQLModel, col, select
@@ -47,6 +47,9 @@ WARNING = "COMPLETED_WITH_WARNING"
 ENDED = (COMPLETED, WARNING, FAILED)
 SMALL_BYTES = 2**20  # a model or an update of more is an artifact
 KEY_BYTES = 32
+KEPT_S, KEPT_SENT = 86_400, 10_000  # of messages that were published: how long, and at most how many
+# Of those that wait: longer than the longest round, and more than the starts of many rounds of the largest experiment.
+WAITING_S, KEPT_WAITING = 31 * 86_400, 1_000_000
 PBKDF2_ROUNDS = 101  # a key has 256 random bits: stretching it adds nothing
 PIN_FOLDER = "edge/"
 # PostgreSQL's advisory locks: of whoever allocates a version, takes names of rounds, names or removes bytes of the store.
@@ -467,13 +470,31 @@ class EdgeLedger:
         """Give a device a key, in place of an earlier one; only its digests are kept."""
         key = secrets.token_urlsafe(KEY_BYTES)
         fields = {"key_sha256": _key_digest(key), "mqtt_hash": mosquitto_hash(key), "namespace": namespace}
-        self._change_device(proplet_id, at, **fields, details=json.dumps(details))
+        # What was sealed with an earlier key is void, and a device that lost its home counts anew.
+        counters = {"words_counter": 0, "updates_counter": 0}
+        self._change_device(proplet_id, at, **fields, **counters, details=json.dumps(details))
         return key
 
-    def beat(self, proplet_id: str, health: str, at: datetime, details: Mapping[str, Any] | None = None) -> None:
-        """What a device said of itself. One that nobody registered gets a row without a key, which opens nothing."""
-        said = {} if details is None else {"details": json.dumps(details)}
+    def beat(
+        self,
+        proplet_id: str,
+        health: str,
+        at: datetime,
+        details: Mapping[str, Any] | None = None,
+        counter: int | None = None,
+    ) -> None:
+        """What a device said of itself, and the counter of that word, where it was sealed.
+
+        One that nobody registered gets a row without a key, which opens nothing.
+        """
+        said: dict[str, Any] = {} if details is None else {"details": json.dumps(details)}
+        said |= {} if counter is None else {"words_counter": counter}
         self._change_device(proplet_id, at, health=health, last_beat_at=at, **said)
+
+    def note_counter(self, proplet_id: str, name: str, counter: int) -> None:
+        """The counter of a sealed message of a registered device that was taken. name: words_counter or updates_counter."""
+        noted = update(EdgeDeviceRow).where(col(EdgeDeviceRow.proplet_id) == proplet_id).values({name: counter})
+        self.registry.change(lambda session: session.execute(noted) and None)
 
     def device(self, proplet_id: str) -> EdgeDeviceRow | None:
         return self.registry.read(lambda session: session.get(EdgeDeviceRow, proplet_id))
@@ -557,6 +578,19 @@ class EdgeLedger:
         """So that what the broker has taken is not published again."""
         done = update(EdgeMessageRow).where(col(EdgeMessageRow.id).in_(ids)).values(sent_at=at)
         self._change(lambda session: session.execute(done) and None)
+
+    def prune_messages(self, now: datetime) -> None:
+        """Forget messages that were published, but for the newest; and those that nobody could publish for a month."""
+        made, place = col(EdgeMessageRow.made_at), col(EdgeMessageRow.id)
+
+        def write(session: Session) -> None:
+            newest = int(session.exec(select(func.max(place))).one() or 0)
+            for is_open, age_s, many in ((True, WAITING_S, KEPT_WAITING), (False, KEPT_S, KEPT_SENT)):
+                is_over = or_(made < now - timedelta(seconds=age_s), place <= newest - many)
+                whose = col(EdgeMessageRow.sent_at).is_(None) if is_open else col(EdgeMessageRow.sent_at).is_not(None)
+                session.execute(delete(EdgeMessageRow).where(whose, is_over))
+
+        self.registry.change(write)
 
     # Modules and data sets
 

@@ -12,7 +12,7 @@ from typing import Any
 from sqlalchemy import Connection, Engine, inspect, text
 from sqlalchemy.exc import DBAPIError
 
-FIRST, HEAD = "0001", "0004"
+FIRST, HEAD = "0001", "0005"
 MIGRATION_LOCK = 0x4865616C  # PostgreSQL's advisory lock of whoever migrates
 
 

@@ -329,6 +329,7 @@ class EdgeDeviceRow(SQLModel, table=True):
     """A device. key_sha256: of its key, which only it has; mqtt_hash: the same for mosquitto's password file.
 
     health: what it said last: alive, offline or unhealthy; empty before it said anything. details: JSON.
+    words_counter, updates_counter: of the newest sealed messages that were taken from it over MQTT.
     """
 
     __tablename__ = "edge_devices"
@@ -340,6 +341,8 @@ class EdgeDeviceRow(SQLModel, table=True):
     health: str = ""
     registered_at: datetime = Field(sa_type=UtcDateTime)
     last_beat_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
+    words_counter: int = Field(default=0, sa_type=BigInteger)
+    updates_counter: int = Field(default=0, sa_type=BigInteger)
 
 
 class EdgeModelRow(SQLModel, table=True):

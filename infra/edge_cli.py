@@ -88,7 +88,7 @@ def status(folder: FolderOption = FOLDER, url: UrlOption = URL) -> None:
 
 
 def register(
-    device: Annotated[str, typer.Argument(help="the id of the device: letters, digits and ._:@-")],
+    device: Annotated[str, typer.Argument(help="the id of the device: letters, digits and ._@-")],
     folder: FolderOption = FOLDER,
     url: UrlOption = URL,
 ) -> None:

@@ -9,6 +9,7 @@ module in wasmtime; the others add to the model what `step_of` says. A device's 
 """
 
 import asyncio
+import itertools
 import json
 import logging
 import random
@@ -26,6 +27,8 @@ import httpx
 
 from blocks import wasm_runner
 from infra.edge_device import HTTP_ATTEMPTS, encode_cbor
+from tasks.edge import seal
+from tasks.edge.seal import UPDATE
 
 MODULE_EVERY = 100
 SAMPLES_MAX = 100
@@ -128,6 +131,7 @@ class Simulated:
         self.is_connected = asyncio.Event()
         # The messages that start tasks go to all devices; those of others are not parsed, which spares this machine.
         self.mark = json.dumps({"proplet_id": name})[1:-1].encode()
+        self.sealing_key, self.counter = seal.key_of(key), itertools.count(time.time_ns())
         self.watches = self.plan["watches"] and place == 0
         self.retries = 0
         self.work: asyncio.Task[None] | None = None
@@ -175,7 +179,10 @@ class Simulated:
 
     async def _say(self, client: aiomqtt.Client, topic: str, **fields: Any) -> None:
         said = {"proplet_id": self.name, "namespace": "default", **fields}
-        await client.publish(self.plan["prefix"] + topic, json.dumps(said), qos=1)
+        await client.publish(self.plan["prefix"] + topic, self._sealed(topic, said), qos=1)
+
+    def _sealed(self, kind: str, said: dict[str, Any]) -> bytes:
+        return seal.seal(json.dumps(said).encode(), self.sealing_key, kind, self.name, next(self.counter))
 
     def _hear(self, client: aiomqtt.Client, message: aiomqtt.Message) -> None:
         payload = bytes(message.payload)
@@ -236,7 +243,7 @@ class Simulated:
         if way == "mqtt":
             with suppress(aiomqtt.MqttError):
                 topic = f"{self.plan['prefix']}fl/rounds/{self.plan['round_id']}/updates/{self.name}"
-                await client.publish(topic, json.dumps(update), qos=1)
+                await client.publish(topic, self._sealed(UPDATE, update), qos=1)
                 return
             self.retries += 1
         if way == "cbor":

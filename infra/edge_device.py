@@ -3,10 +3,11 @@
     heard of        over MQTT, or by asking the server while there is none
     module          from the task itself, an http(s) address, the server, or in pieces over MQTT; checked by its digest
     model, data     over HTTP; the data from the device's own file, where it has one
-    handed in       over HTTP; after three failures in a row over MQTT; kept on disk until one of them took it
+    handed in       over HTTP; after three failures in a row over MQTT as well; kept on disk until the server has answered
 
 It needs nothing but wasmtime, aiomqtt and cbor2, and remembers in its home (infra.edge_memory) what a kill must not undo: a
-round that was trained is not trained again. A 4xx answer is final; a server that fails or is away is asked again.
+round that was trained is not trained again. A 4xx answer is final; a server that fails or is away is asked again. That a broker
+has an update says nothing of the server: until its answer comes, over whichever way, the update is sent again.
 """
 
 import array
@@ -40,12 +41,17 @@ from blocks.wasm_runner import MAX_MODULE_BYTES, ModuleFailed
 from infra.edge_chunks import Assembly
 from infra.edge_http import Http, Refused, Unreachable
 from infra.edge_memory import REFUSED, SENT, STARTED, TRAINED, Credentials, Memory, Round, Unusable
-from infra.edge_settings import NAME, InvalidSettings, Settings, read_settings
+from infra.edge_seals import Seals
+from infra.edge_settings import InvalidSettings, Settings, read_settings
+from tasks.edge.names import NAME
+from tasks.edge.seal import UPDATE
 
 log = logging.getLogger("healchain.device")
 MAX_MODEL_BYTES = MAX_DATA_BYTES = 256 * 2**20
 HTTP_ATTEMPTS = 3  # failures in a row before an update goes over MQTT
 FETCH_ATTEMPTS = 5
+ANSWER_S = 10.0  # how long the server's answer to an update over MQTT is waited for, before it is sent again
+START, ANSWERS = "control/manager/start", "control/manager/answers"
 MQTT_ATTEMPTS = 5  # failures in a row before the device calls itself unhealthy
 CHUNK_QUESTIONS, CHUNK_WAIT_S = 12, 5.0  # a minute in all
 LONGEST_PAUSE_S = 60.0
@@ -68,6 +74,8 @@ class Device:
         self.settings, self.memory, self.me = settings, memory, me
         trusted = (settings.server, settings.registry, settings.data_store)
         self.http = Http(key=me.key, trusted=trusted, context=settings.tls, timeout_s=settings.timeout_s)
+        self.seals = Seals(memory, me, is_open=settings.is_open)
+        self.answers: dict[str, asyncio.Future[dict[str, Any]]] = {}  # by round, while they are waited for
         self.mqtt: aiomqtt.Client | None = None
         self.unhealthy = ""
         self.failed_connections = 0
@@ -114,7 +122,7 @@ class Device:
             raise ValueError("env: expected an object of texts")
         wasm_runner.check_environment(environment)
         round_id = environment.get("ROUND_ID", "")
-        if not NAME.fullmatch(round_id):
+        if not re.fullmatch(NAME, round_id):
             raise ValueError(f"env.ROUND_ID = {round_id!r:.60}: expected a name of letters, digits and ._:@-")
         if self._knows(round_id):
             return
@@ -144,7 +152,7 @@ class Device:
         try:
             found = await self._get_json(f"{self.settings.server}/rounds/next?proplet_id={who}")
             for round_id in found.get("open_rounds") or ():
-                if isinstance(round_id, str) and NAME.fullmatch(round_id) and not self._knows(round_id):
+                if isinstance(round_id, str) and re.fullmatch(NAME, round_id) and not self._knows(round_id):
                     address = f"{self.settings.server}/task?round_id={quote(round_id, safe='')}&proplet_id={who}"
                     self.accept(_as_started((await self._get_json(address)).get("task")))
         except (Refused, Unreachable, ValueError, TypeError, RecursionError) as error:
@@ -269,8 +277,11 @@ class Device:
             return None
 
     async def _in_pieces(self, app_name: str, sha256: str) -> bytes | None:
-        """Over MQTT; None when it does not come within a minute, or there is no MQTT."""
-        if self.mqtt is None or not app_name:
+        """Over MQTT; None when it does not come within a minute, or there is no MQTT.
+
+        All devices hear the pieces, so they have no seal: what they must make is the task's to say.
+        """
+        if self.mqtt is None or not app_name or (self.seals.are_needed and not sha256):
             return None
         pieces = self.settings.prefix + "registry/server"  # heard for so long only: they go to all devices
         self.assembly, self.assembled = Assembly(app_name, sha256), asyncio.get_running_loop().create_future()
@@ -313,8 +324,7 @@ class Device:
             try:
                 await asyncio.to_thread(self._post, round_.update)
             except Refused as refusal:
-                log.error("round %s: the server refused the update: %s", round_.round_id, refusal)
-                self.memory.keep(round_._replace(state=REFUSED, detail=str(refusal)[:MAX_ERROR]))
+                self._give_up(round_, str(refusal))
                 return True
             except Unreachable as error:
                 log.warning("round %s: HTTP attempt %d of %d: %s", round_.round_id, attempt, HTTP_ATTEMPTS, error)
@@ -323,11 +333,30 @@ class Device:
             else:
                 self._settle(round_, "HTTP")
                 return True
+        return await self._send_over_mqtt(round_)
+
+    async def _send_over_mqtt(self, round_: Round) -> bool:
+        """Publish an update and wait for what the server says to it; whether it is settled."""
         topic = f"fl/rounds/{round_.round_id}/updates/{self.me.proplet_id}"
-        if await self._publish(topic, round_.update, is_bare=self.settings.is_bare):
+        answer = self.answers[round_.round_id] = asyncio.get_running_loop().create_future()
+        try:
+            if not await self._publish(topic, round_.update, kind=UPDATE, is_bare=self.settings.is_bare):
+                return False
+            said = await asyncio.wait_for(answer, ANSWER_S)
+        except TimeoutError:
+            log.warning("round %s: the broker has the update, the server has not answered", round_.round_id)
+            return False
+        finally:
+            del self.answers[round_.round_id]
+        if said["status"] == 200:
             self._settle(round_, "MQTT")
-            return True
-        return False
+        else:
+            self._give_up(round_, f"MQTT {said['status']}: {said.get('detail', '')!s:.{MAX_ERROR}}")
+        return True
+
+    def _give_up(self, round_: Round, why: str) -> None:
+        log.error("round %s: the server refused the update: %s", round_.round_id, why)
+        self.memory.keep(round_._replace(state=REFUSED, detail=why[:MAX_ERROR]))
 
     def _post(self, update: dict[str, Any]) -> None:
         if self.settings.is_cbor:
@@ -346,7 +375,8 @@ class Device:
         while True:
             try:
                 async with self._client() as client:
-                    for topic in ("control/manager/start", f"control/manager/start/{self.me.proplet_id}"):
+                    mine = (f"{START}/{self.me.proplet_id}", f"{ANSWERS}/{self.me.proplet_id}")
+                    for topic in (START, *mine):
                         await client.subscribe(self.settings.prefix + topic, qos=self.settings.qos)
                     await self._connected(client)
                     async for message in client.messages:
@@ -360,14 +390,16 @@ class Device:
     def _client(self) -> aiomqtt.Client:
         broker = self.settings.broker
         assert broker is not None
-        offline = json.dumps({"status": "offline", "proplet_id": self.me.proplet_id})
+        self.seals.begin()
+        alive = "control/proplet/alive"
+        offline = self.seals.closing(alive, {"status": "offline", "proplet_id": self.me.proplet_id})
         return aiomqtt.Client(
             broker.host,
             broker.port,
             username=self.me.proplet_id,
             password=self.settings.mqtt_password or self.me.key or None,
             identifier=self.me.proplet_id,
-            will=aiomqtt.Will(f"{self.settings.prefix}control/proplet/alive", offline, qos=self.settings.qos),
+            will=aiomqtt.Will(self.settings.prefix + alive, offline, qos=self.settings.qos),
             tls_context=(self.settings.tls or ssl.create_default_context()) if broker.is_encrypted else None,
             keepalive=max(5, round(3 * self.settings.beat_s)),
             timeout=self.settings.timeout_s,
@@ -395,15 +427,26 @@ class Device:
     def _hear(self, message: aiomqtt.Message) -> None:
         """What is malformed or for others is passed over: whoever may publish must not be able to end this device."""
         try:
-            said = json.loads(bytes(message.payload))
+            topic, payload = message.topic.value.removeprefix(self.settings.prefix), bytes(message.payload)
+            said = json.loads(payload)
             if not isinstance(said, dict):
                 raise ValueError("expected an object")
-            if message.topic.matches(f"{self.settings.prefix}registry/server"):
+            if topic == "registry/server":
                 self._take_piece(said)
             elif said.get("proplet_id") == self.me.proplet_id:
-                self.accept(said)
+                kind, take = (ANSWERS, self._take_answer) if topic.startswith(ANSWERS) else (START, self.accept)
+                take(json.loads(self.seals.opened(kind, payload)))
         except (ValueError, RecursionError) as error:
             log.warning("passed over a message on %s: %s", message.topic, error)
+
+    def _take_answer(self, said: dict[str, Any]) -> None:
+        """Raises ValueError."""
+        status, round_id = said.get("status"), said.get("round_id")
+        if type(status) is not int or not (status == 200 or 400 <= status < 500):
+            raise ValueError(f"status = {status!r:.40}: expected 200, or 400 to 499")
+        waiting = self.answers.get(round_id) if isinstance(round_id, str) else None
+        if waiting is not None and not waiting.done():
+            waiting.set_result(said)
 
     def _take_piece(self, said: dict[str, Any]) -> None:
         """Raises BadChunk."""
@@ -412,13 +455,13 @@ class Device:
         if (whole := self.assembly.take(said)) is not None:
             self.assembled.set_result(whole)
 
-    async def _publish(self, topic: str, said: dict[str, Any], *, is_bare: bool = False) -> bool:
-        """Whether the broker has it."""
+    async def _publish(self, topic: str, said: dict[str, Any], *, kind: str = "", is_bare: bool = False) -> bool:
+        """Whether the broker has it. kind: of the seal, where it is not the topic."""
         if self.mqtt is None:
             return False
         try:
-            full = topic if is_bare else self.settings.prefix + topic
-            await self.mqtt.publish(full, json.dumps(said), qos=self.settings.qos, timeout=self.settings.timeout_s)
+            full, payload = topic if is_bare else self.settings.prefix + topic, self.seals.on(kind or topic, said)
+            await self.mqtt.publish(full, payload, qos=self.settings.qos, timeout=self.settings.timeout_s)
         except aiomqtt.MqttError as error:
             log.warning("not published on %s: %s", topic, error)
             return False

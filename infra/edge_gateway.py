@@ -47,6 +47,7 @@ from infra.edge_server import EdgeSettings
 from infra.gateway import listening_socket
 from tasks.edge import intake, rounds, wire
 from tasks.edge.combiner import AggregatorAway, combine_in_child
+from tasks.edge.names import DEVICE_RULE
 from tasks.edge.runs import experiment_run, start_run
 from tasks.edge.server import Server, form_of, server_of, tensors_in, utc_now
 from tasks.edge.wire import CBOR_TYPES, JSON_TYPE, Refusal
@@ -228,8 +229,8 @@ class Gateway:
     def register(self, body: bytes) -> dict[str, Any]:
         found = _object(body)
         proplet_id, namespace = found.get("proplet_id"), found.get("namespace") or "default"
-        if not isinstance(proplet_id, str) or not edge_server.is_name(proplet_id):
-            raise Refusal(400, f"proplet_id = {proplet_id!r:.60}: expected {edge_server.NAME_RULE}", "proplet_id")
+        if not isinstance(proplet_id, str) or not edge_server.is_device(proplet_id):
+            raise Refusal(400, f"proplet_id = {proplet_id!r:.60}: expected {DEVICE_RULE}", "proplet_id")
         details = found.get("metadata") or {}
         if not isinstance(details, dict) or not isinstance(namespace, str):
             raise Refusal(400, "metadata: expected an object; namespace: expected text", "metadata")

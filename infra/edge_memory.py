@@ -1,6 +1,7 @@
 """What a device must not forget when it is killed: which rounds it trained, and what it has not sent yet.
 
     device.json        its id, and its key                                                              mode 0600
+    counter.json       where the counters of its sealed messages begin, higher with each connection
     status.json        how it is, for whoever looks after it
     rounds/NAME.json   a round: its task until it is trained, its update until it is sent, then how it ended
     rounds/NAME.aside  one of these that cannot be used, because somebody changed it, or that could not be sent
@@ -29,6 +30,7 @@ STARTED, TRAINED, SENT, REFUSED = "started", "trained", "sent", "refused"
 OVER = (SENT, REFUSED)
 KEPT_ROUNDS = 200  # of those that are over
 KEPT_MODULES = 8
+MAX_SESSION = 2**35  # Unix seconds of the year 3058: what is higher was not written here
 
 
 class Unusable(ValueError):
@@ -85,6 +87,17 @@ class Memory:
         if mine._asdict() != found:
             _write(path, mine._asdict())
         return mine
+
+    def begin_session(self, now_s: int) -> int:
+        """A number higher than any before in this home; and where the home is new, higher than those of an earlier one, if the
+        clock is right."""
+        path = self.home / "counter.json"
+        last = _read(path).get("session") if path.exists() else 0
+        if type(last) is not int or not 0 <= last < MAX_SESSION:
+            raise Unusable(f"{path} holds no counter: remove it")
+        session = max(last + 1, now_s)
+        _write(path, {"session": session})
+        return session
 
     def note_status(self, status: dict[str, Any]) -> None:
         _write(self.home / "status.json", status)

@@ -21,10 +21,10 @@ from blocks.identity import Identity, create_home, write_secret
 from blocks.registry import Registry
 from blocks.tables import EdgeModelRow
 from tasks.edge import wire
+from tasks.edge.names import DEVICE, DEVICE_RULE, NAME, NAME_RULE
 from tasks.edge.server import utc_now
 
 PREFIX = "HEALCHAIN_EDGE_"
-NAME_RULE = "1 to 128 of a-z, A-Z, 0-9 and ._:@-, a letter or digit first"
 FIRST_MODEL = {"b": 0.0, "w": [0.0, 0.0, 0.0]}
 
 
@@ -65,11 +65,18 @@ class EdgeSettings(BaseModel):
     aggregator_port: int = Field(default=8082, ge=1, le=65535, description="with --ports")
     datastore_port: int = Field(default=8083, ge=1, le=65535, description="with --ports")
 
-    @field_validator("tenant", "channel", "mqtt_user")
+    @field_validator("tenant", "channel")
     @classmethod
     def _is_name(cls, value: str) -> str:
         if not is_name(value):
             raise ValueError(f"expected {NAME_RULE}")
+        return value
+
+    @field_validator("mqtt_user")
+    @classmethod
+    def _is_user(cls, value: str) -> str:
+        if not is_device(value):
+            raise ValueError(f"expected {DEVICE_RULE}")
         return value
 
     @field_validator("public_url", "aggregator_url")
@@ -183,4 +190,9 @@ def home_of(folder: Path) -> Identity:
 
 
 def is_name(value: str) -> bool:
-    return bool(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,127}", value))
+    return bool(re.fullmatch(NAME, value))
+
+
+def is_device(value: str) -> bool:
+    """Whether a device of this name can be registered."""
+    return bool(re.fullmatch(DEVICE, value))

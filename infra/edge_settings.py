@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from blocks.wasm_runner import MIB, Limits
+from tasks.edge.names import DEVICE, DEVICE_RULE, NAME, NAME_RULE
 
 PREFIX = "HEALCHAIN_DEVICE_"
-NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._:@-]{0,127}$")
 MQTT_PORTS = {"mqtt": 1883, "mqtts": 8883}
 
 
@@ -50,6 +50,7 @@ class Settings:
     data: Path | None
     is_cbor: bool
     is_bare: bool
+    is_open: bool
     qos: int
     beat_s: float
     poll_s: float
@@ -91,9 +92,15 @@ def _broker(text: str) -> Broker | None:
     return Broker(parts.hostname, parts.port or MQTT_PORTS[parts.scheme], parts.scheme == "mqtts")
 
 
+def _device(text: str) -> str:
+    if text and not re.fullmatch(DEVICE, text):
+        raise ValueError(f"expected {DEVICE_RULE}")
+    return text
+
+
 def _name(text: str) -> str:
-    if text and not NAME.fullmatch(text):
-        raise ValueError("expected letters, digits and ._:@-, at most 128, a letter or digit first")
+    if text and not re.fullmatch(NAME, text):
+        raise ValueError(f"expected {NAME_RULE}")
     return text
 
 
@@ -146,11 +153,12 @@ OPTIONS = (
     Option("tenant", "healchain", _level, "of the topics m/TENANT/c/CHANNEL/..."),
     Option("channel", "edge", _level, "of the topics m/TENANT/c/CHANNEL/..."),
     Option("home", "~/healchain-device", lambda text: Path(text).expanduser().resolve(), "the device's folder"),
-    Option("id", "", _name, "the device's id, and its user name at the broker; default: as in device.json, or drawn"),
+    Option("id", "", _device, "the device's id, and its user name at the broker; default: as in device.json, or drawn"),
     Option("namespace", "default", _name, "told to the manager"),
     Option("data", "", _file, "the device's samples, dataset JSON; default: they are fetched from the data store"),
     Option("cbor", "0", _switch, "send updates in CBOR, tensors as typed arrays"),
     Option("bare-topics", "0", _switch, "updates over MQTT go to fl/rounds/... without the prefix"),
+    Option("open", "0", _switch, "take what the server says over MQTT without a seal, as existing servers say it"),
     Option("qos", "1", _between(0, 2, int), "of what is published"),
     Option("beat-s", "10", _between(0.1, 3600), "seconds between signs of life"),
     Option("poll-s", "5", _between(0.1, 3600), "seconds between questions for rounds, where there is no MQTT"),
@@ -203,6 +211,7 @@ def read_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> S
         data=read["data"],
         is_cbor=read["cbor"],
         is_bare=read["bare-topics"],
+        is_open=read["open"],
         qos=read["qos"],
         beat_s=read["beat-s"],
         poll_s=read["poll-s"],

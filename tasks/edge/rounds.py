@@ -10,6 +10,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from tasks.edge.names import NAME
 from tasks.edge.wire import DEFAULT_K, DEFAULT_TIMEOUT_S, ExperimentRequest, Refusal, Update, reference_of, version_of
 
 ROUND_START, ROUND_NEXT = "fl/rounds/start", "fl/rounds/next"
@@ -18,11 +19,15 @@ OWN_START = TASK_START + "/{proplet_id}"
 CREATE, ALIVE, RESULTS = "control/proplet/create", "control/proplet/alive", "control/proplet/results"
 METRICS, TASK_METRICS = "control/proplet/metrics", "control/proplet/task_metrics"
 MODULE_WANTED, MODULE_CHUNK = "registry/proplet", "registry/server"
-NAME = r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,127}"  # of a device that can have a topic
 UPDATES = "fl/rounds/{round_id}/updates/{proplet_id}"
+ANSWER = "control/manager/answers"
+OWN_ANSWER = ANSWER + "/{proplet_id}"
 SPOKEN_BY_DEVICES = (CREATE, ALIVE, RESULTS, METRICS, TASK_METRICS, MODULE_WANTED)
 HEARD_BY_DEVICES = (TASK_START, TASK_STOP, MODULE_CHUNK, ROUND_START, ROUND_NEXT)
 BARE = (ROUND_NEXT, ROUND_START)  # what compatibility mode publishes without the prefix as well
+
+
+MAX_DETAIL = 1000  # characters
 
 
 def prefix_of(tenant: str, channel: str) -> str:
@@ -114,6 +119,11 @@ def start_notice(request: ExperimentRequest, round_id: str, base_version: int) -
     )
 
 
+def answer(round_id: str, proplet_id: str, status: int, detail: str) -> str:
+    """What became of an update over MQTT, as HTTP would say it: 200, or the status of a refusal."""
+    return json.dumps({"round_id": round_id, "proplet_id": proplet_id, "status": status, "detail": detail[:MAX_DETAIL]})
+
+
 def topics_of(topic: str, payload: str, *, is_open: bool) -> list[str]:
     """Where a message is published, below the prefix. A task's start goes to its device alone.
 
@@ -128,11 +138,13 @@ def topics_of(topic: str, payload: str, *, is_open: bool) -> list[str]:
 def acl(prefix: str, *, is_open: bool) -> list[tuple[str, str]]:
     """What a device may do: (read or write, pattern with %u for its id). The server may do everything.
 
-    A device publishes updates under its own id alone. What all speak on together is told apart by the id in the message.
+    A device publishes updates under its own id alone. What all speak on together is told apart by the id in the message and
+    its seal (tasks.edge.seal).
     """
     own = "fl/rounds/+/updates/%u"
     rules = [("write", prefix + one) for one in (*SPOKEN_BY_DEVICES, own)]
-    rules += [("read", prefix + one) for one in (*HEARD_BY_DEVICES, OWN_START.format(proplet_id="%u"))]
+    owned = [one.format(proplet_id="%u") for one in (OWN_START, OWN_ANSWER)]
+    rules += [("read", prefix + one) for one in (*HEARD_BY_DEVICES, *owned)]
     if is_open:
         rules += [("write", own), *(("read", one) for one in BARE)]
     return rules

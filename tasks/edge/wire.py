@@ -5,7 +5,8 @@
 
 Field names are those of existing devices. Tensors are numpy float64 by name; a nested map is named by its path, with `~1` for
 a slash and `~0` for a tilde in a key, as in RFC 6901. CBOR may carry typed arrays (RFC 8746, tags 64 to 86), in any shape
-(tags 40 and 1040). Whatever bytes come, the answer is a value or a Refusal.
+(tags 40 and 1040). Whatever bytes come, the answer is a value or a Refusal: size and depth are looked at before anything is
+read, because what is nested a thousand times ends a program that walks through it.
 
 Errors: Refusal (a ValueError with the HTTP status and the field).
 """
@@ -26,10 +27,12 @@ import safetensors.numpy
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 from safetensors import SafetensorError
 
+from tasks.edge.names import NAME
 from tasks.learning.combining import InvalidRule, Tensors, checked_options
 
 MAX_BYTES = 64 * 2**20
 MAX_DEPTH = 24  # of nested maps and lists in a message; a tensor of n dimensions takes n
+MAX_JSON_DEPTH = 64  # more than a model of MAX_DEPTH maps with tensors of MAX_DEPTH dimensions has
 MAX_TENSORS = 4096
 MAX_METRICS = 256
 MAX_NUMBERS = 32 * 2**20
@@ -42,7 +45,7 @@ DEFAULT_MODEL = "fl/models/global_model_v0"
 DEFAULT_K, DEFAULT_TIMEOUT_S = 3, 60
 JSON_TYPE, CBOR_TYPES = "application/json", ("application/cbor", "application/cbor-seq")
 
-Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:@-]{0,127}$")]
+Name = Annotated[str, StringConstraints(pattern=f"^{NAME}$")]
 M = TypeVar("M", bound=BaseModel)
 Decode = Callable[[Any, bool], Any]  # of a tag's decoded content, and whether it stands where nothing may change
 
@@ -123,7 +126,7 @@ def read_update(body: bytes, content_type: str = JSON_TYPE, *, max_bytes: int = 
 
 def read_experiment(body: bytes, *, max_bytes: int = MAX_BYTES) -> ExperimentRequest:
     """A request for an experiment, in JSON. Raises Refusal."""
-    found = _decoded(body, JSON_TYPE, max_bytes)
+    found = decode_json(body, max_bytes=max_bytes)
     if not isinstance(found, dict):
         raise Refusal(400, "Invalid JSON: expected an object with round_id, participants and the rest")
     _require(found, "round_id")
@@ -220,7 +223,7 @@ def read_tensors(value: Any, what: str) -> Tensors:
 def _gather(value: dict[Any, Any], path: tuple[str, ...], found: Tensors, what: str) -> None:
     for key, inner in value.items():
         # A file of safetensors keeps the one name for itself.
-        if not isinstance(key, str) or not 0 < len(key) <= MAX_NAME or key == "__metadata__":
+        if not isinstance(key, str) or not 0 < len(key) <= MAX_NAME or key == "__metadata__" or "\0" in key:
             raise Refusal(400, f"{what}: a name of {key!r:.60}; expected text of 1 to {MAX_NAME} characters", what)
         place = (*path, key.replace("~", "~0").replace("/", "~1"))
         name = "/".join(place)
@@ -299,12 +302,39 @@ def decode_tensors(data: bytes) -> Tensors:
 # Decoding
 
 
-def decode_json(body: bytes) -> Any:
-    """Raises Refusal."""
+def decode_json(body: bytes, *, max_bytes: int | None = None) -> Any:
+    """JSON whose texts can be kept: PostgreSQL has no zero character. max_bytes: None where it was bounded before.
+
+    Raises Refusal.
+    """
+    found = _parsed(body, max_bytes)
+    if b"u0000" in body and _ZERO.search(body):
+        raise Refusal(400, "Invalid JSON: a text holds a zero character, which cannot be kept; leave it out")
+    return found
+
+
+def _parsed(body: bytes, max_bytes: int | None) -> Any:
+    _check_size(body, max_bytes)
+    _check_depth(body)
     try:
         return orjson.loads(body)
     except ValueError as error:
         raise Refusal(400, f"Invalid JSON: {error}") from None
+
+
+def _check_size(body: bytes, max_bytes: int | None) -> None:
+    if max_bytes is not None and len(body) > max_bytes:
+        raise Refusal(413, f"the body has {len(body)} bytes, at most {max_bytes} are taken")
+
+
+def _check_depth(body: bytes) -> None:
+    """Raises Refusal for JSON that is nested too deeply."""
+    if body.count(b"[") + body.count(b"{") <= MAX_JSON_DEPTH:
+        return
+    brackets = np.frombuffer(_TEXTS.sub(b"", body).translate(None, _NO_BRACKETS), dtype=np.uint8)
+    steps = np.where((brackets == ord("[")) | (brackets == ord("{")), 1, -1)
+    if steps.cumsum(dtype=np.int32).max(initial=0) > MAX_JSON_DEPTH:
+        raise Refusal(400, f"Invalid JSON: nested more than {MAX_JSON_DEPTH} times")
 
 
 def decode_cbor(body: bytes) -> Any:
@@ -331,9 +361,11 @@ def decode_cbor(body: bytes) -> Any:
 
 
 def _decoded(body: bytes, content_type: str, max_bytes: int) -> Any:
-    if len(body) > max_bytes:
-        raise Refusal(413, f"the body has {len(body)} bytes, at most {max_bytes} are taken")
-    return decode_cbor(body) if content_type in CBOR_TYPES else decode_json(body)
+    """Of an update, whose error may hold zero characters: `update_of` sees to them."""
+    if content_type not in CBOR_TYPES:
+        return _parsed(body, max_bytes)
+    _check_size(body, max_bytes)
+    return decode_cbor(body)
 
 
 def _typed_array(kind: str) -> Decode:
@@ -374,6 +406,10 @@ _KINDS = {
     64: "u1", 65: ">u2", 66: ">u4", 67: ">u8", 68: "u1", 69: "<u2", 70: "<u4", 71: "<u8", 72: "i1", 73: ">i2", 74: ">i4",
     75: ">i8", 77: "<i2", 78: "<i4", 79: "<i8", 80: ">f2", 81: ">f4", 82: ">f8", 84: "<f2", 85: "<f4", 86: "<f8",
 }  # fmt: skip
+# A text of JSON, the last one without its end; and what is between brackets. Neither goes back over what it has read.
+_TEXTS = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_ZERO = re.compile(rb"(?<!\\)(?:\\\\)*+\\u0000")
 # What else the decoder knows (dates, shared references, regular expressions...) has no place in an update.
 _UNWANTED = (0, 1, 2, 3, 4, 5, 28, 29, 30, 35, 36, 37, 100, 256, 258, 260, 261, 1004, 43000)
 _TAGS: dict[int, Decode] = {

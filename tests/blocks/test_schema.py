@@ -128,7 +128,8 @@ def test_a_newer_database_is_refused_and_left_alone(url):
     bring_up_to_date(create_engine(url))
     run(url, "UPDATE alembic_version SET version_num = '9999';\n")
     with pytest.raises(
-        UnknownSchema, match=r"its schema is 9999, this program knows 0001, 0002, 0003, 0004\. Use the newer HealChain"
+        UnknownSchema,
+        match=r"its schema is 9999, this program knows 0001, 0002, 0003, 0004, 0005\. Use the newer HealChain",
     ):
         Registry(url=url).actors()
     assert revision(url) == "9999"

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -20,6 +21,9 @@ from typing import Any
 
 import aiomqtt
 import pytest
+from amqtt.adapters import BufferReader
+from amqtt.errors import AMQTTError, MQTTError, NoDataError
+from amqtt.mqtt.connect import ConnectPacket, ConnectPayload, ConnectVariableHeader
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -28,11 +32,13 @@ from pydantic import SecretStr
 from blocks.identity import residents
 from infra import edge_data, edge_server
 from infra.edge_bridge import CHUNK_BYTES, Bridge, UpdatesFirst, chunks_of
-from infra.edge_broker import Door, matches
+from infra.edge_broker import Bounded, Door, _first_packet, matches, mosquitto_files
 from infra.edge_metrics import Metrics
 from infra.edge_server import EdgeSettings
-from tasks.edge import rounds
+from tasks.edge import intake, rounds, seal
+from tasks.edge.seal import UPDATE
 from tasks.edge.server import Server, open_next, start_alive, utc_now
+from tasks.edge.wire import Update
 from tests.edge.world import ask, make_server, put_model, update
 
 PREFIX = "m/healchain/c/edge/"
@@ -74,13 +80,14 @@ class Site:
         password = folder / "broker" / "server-password"
         password.parent.mkdir()
         password.write_text("the password of the bridge")
+        self.counter = itertools.count(1)
         self.keys = {one: self.server.ledger.register(one, {}, utc_now()) for one in "abc"}
         self.start()
 
     def start(self) -> None:
         command = [sys.executable, "-m", "infra.edge_broker", "--folder", str(self.folder)]
         self.process = subprocess.Popen(command, env={**os.environ, **self.environment}, process_group=0)
-        wait_for(self._listens)
+        wait_for(self._listens, 90)
 
     def _listens(self) -> bool:
         with socket.socket() as probe:
@@ -90,9 +97,22 @@ class Site:
         os.killpg(self.process.pid, 9)
         self.process.wait()
 
-    def client(self, user: str | None, key: str | None = None) -> aiomqtt.Client:
+    def client(self, user: str | None, key: str | None = None, **more: Any) -> aiomqtt.Client:
         password = key if key is not None else self.keys.get(user or "")
-        return aiomqtt.Client("127.0.0.1", self.port, username=user, password=password, timeout=10)
+        given = {"identifier": user, "timeout": 10, **more}
+        return aiomqtt.Client("127.0.0.1", self.port, username=user, password=password, **given)
+
+    def sealed(self, user: str, kind: str, said: dict[str, Any], counter: int = 0) -> bytes:
+        """As this device says it; with the next counter, or the one that is given."""
+        key = seal.key_of(self.keys[user])
+        return seal.seal(json.dumps(said).encode(), key, kind, user, counter or next(self.counter))
+
+    def word(self, user: str, topic: str, **said: Any) -> tuple[str, bytes]:
+        """Topic and payload of what a device says of itself."""
+        return PREFIX + topic, self.sealed(user, topic, {"proplet_id": user, **said})
+
+    def update(self, user: str, **fields: Any) -> bytes:
+        return self.sealed(user, UPDATE, update(user, **fields))
 
     def bridge(self) -> Bridge:
         return Bridge(self.server, self.settings, self.folder, Metrics())
@@ -184,6 +204,181 @@ def test_a_device_does_not_hear_what_others_send(site):
     assert set(asyncio.run(see())) == {PREFIX + "control/manager/start"}
 
 
+def connect_bytes(
+    client: str, user: str | None, password: str | None, will: tuple[str, bytes] | None = None, *, is_clean: bool = True
+) -> bytes:
+    """A client's first packet."""
+    head = ConnectVariableHeader(keep_alive=60)
+    head.clean_session_flag, head.username_flag, head.password_flag = is_clean, user is not None, password is not None
+    body = ConnectPayload(client, username=user, password=password)
+    if will is not None:
+        head.will_flag, body.will_topic, body.will_message = True, *will
+    return bytes(ConnectPacket(variable_header=head, payload=body).to_bytes())
+
+
+def connect(site: Site, *said: Any, **more: Any) -> int:
+    """What a client is told that connects and is cut off without a word; -1 for no answer."""
+    with socket.create_connection(("127.0.0.1", site.port), 20) as raw:
+        raw.sendall(connect_bytes(*said, **more))
+        answer = raw.recv(4)
+    return answer[3] if len(answer) == 4 else -1
+
+
+def test_a_last_will_says_nothing_that_its_owner_may_not_say(site):
+    """Heard by the server's own user, who hears everything."""
+    allowed, forbidden = (
+        PREFIX + "control/proplet/alive",
+        (PREFIX + "fl/rounds/r-1/updates/a", PREFIX + "control/manager/start"),
+    )
+
+    async def see() -> list[str]:
+        async with site.client("edge-server", "the password of the bridge") as server:
+            await server.subscribe("#", qos=1)
+            for topic in (*forbidden, allowed):
+                await asyncio.to_thread(connect, site, "b", "b", site.keys["b"], (topic, b"last will"))
+            heard: list[str] = []
+            async with asyncio.timeout(30):
+                async for message in server.messages:
+                    heard.append(message.topic.value)
+                    if heard[-1] == allowed:
+                        return heard
+        return heard
+
+    assert asyncio.run(see()) == [allowed]
+
+
+def test_nobody_ends_or_inherits_the_session_of_another(site):
+    """Who has no key, or another's, is told nothing; a device stays connected, and what waits for it waits."""
+    start = PREFIX + rounds.OWN_START.format(proplet_id="a")
+    strangers: list[tuple[str, str | None, str | None]] = [
+        ("a", "b", site.keys["b"]),
+        ("a", "a", "wrong"),
+        ("edge-server", "b", site.keys["b"]),
+    ]
+
+    # mosquitto 2.0.11 (Debian's) drops what waits for a session when somebody asks for it who says no user name at all.
+    strangers += [("a", None, None)] if site.settings.broker == "amqtt" else []
+
+    async def strike() -> None:
+        for one in strangers:
+            for is_clean in (True, False):
+                await asyncio.to_thread(connect, site, *one, is_clean=is_clean)
+
+    async def say(text: str) -> None:
+        async with site.client("edge-server", "the password of the bridge") as server:
+            await server.publish(start, text, qos=1)
+
+    async def see() -> list[bytes]:
+        heard: list[bytes] = []
+        async with site.client("a", clean_session=False) as device:
+            await device.subscribe(start, qos=1)
+            await strike()
+            await say("while it listens")
+            async with asyncio.timeout(30):
+                heard.append(bytes((await anext(aiter(device.messages))).payload))
+        await say("while it is away")
+        await strike()
+        async with site.client("a", clean_session=False) as device, asyncio.timeout(30):
+            heard.append(bytes((await anext(aiter(device.messages))).payload))
+        return heard
+
+    assert asyncio.run(see()) == [b"while it listens", b"while it is away"]
+
+
+@pytest.mark.parametrize("is_open", [False, True])
+def test_who_may_connect_as_whom(tmp_path, is_open):
+    server = make_server(tmp_path, is_open=is_open)
+    door = Door(server, EdgeSettings(mqtt_password=SecretStr("x")), "x")
+    a, b = (server.ledger.register(one, {}, utc_now()) for one in "ab")
+    said = PREFIX + rounds.ALIVE
+
+    def answer(*said: Any, **more: Any) -> int:
+        packet = asyncio.run(_first_packet(BufferReader(connect_bytes(*said, **more))))
+        return door.answer(packet)
+
+    assert [answer("a", "a", a), answer("a", "a", a, (said, b"")), answer("edge-server", "edge-server", "x")] == [
+        0,
+        0,
+        0,
+    ]
+    assert [answer("a", "b", b), answer("edge-server", "a", a), answer("", "a", a, is_clean=False)] == [2, 2, 2]
+    assert [answer("a", "a", b), answer("a", "a", None), answer("edge-server", "edge-server", "y")] == [5, 5, 5]
+    strangers = [answer("a", None, None), answer("edge-server", None, None)]
+    assert strangers == ([2, 2] if is_open else [5, 5])
+    assert answer("who", None, None) == (0 if is_open else 5)
+    assert answer("x", "a", a) == (0 if is_open else 2)
+    assert answer("a", "a", a, (PREFIX + "fl/rounds/r/updates/b", b"")) == (0 if is_open else 5)
+    wrong = ["", "$SYS/x", PREFIX + "fl/rounds/+/updates/a", "#"]
+    assert [answer("a", "a", a, (topic, b"")) for topic in wrong] == [5] * 4
+    residents.pop("edge", None)
+
+
+@pytest.mark.parametrize(
+    "packet",
+    [
+        b"\x10\xff\xff\xff\x7f",
+        b"\x30\x02\x00\x00",
+        b"\x10\x02\x00\x09",
+        b"\x10\x0c\x00\x04MQTT\x05\x02\x00\x3c\x00\x00",
+        b"",
+    ],
+)
+def test_what_is_no_first_packet_is_not_read_on(packet):
+    with pytest.raises((AMQTTError, MQTTError, NoDataError)):
+        asyncio.run(_first_packet(BufferReader(packet)))
+
+
+def test_a_packet_that_is_too_large_ends_its_connection():
+    async def read() -> list[bytes]:
+        reader = Bounded(b"first", BufferReader(b"and the rest"), 6)
+        return [await reader.read(n) for n in (2, 3, 3, 6, 7, 1)]
+
+    assert asyncio.run(read()) == [b"fi", b"rst", b"and", b" the r", b"", b""]
+
+
+def test_what_nobody_foresaw_ends_neither_the_bridge_nor_the_messages_behind_it(site, monkeypatch, caplog):
+    server, bridge = site.server, site.bridge()
+    open_next(server, ask(server, round_id="r-3"), 1, utc_now())
+    take, publish = intake.take_update, bridge._publish_one
+
+    def take_or_fall(server: Server, found: Update, *more: Any) -> Any:
+        if found.proplet_id == "a":
+            raise RecursionError("unforeseen in taking")
+        return take(server, found, *more)
+
+    async def fall_once(*_: Any) -> None:
+        monkeypatch.setattr(bridge, "_publish_one", publish)
+        raise RuntimeError("unforeseen in publishing")
+
+    monkeypatch.setattr(intake, "take_update", take_or_fall)
+    monkeypatch.setattr(bridge, "_publish_one", fall_once)
+
+    async def send() -> None:
+        async with site.client("a") as a, site.client("b") as b:
+            await a.publish(PREFIX + "fl/rounds/r-3/updates/a", site.update("a", round_id="r-3"), qos=1)
+            await b.publish(PREFIX + "fl/rounds/r-3/updates/b", site.update("b", round_id="r-3"), qos=1)
+            await until(lambda: server.ledger.count("r-3") == 1)
+            server.ledger.leave(rounds.ROUND_NEXT, "{}", utc_now())
+            await until(lambda: "unforeseen in publishing" in caplog.text and not server.ledger.unsent())
+
+    asyncio.run(beside(bridge, send()))
+    assert [row.proplet_id for row in server.ledger.updates("r-3")] == ["b"]
+    assert "fl/rounds/r-3/updates/a: passed over" in caplog.text
+    assert "unforeseen in taking" in caplog.text
+    assert "again in 0.5 s" in caplog.text
+
+
+def test_mosquittos_files_hold_no_name_that_would_break_a_line(tmp_path):
+    server = make_server(tmp_path)
+    (tmp_path / "broker").mkdir()
+    for name in ("a", "00:1a"):
+        server.ledger.register(name, {}, utc_now())
+    mosquitto_files(tmp_path, Door(server, EdgeSettings(mqtt_password=SecretStr("x")), "x"))
+    lines = (tmp_path / "broker" / "passwords").read_text().splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["a", "edge-server"]
+    residents.pop("edge", None)
+
+
 async def beside(bridge: Bridge, work: Any) -> Any:
     """Do the work while the bridge runs."""
     running = asyncio.create_task(bridge.run())
@@ -202,8 +397,17 @@ async def until(what: Callable[[], Any]) -> Any:
     return found
 
 
+def opened(site: Site, user: str, kind: str, message: aiomqtt.Message) -> dict[str, Any]:
+    """What the server says to a device."""
+    found: dict[str, Any] = json.loads(seal.opened(bytes(message.payload), seal.key_of(site.keys[user]), kind, user)[0])
+    return found
+
+
 def test_a_round_over_mqtt_alone(site):
-    """A device says that it is there, hears of the round, sends its update, hears of the model; late ones change nothing."""
+    """A device says that it is there, hears of the round, sends its update, hears that it was taken.
+
+    Sent again after the closing it is taken as before; another one is late, and one in another's name is refused.
+    """
     server, topic = site.server, PREFIX + "fl/rounds/r-1/updates/"
     open_next(server, ask(server), 1, utc_now())
 
@@ -212,8 +416,9 @@ def test_a_round_over_mqtt_alone(site):
             for topic_of_start in (rounds.TASK_START, *(rounds.OWN_START.format(proplet_id=one) for one in "ab")):
                 await a.subscribe(PREFIX + topic_of_start, qos=1)
             await a.subscribe(PREFIX + rounds.ROUND_NEXT, qos=1)
-            await a.publish(PREFIX + rounds.CREATE, json.dumps({"proplet_id": "a", "metadata": {"os": "linux"}}), qos=1)
-            await b.publish(PREFIX + rounds.ALIVE, json.dumps({"proplet_id": "b", "status": "alive"}), qos=1)
+            await a.subscribe(PREFIX + rounds.OWN_ANSWER.format(proplet_id="a"), qos=1)
+            await a.publish(*site.word("a", rounds.CREATE, metadata={"os": "linux"}), qos=1)
+            await b.publish(*site.word("b", rounds.ALIVE, status="alive"), qos=1)
             await until(lambda: server.ledger.device("a").health and server.ledger.device("b").health)
             assert await asyncio.to_thread(start_alive, server, server.ledger.round("r-1")) == 2
             await until(lambda: not server.ledger.unsent())
@@ -222,13 +427,19 @@ def test_a_round_over_mqtt_alone(site):
             async for message in a.messages:
                 if message.topic.value == PREFIX + rounds.ROUND_NEXT:
                     break
-                started.append(json.loads(message.payload))
-            await a.publish(topic + "a", json.dumps(update("a")), qos=1)
-            await a.publish(topic + "a", json.dumps(update("a")), qos=1)
-            await a.publish(topic + "a", json.dumps(update("b")), qos=1)
-            await a.publish(topic + "a", b"\xff\x00", qos=1)
-            await b.publish(topic + "b", json.dumps(update("b")), qos=1)
+                started.append(opened(site, "a", rounds.TASK_START, message))
+            await a.publish(topic + "a", site.update("a"), qos=1)
+            await b.publish(topic + "b", site.update("b"), qos=1)
             await until(lambda: server.ledger.round("r-1").status == "CLOSED")
+            for late in (site.update("a"), site.update("a", w=[7.0] * 3), site.sealed("a", UPDATE, update("b"))):
+                await a.publish(topic + "a", late, qos=1)
+            answers: list[dict[str, Any]] = []
+            async for message in a.messages:
+                answers.append(opened(site, "a", rounds.ANSWER, message))
+                if len(answers) == 4:
+                    break
+            assert [one["status"] for one in answers] == [200, 200, 409, 403]
+            assert {(one["round_id"], one["proplet_id"]) for one in answers} == {("r-1", "a")}
             return started
 
     [started] = asyncio.run(beside(site.bridge(), take_part()))
@@ -246,7 +457,7 @@ def test_a_module_comes_in_chunks_with_its_digest(site):
     async def fetch() -> list[dict[str, Any]]:
         async with site.client("a") as device:
             await device.subscribe(PREFIX + rounds.MODULE_CHUNK, qos=1)
-            await device.publish(PREFIX + rounds.MODULE_WANTED, json.dumps({"app_name": "module:latest"}), qos=1)
+            await device.publish(*site.word("a", rounds.MODULE_WANTED, app_name="module:latest"), qos=1)
             found: list[dict[str, Any]] = []
             async for message in device.messages:
                 found.append(json.loads(message.payload))
@@ -292,8 +503,7 @@ def test_an_update_that_comes_while_the_bridge_is_down_is_taken_later(site):
 
     async def send() -> None:
         async with site.client("a") as device:
-            said = json.dumps(update("a", round_id="r-2"))
-            await device.publish(PREFIX + "fl/rounds/r-2/updates/a", said, qos=1)
+            await device.publish(PREFIX + "fl/rounds/r-2/updates/a", site.update("a", round_id="r-2"), qos=1)
 
     async def taken() -> None:
         await until(lambda: server.ledger.count("r-2") == 1)
@@ -364,9 +574,15 @@ def test_by_setting_all_is_said_over_tls(tmp_path, kind):
 
     async def send() -> None:
         async with aiomqtt.Client(
-            "127.0.0.1", site.port, username="a", password=site.keys["a"], tls_context=trusted, timeout=10
+            "127.0.0.1",
+            site.port,
+            username="a",
+            password=site.keys["a"],
+            identifier="a",
+            tls_context=trusted,
+            timeout=10,
         ) as device:
-            await device.publish(PREFIX + rounds.ALIVE, json.dumps({"proplet_id": "a", "status": "alive"}), qos=1)
+            await device.publish(*site.word("a", rounds.ALIVE, status="alive"), qos=1)
             await until(lambda: site.server.ledger.device("a").health == "alive")
 
     try:
@@ -378,7 +594,7 @@ def test_by_setting_all_is_said_over_tls(tmp_path, kind):
 
 
 async def is_let_in_plainly(site: Site) -> bool:
-    return await is_let_in(aiomqtt.Client("127.0.0.1", site.port, username="a", password=site.keys["a"], timeout=3))
+    return await is_let_in(site.client("a", timeout=3))
 
 
 def test_updates_come_before_what_devices_say_of_themselves():
@@ -414,6 +630,9 @@ def test_chunks_are_as_many_as_needed(size, count):
         ("a", PREFIX + "control/manager/start/b", "read", False),
         ("a", PREFIX + "control/manager/start/a", "write", False),
         ("a", "fl/rounds/r/updates/a", "write", False),
+        ("a", PREFIX + "control/manager/answers/a", "read", True),
+        ("a", PREFIX + "control/manager/answers/b", "read", False),
+        ("a", PREFIX + "control/manager/answers/a", "write", False),
         (None, PREFIX + "control/proplet/alive", "write", True),
         ("edge-server", "anything", "write", True),
     ],
@@ -427,4 +646,7 @@ def test_the_rules_of_the_topics(tmp_path, user, topic, access, is_allowed):
 def test_a_name_is_no_pattern():
     assert not matches("fl/rounds/+/updates/a", "fl/rounds/r/updates/+")
     assert edge_server.is_name("device-1.a:b@c")
-    assert not any(edge_server.is_name(one) for one in ("+", "#", "a/b", "", "a b", "a\n", "-a", "x" * 129))
+    assert edge_server.is_device("device-1.a@c")
+    wrong = ("+", "#", "a/b", "", "a b", "a\n", "-a", "x" * 129)
+    assert not any(edge_server.is_name(one) or edge_server.is_device(one) for one in wrong)
+    assert not edge_server.is_device("00:1a:2b")

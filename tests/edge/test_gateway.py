@@ -185,6 +185,12 @@ def test_without_participants_the_devices_that_are_alive_are_asked(ask):
     ask.open(participants=[])
 
 
+@pytest.mark.parametrize("name", ["00:1a:2b", "a/b", "+", "a#", "", "x" * 129])
+def test_a_name_with_a_meaning_for_brokers_is_not_registered(ask, name):
+    answer = ask("POST", "/devices", {"proplet_id": name})
+    assert (answer.status_code, "1 to 128 of a-z, A-Z, 0-9 and ._@-" in answer.json()["error"]) == (400, True)
+
+
 def test_a_device_gets_its_task(ask):
     ask.open()
     answer = ask("GET", "/task?round_id=r-1&proplet_id=a", by="a")

@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 from sqlalchemy import create_engine, text
+from sqlmodel import select
 
+from blocks import edge_ledger
 from blocks.artifacts import ArtifactStore, TamperedArtifact
 from blocks.edge_ledger import (
     CLOSED,
@@ -31,7 +33,7 @@ from blocks.edge_ledger import (
     task_id_of,
 )
 from blocks.registry import Registry
-from blocks.tables import EdgeModelRow, EdgeRoundRow, EdgeTaskRow, EdgeUpdateRow
+from blocks.tables import EdgeMessageRow, EdgeModelRow, EdgeRoundRow, EdgeTaskRow, EdgeUpdateRow
 
 NOW = datetime(2026, 11, 22, 12, tzinfo=UTC)
 OWNER = "0x" + "ab" * 20
@@ -488,3 +490,38 @@ def test_two_who_write_the_same_row_at_once_both_succeed(tmp_path, postgres_url)
         other.commit()
         beating.join()
     assert (ledger.device("a").health, ledger.device("a").namespace) == ("alive", "x")
+
+
+def test_messages_are_forgotten_by_age_and_by_number_and_those_that_wait_much_later(ledger, monkeypatch):
+    def left(*days: float) -> list[str]:
+        for place, ago in enumerate(days):
+            ledger.leave("t", str(place), NOW - timedelta(days=ago))
+        return [row.payload for row in ledger.unsent()]
+
+    assert left(40, 30, 2, 0.5, 0) == ["0", "1", "2", "3", "4"]
+    by_payload = {row.payload: row.id for row in ledger.unsent()}
+    ledger.mark_sent([by_payload["2"], by_payload["3"]], NOW)
+    ledger.prune_messages(NOW)
+    assert kept(ledger) == ["1", "3", "4"]
+    monkeypatch.setattr(edge_ledger, "KEPT_SENT", 1)
+    ledger.prune_messages(NOW)
+    assert kept(ledger) == ["1", "4"]
+    monkeypatch.setattr(edge_ledger, "KEPT_WAITING", 1)
+    ledger.prune_messages(NOW)
+    assert kept(ledger) == ["4"]
+
+
+def kept(ledger: EdgeLedger) -> list[str]:
+    rows = ledger.registry.read(lambda session: list(session.exec(select(EdgeMessageRow)).all()))
+    return sorted(row.payload for row in rows)
+
+
+def test_counters_stay_with_the_device_until_it_gets_another_key(ledger):
+    ledger.register("a", {}, NOW)
+    ledger.beat("a", "alive", NOW, counter=2**62)
+    ledger.note_counter("a", "updates_counter", 7)
+    ledger.beat("a", "alive", NOW)
+    row = again(ledger).device("a")
+    assert (row.words_counter, row.updates_counter) == (2**62, 7)
+    ledger.register("a", {}, NOW)
+    assert (ledger.device("a").words_counter, ledger.device("a").updates_counter) == (0, 0)

@@ -158,6 +158,44 @@ def test_what_is_too_large_or_too_deep_is_refused(monkeypatch):
         read_update(b"[" * 100_000)
 
 
+def test_json_that_is_nested_too_deeply_is_refused_before_it_is_read_and_brackets_in_texts_are_none():
+    wire.decode_json(b"[" * 64 + b"]" * 64)
+    many = b'[[1],{"a":[]},' * 60 + b"0" + b"]" * 60
+    assert wire.decode_json(many)
+    texts = {"a": "[{" * 100, 'b"\\': '"[' * 100, "c": "\\" * 99 + "[" * 99}
+    assert wire.decode_json(json.dumps(texts).encode()) == texts
+    for body in (b"[" * 65 + b"]" * 65, b'{"a":' * 65 + b"1" + b"}" * 65, b'{"b\\"":' + b"[" * 64 + b"]" * 64 + b"}"):
+        with pytest.raises(Refusal, match="nested more than 64 times"):
+            wire.decode_json(body)
+    # A text that never ends, with what could be begun again at each quote: linear, or this takes hours.
+    with pytest.raises(Refusal, match="Invalid JSON"):
+        wire.decode_json(b"[" * 65 + b'"' + b'\\"' * 500_000)
+
+
+@pytest.mark.parametrize(
+    ("body", "is_taken"),
+    [
+        (b'"\\u0000"', False),
+        (b'"\\\\u0000"', True),
+        (b'"\\\\\\u0000"', False),
+        (b'{"a\\u0000":1}', False),
+        (b'"u0000"', True),
+    ],
+)
+def test_a_zero_character_is_refused_where_texts_are_kept(body, is_taken):
+    if is_taken:
+        assert wire.decode_json(body) == json.loads(body)
+    else:
+        with pytest.raises(Refusal, match="a zero character"):
+            wire.decode_json(body)
+
+
+def test_an_error_update_may_hold_a_zero_character_and_a_tensor_may_not_be_named_by_one():
+    said = {**FIELDS, "num_samples": 0, "update": {}, "error": "trap: \0"}
+    assert read_update(json.dumps(said).encode()).error == "trap: \N{REPLACEMENT CHARACTER}"
+    assert "a name of" in refused({**FIELDS, "update": {"w\0": 1.0}})
+
+
 @pytest.mark.parametrize(
     "body",
     [

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import hashlib
+import itertools
 import json
 import os
 import signal
@@ -23,7 +24,11 @@ from amqtt.contexts import BrokerConfig, ListenerConfig
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse, RedirectResponse
 
+from tasks.edge import seal
+
 PREFIX = "m/healchain/c/edge/"
+KEY = "secret-of-the-device"
+START, ANSWERS = "control/manager/start", "control/manager/answers"
 PATIENCE_S = 30.0
 
 
@@ -47,7 +52,8 @@ class Site:
     """Servers on two ports that can be stopped and started again. Tests change its fields to change what is answered.
 
     answers: status and text of the next answers to an update, before the ordinary one. updates: (path, type, body, key) of
-    those taken. heard: (topic, payload) of all that was published.
+    those taken. heard: (topic, payload without its seal) of all that was published. said_to_updates: the status that an
+    update over MQTT is answered with; None: none, as existing servers do.
     """
 
     def __init__(self, certificate: tuple[Path, Path] | None = None) -> None:
@@ -65,6 +71,8 @@ class Site:
         self.beats: list[tuple[str, Any]] = []
         self.asked: list[tuple[str, str]] = []
         self.chunk_sha256 = ""
+        self.said_to_updates: int | None = 200
+        self.counter = itertools.count(1)
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
         self.start_http()
@@ -119,12 +127,14 @@ class Site:
             async for message in client.messages:
                 topic = str(message.topic)
                 try:
-                    said = json.loads(bytes(message.payload))
+                    said = _said(topic.removeprefix(PREFIX), bytes(message.payload))
                 except (ValueError, RecursionError):
                     continue
                 self.heard.append((topic, said))
                 if topic == f"{PREFIX}registry/proplet":
                     await self._send_pieces(said["app_name"])
+                elif "/updates/" in topic and self.said_to_updates is not None:
+                    await self.answer(said["round_id"], said["proplet_id"], self.said_to_updates)
 
     def stop_broker(self) -> None:
         async def stop() -> None:
@@ -138,6 +148,15 @@ class Site:
         self.stop_broker()
         self.stop_http()
         self._loop.call_soon_threadsafe(self._loop.stop)
+
+    async def answer(self, round_id: str, device: str, status: int, key: str = KEY) -> None:
+        """What a server says to an update over MQTT."""
+        said = {"round_id": round_id, "proplet_id": device, "status": status, "detail": "because"}
+        payload = self.sealed(said, ANSWERS, device, key)
+        await self._client.publish(f"{PREFIX}{ANSWERS}/{device}", payload, qos=1)
+
+    def sealed(self, said: dict[str, Any], kind: str, device: str, key: str = KEY) -> bytes:
+        return seal.seal(json.dumps(said).encode(), seal.key_of(key), kind, device, next(self.counter))
 
     # What tests do
 
@@ -155,7 +174,8 @@ class Site:
         }
         how = more or {"file": base64.b64encode(module).decode()}
         name = f"fl-round-{round_id}-{device}"
-        self.publish("control/manager/start", {"id": "t-1", "name": name, "env": env, "proplet_id": device, **how})
+        said = {"id": "t-1", "name": name, "env": env, "proplet_id": device, **how}
+        self.publish(START, self.sealed(said, START, device))
 
     def open_round(self, round_id: str, module: bytes) -> None:
         """As a coordinator has a round open for who asks."""
@@ -243,6 +263,15 @@ class Site:
         return app
 
 
+def _said(topic: str, payload: bytes) -> Any:
+    """What somebody says, without its seal, which a device's word must have. Raises NotSealed."""
+    said = json.loads(payload)
+    if topic.startswith("control/manager") or topic == "registry/server":
+        return {name: value for name, value in said.items() if name != "seal"} if isinstance(said, dict) else said
+    kind = seal.UPDATE if "/updates/" in topic else topic
+    return json.loads(seal.opened(payload, seal.key_of(KEY), kind, said["proplet_id"])[0])
+
+
 class DeviceProcess:
     """A device as a process of its own. Its home stays when it is killed."""
 
@@ -261,7 +290,7 @@ class DeviceProcess:
             "0.3",
             *flags,
         ]
-        self.environment = {**os.environ, "HEALCHAIN_DEVICE_KEY": "secret-of-the-device", **environment}
+        self.environment = {**os.environ, "HEALCHAIN_DEVICE_KEY": KEY, **environment}
         self.log = home.with_name(f"{home.name}.log")
         self.start()
 

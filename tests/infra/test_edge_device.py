@@ -1,6 +1,7 @@
 """A device as a process: what it trains is right, what it cannot hand in is kept, and nothing that is said to it ends it."""
 
 import asyncio
+import base64
 import datetime
 import hashlib
 import ipaddress
@@ -30,8 +31,10 @@ from infra.edge_device import Device, encode_cbor
 from infra.edge_http import Http, Refused, Unreachable
 from infra.edge_memory import REFUSED, SENT, STARTED, TRAINED, Credentials, Memory, Round, Unusable
 from infra.edge_modules import build
+from infra.edge_seals import Seals
 from infra.edge_settings import InvalidSettings, read_settings
-from tests.infra.edge_site import PREFIX, DeviceProcess, Site, free_port, wait_for
+from tasks.edge.seal import key_of, opened
+from tests.infra.edge_site import ANSWERS, PREFIX, START, DeviceProcess, Site, free_port, wait_for
 from tests.infra.test_edge_modules import plain
 
 MODULE = build.module_path("logistic").read_bytes()
@@ -277,7 +280,7 @@ def test_a_module_that_cannot_be_trusted_is_an_error_update(site, device, how, s
 
 def test_a_module_comes_in_pieces_over_mqtt(site, device):
     site.modules[SHA256] = MODULE
-    one = device()
+    one = device("--open")
     site.start_round("r-1", "device-1", MODULE, image_url="ghcr.io/somebody/logistic:latest")
     assert_trained(site.update_of("r-1"))
     assert (one.home / "modules" / SHA256).read_bytes() == MODULE
@@ -288,10 +291,18 @@ def test_a_module_comes_in_pieces_over_mqtt(site, device):
 
 def test_pieces_of_another_module_are_not_run(site, device):
     site.modules[SHA256], site.chunk_sha256 = MODULE, "22" * 32
-    one = device()
+    one = device("--open")
     site.start_round("r-1", "device-1", MODULE, image_url="logistic")
     wait_for(lambda: f"make digest {SHA256}, expected 2222" in one.said(), "the refusal of the pieces")
     assert one.state_of("r-1") == STARTED
+
+
+def test_pieces_that_nothing_sealed_names_are_not_asked_for(site, device):
+    site.modules[SHA256] = MODULE
+    device()
+    site.start_round("r-1", "device-1", MODULE, image_url="logistic")
+    assert "there is no module 'logistic'" in site.update_of("r-1")["error"]
+    assert site.said_on("registry/proplet") == []
 
 
 def test_a_module_that_fails_is_an_error_update_without_the_devices_data(site, device, tmp_path):
@@ -351,6 +362,57 @@ def test_after_three_failures_in_a_row_the_update_goes_over_mqtt(site, device):
     wait_for(lambda: one.state_of("r-1") == SENT, "the round's end")
     assert site.updates == []
     assert "attempt 3 of 3" in one.said()
+
+
+def test_what_only_the_broker_took_is_kept_through_a_kill_and_sent_again_over_http(site, device):
+    site.said_to_updates = None
+    site.answers = [(503, "away")] * 3
+    one = device()
+    site.start_round("r-1", "device-1", MODULE)
+    wait_for(lambda: site.said_on("fl/rounds/r-1/updates/device-1"), "an update over MQTT")
+    # Neither who holds another key nor who holds none can say that it was taken.
+    for key in ("another", ""):
+        site.do(site.answer("r-1", "device-1", 200, key))
+    wait_for(lambda: one.said().count("passed over") == 2, "the forged answers")
+    assert one.state_of("r-1") == TRAINED
+    one.kill()
+    assert one.state_of("r-1") == TRAINED
+    one.start()
+    assert_trained(site.update_of("r-1"))
+    wait_for(lambda: one.state_of("r-1") == SENT, "the round's end")
+    assert one.said().count("trained in") == 1
+
+
+def test_a_refusal_that_comes_over_mqtt_is_final(site, device):
+    site.said_to_updates = 409
+    site.answers = [(503, "away")] * 3
+    one = device()
+    site.start_round("r-1", "device-1", MODULE)
+    wait_for(lambda: one.state_of("r-1") == REFUSED, "the round's end")
+    assert "the server refused the update: MQTT 409: because" in one.said()
+    assert site.updates == []
+
+
+def test_a_start_that_its_server_did_not_seal_is_passed_over(site, device):
+    one = device()
+    env = {"ROUND_ID": "forged", "MODEL_URI": "fl/models/global_model_v0"}
+    said = {"id": "t", "env": env, "proplet_id": "device-1", "file": base64.b64encode(MODULE).decode()}
+    forged = [json.dumps(said).encode(), site.sealed(said, START, "device-1", "another")]
+    forged += [site.sealed(said, START, "device-2"), site.sealed(said, ANSWERS, "device-1")]
+    for payload in forged:
+        site.publish(START, payload)
+    site.start_round("good", "device-1", MODULE)
+    site.update_of("good")
+    assert [one["round_id"] for one in one.rounds()] == ["good"]
+    assert one.said().count("passed over") == len(forged)
+
+
+def test_with_open_it_takes_starts_of_existing_servers(site, device):
+    device("--open")
+    env = {"ROUND_ID": "r-1", "MODEL_URI": "fl/models/global_model_v0", "HYPERPARAMS": "{}"}
+    said = {"id": "t", "env": env, "proplet_id": "device-1", "file": base64.b64encode(MODULE).decode()}
+    site.publish(START, said)
+    assert site.update_of("r-1")["num_samples"] == 10
 
 
 def test_with_bare_topics_it_goes_where_existing_servers_listen(site, device):
@@ -587,8 +649,10 @@ def test_secrets_come_from_the_environment_or_from_a_file_that_nobody_else_reads
         ("mqtt", "mqtt://u@a", "nothing secret"),
         ("tenant", "a/b", "a part of a topic"),
         ("channel", "#", "a part of a topic"),
-        ("id", "a b", "expected letters"),
-        ("id", "x" * 129, "at most 128"),
+        ("id", "a b", "a letter or digit first"),
+        ("id", "x" * 129, "1 to 128"),
+        ("id", "00:1a:2b", "1 to 128 of a-z, A-Z, 0-9 and ._@-"),
+        ("open", "yes", "expected 0 or 1"),
         ("data", "/nowhere", "no such file"),
         ("ca", "/nowhere", "no such file"),
         ("ca", __file__, "no certificates"),
@@ -657,6 +721,29 @@ def test_credentials_are_made_once_and_checked(tmp_path):
     os.chmod(tmp_path / "home" / "device.json", 0o640)
     with pytest.raises(Unusable, match="chmod 600"):
         memory.credentials("", "")
+
+
+def test_counters_rise_with_each_connection_whatever_the_clock_says(tmp_path):
+    memory = Memory(tmp_path / "home")
+    assert [memory.begin_session(now_s) for now_s in (1000, 5, 5, 2000)] == [1000, 1001, 1002, 2000]
+    (tmp_path / "home" / "counter.json").write_text('{"session": "x"}')
+    with pytest.raises(Unusable, match=r"counter\.json holds no counter"):
+        memory.begin_session(1)
+
+
+def test_a_last_will_has_the_last_counter_of_its_connection_and_comes_before_the_next(tmp_path):
+    memory = Memory(tmp_path / "home")
+    seals = Seals(memory, Credentials("device-1", "k"), is_open=False)
+
+    def counter(payload: bytes) -> int:
+        return opened(payload, key_of("k"), "alive", "device-1")[1]
+
+    seals.begin()
+    will = seals.closing("alive", {"status": "offline"})
+    first, second = seals.on("alive", {"a": 1}), seals.on("alive", {"a": 1})
+    seals.begin()
+    later = seals.on("alive", {"a": 1})
+    assert counter(first) < counter(second) < counter(will) < counter(later)
 
 
 def round_file(**changes: Any) -> str:
