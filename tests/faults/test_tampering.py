@@ -4,6 +4,8 @@ import json
 
 import psycopg
 import pytest
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import BlockDocumentUpdate
 
 from blocks import pools
 from contracts.messages import Submission
@@ -45,12 +47,19 @@ def test_code_that_the_server_orders_is_not_run(stack, undisturbed, tmp_path):
 
 
 def test_another_chain_and_store_in_the_servers_blocks_mislead_nobody(stack, undisturbed):
-    with prefect_database(stack) as database:
-        changed = database.execute("UPDATE block_document SET data = %s", [json.dumps({"rpc": "http://127.0.0.1:1"})])
-        assert changed.rowcount > 0
+    """Every text in them is forged, as one could who holds the server's key of the blocks: addresses and homes."""
+    with get_client(sync_client=True) as client:
+        offered = [one for one in client.read_block_documents() if str(one.block_type_name).startswith("HealChain")]
+        assert offered
+        for one in offered:
+            forged = {field: "http://127.0.0.1:1" for field, value in one.data.items() if isinstance(value, str)}
+            client.update_block_document(one.id, BlockDocumentUpdate(data=forged, merge_existing_data=True))
         result = stack.finish(stack.begin(task()))
     check(stack, result, undisturbed)
     stack.up()
+    with get_client(sync_client=True) as client:
+        restored = {one.id: one.data for one in client.read_block_documents()}
+    assert {one.id: one.data for one in offered} == {one.id: restored[one.id] for one in offered}
 
 
 def test_a_step_that_the_server_calls_done_is_not_believed(stack, undisturbed):
@@ -59,10 +68,14 @@ def test_a_step_that_the_server_calls_done_is_not_believed(stack, undisturbed):
         begun = stack.begin(task())
         stack.await_strike()
         with prefect_database(stack) as database:
-            database.execute(
+            pretended = database.execute(
                 "UPDATE flow_run SET state_type = 'COMPLETED', state_name = 'Completed' "
-                "WHERE state_type = 'RUNNING' AND name LIKE %s",
+                "WHERE state_type = 'RUNNING' AND name LIKE %s RETURNING state_id",
                 ["M3 contribute%miner-2"],
+            ).fetchall()
+            assert len(pretended) == 1
+            database.execute(
+                "UPDATE flow_run_state SET type = 'COMPLETED', name = 'Completed' WHERE id = %s", pretended[0]
             )
         address = stack.station("miner-2").address
         stack.wait(lambda: any(entry[2] == address for entry in stack.result(begun[0]).refused), "miner-2 is refused")
