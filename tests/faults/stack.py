@@ -4,6 +4,7 @@ Every part is a process of its own under supervisord, as `make stack` starts the
 the chain, the store and the index, and is compared with the undisturbed task before it.
 """
 
+import importlib
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ from tasks.records import Station
 from tests.protocol.world import TERMS
 
 REWARD_WEI = 1_000_000_000_000_000_007
+TASKS = 100  # more than all tests publish
 MINERS = 5
 ROUNDS = 2
 SITE = Path(__file__).parent / "site"
@@ -65,6 +68,8 @@ class StackUnderTest:
         self.site = folder.with_name(f"{folder.name}-site")
         shutil.copytree(SITE, self.site, dirs_exist_ok=True)
         self.up()
+        funded = ("--folder", str(folder), "--wei", str(TASKS * REWARD_WEI))
+        self.healchain("stack", "fund", self.station("publisher").address, *funded)
 
     def up(self) -> None:
         flags = [part for name, port in self.ports.items() for part in (f"--{name}-port", str(port))]
@@ -105,6 +110,7 @@ class StackUnderTest:
     @contextmanager
     def fault(self, process: str, call: str, *, do: str, nth: int = 1, when: str = "before") -> Iterator[None]:
         """While it holds, the first step's process of this name that comes to this call is struck; once."""
+        attrgetter(call.partition(":")[2])(importlib.import_module(call.partition(":")[0]))  # there is such a call
         for name in ("struck", "go"):
             (self.site / name).unlink(missing_ok=True)
         fault = {"process": process, "call": call, "nth": nth, "when": when, "do": do}
