@@ -22,6 +22,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+from minio import Minio
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL
@@ -226,17 +227,14 @@ class StackUnderTest:
         lists = b"".join(store.get(blobs[digest], digest) for digest in named if _is_list(store, blobs[digest], digest))
         return sorted(set(blobs) - named - {digest for digest in blobs if bytes.fromhex(digest[2:]) in lists})
 
-    def _keys(self) -> list[str]:
-        from minio import Minio
-
+    def objects(self) -> Minio:
+        """The store, as who administers it."""
         plan = json.loads((self.folder / "stack.json").read_text())
-        client = Minio(
-            f"127.0.0.1:{self.ports['store']}",
-            access_key="healchain",
-            secret_key=plan["store_password"],
-            secure=False,
-        )
-        keys = (found.object_name or "" for found in client.list_objects("healchain", recursive=True))
+        address = f"127.0.0.1:{self.ports['store']}"
+        return Minio(address, access_key="healchain", secret_key=plan["store_password"], secure=False)
+
+    def _keys(self) -> list[str]:
+        keys = (found.object_name or "" for found in self.objects().list_objects("healchain", recursive=True))
         return [key for key in keys if re.match(r"0x[0-9a-f]{40}/(blobs|records)/", key)]
 
     def index_differences(self) -> dict[str, tuple[int, int]]:
