@@ -6,6 +6,7 @@
     transactions.sqlite                              what its account sends (contracts.journal)
     connections.json                                 its chain, its store, its name (blocks.connections)
     private/<task>/...                               what must survive a restart: residual, salts, prepared updates
+    runs/<run id>                                    which process is at work on a run (infra.at_work)
 
 The keys do not leave this module: it signs, agrees on shared secrets and opens what was sealed to the actor.
 Errors: WrongPassphrase, InvalidHome.

@@ -29,6 +29,8 @@ from pydantic import SecretStr
 PATIENCE_S = 900.0
 """A server that is away longer than this ends the run that waits for it; a later one takes up its work."""
 CLOCK_S = 60
+WAITING = "Waiting"
+"""The state of a run that put itself off until a moment of chain time."""
 PAGE = 200  # most runs that the server returns at once
 T = TypeVar("T")
 
@@ -133,7 +135,7 @@ def come_back(run_id: UUID, in_s: float, reason: str) -> None:
 
     def schedule() -> None:
         state: State[Any] = Scheduled(scheduled_time=server_now() + timedelta(seconds=in_s), message=reason)
-        state.name = "Waiting"
+        state.name = WAITING
         _client().set_flow_run_state(run_id, state, force=True)
 
     _patiently(schedule, "schedule the run again")

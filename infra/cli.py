@@ -468,8 +468,6 @@ def _show_contracts(deployment: "Deployment", checked: "list[Checked]") -> None:
 @contextmanager
 def _failures() -> Iterator[None]:
     """What can go wrong between this host and a chain, as one line and exit code 2."""
-    from requests import RequestException
-
     from blocks.pools import PoolsUnavailable
     from contracts.sending import FeesTooHigh, InsufficientFunds, Replaced, Reverted
     from infra.chain_deployment import ChainInUse
@@ -487,8 +485,7 @@ def _failures() -> Iterator[None]:
         Reverted,
         OSError,
     ) as error:
-        # The text of a connection's error may hold the whole address, and with it a key of the node's provider.
-        _fail("the node does not answer: is it running?" if isinstance(error, RequestException) else str(error))
+        _fail(str(error))
 
 
 def use_prefect_of_home(home: Path) -> None:

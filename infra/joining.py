@@ -242,6 +242,7 @@ def chain_of(wish: Wish, offer: Offer) -> Chain:
 
 def chain_findings(chain: Chain, me: Identity, server_s: float) -> list[Finding]:
     """The contracts, the chain's clock, the money. server_s: the gateway's clock, unix."""
+    chain = chain.hurried()
     try:
         bindings.check_deployment(chain.web3, chain.deployment)
         now_s, wei = chain.now_s(), chain.balance_of(me.address)

@@ -10,9 +10,10 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import wraps
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -35,6 +36,7 @@ from blocks import pools
 from blocks.chain import NotYet
 from blocks.connections import connections_of
 from blocks.identity import Identity, residents
+from infra.at_work import actor_of, alone_at
 from tasks.dispatch import STEPS
 from tasks.records import station
 
@@ -43,12 +45,17 @@ SOONEST_S = 5.0
 BEAT_S = 10.0
 
 
-def run_step(run_id: str, homes: dict[str, str]) -> None:
-    """Run one flow run for an actor of this host; exit with 0 when the server knows how it ended."""
+def run_step(run_id: str, homes: dict[str, str], mark: str = "") -> None:
+    """Run one flow run for an actor of this host; exit with 0 when the server knows how it ended.
+
+    mark: what the process at work on the run holds (infra.at_work); empty for a run of somebody else, which is refused.
+    """
     residents.update({name: Identity(home=home) for name, home in homes.items()})
-    with handle_engine_signals(UUID(run_id)):
+    with alone_at(Path(mark)) if mark else nullcontext(), handle_engine_signals(UUID(run_id)):
         with get_client(sync_client=True) as client:
             flow_run = client.read_flow_run(UUID(run_id))
+            if flow_run.state is not None and (flow_run.state.is_final() or flow_run.state.is_scheduled()):
+                return  # ended, or put off, by the process that was at work before this one
             flow_name = client.read_flow(flow_run.flow_id).name
             refusal = why_not(flow_name, flow_run.parameters, homes)
             if refusal:
@@ -58,6 +65,8 @@ def run_step(run_id: str, homes: dict[str, str]) -> None:
         if flow_name in STEPS:
             # Prefect opens a channel of its own, to hear of a suspension, for every run of a deployment: half a second.
             flow_run.deployment_id = None
+        # Prefect's own handler, which is in place from here to the body's begin, would call the run crashed, for good.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):  # `beating` is in their place
             run_flow(body, flow_run=flow_run)
 
@@ -80,11 +89,6 @@ def flow_of(name: str) -> Flow[..., Any]:
     return found
 
 
-def actor_of(parameters: dict[str, Any]) -> str:
-    """Whose step it is: of the whole protocol, its publisher's."""
-    return str(parameters.get("actor") or parameters.get("publisher") or "publisher")
-
-
 def why_not(flow_name: str, parameters: dict[str, Any], homes: dict[str, str]) -> str:
     """Why this host does not run it, or an empty string."""
     if flow_name not in ENTRYPOINTS:
@@ -101,9 +105,9 @@ def patient(flow: Flow[..., Any], flow_run: FlowRun, actor: str) -> Flow[..., An
     def waiting(body: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(body)
         def run(*args: Any, **options: Any) -> Any:
-            # A host that is stopped ends its steps like a power cut, and its next worker gives them back. Prefect's own
-            # handler would call them crashed, for good.
+            # A host that is stopped ends its steps like a power cut, and its next worker gives them back.
             signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
             try:
                 with beating(deployment_id):
                     return body(*args, **options)
