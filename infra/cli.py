@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from decimal import Decimal, InvalidOperation
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -673,6 +674,17 @@ def _name_and_path(pair: str) -> tuple[str, Path]:
     return name, Path(path)
 
 
+def _wei(ether: str) -> int:
+    """An amount of ether, as it is typed, in wei."""
+    try:
+        wei = Decimal(ether).scaleb(18)
+        if not 0 < wei < 2**88 or wei % 1:
+            raise InvalidOperation
+    except InvalidOperation:
+        raise ValueError(f"--most-stake {ether}: expected an amount of ether above 0, for example 0.2") from None
+    return int(wei)
+
+
 def _name_and_share(pair: str) -> tuple[str, float]:
     name, _, share = pair.partition("=")
     try:
@@ -803,6 +815,13 @@ def join(
     new_chain: Annotated[
         bool, typer.Option("--new-chain", help="take another chain than the one pinned before")
     ] = False,
+    new_publishers: Annotated[
+        bool, typer.Option("--new-publishers", help="take part in tasks of others than those pinned before")
+    ] = False,
+    most_stake: Annotated[
+        str | None,
+        typer.Option(metavar="ETHER", help="largest stake of one task, a fifth of all; default: as pinned, or 0.2"),
+    ] = None,
 ) -> None:
     """Make this host a miner of a consortium; say what is wrong and how to mend it. Called again it completes or refreshes."""
     if not invitation:
@@ -818,7 +837,16 @@ def join(
         invited = Invitation.read(invitation)
         if name not in (None, invited.name):
             raise ValueError(f"--name {name}: the invitation is for {invited.name}; ask for one to {name}")
-        wish = joining.Wish(server, invited, home, store=store, rpc=rpc, has_new_chain=new_chain)
+        wish = joining.Wish(
+            server,
+            invited,
+            home,
+            store=store,
+            rpc=rpc,
+            has_new_chain=new_chain,
+            has_new_publishers=new_publishers,
+            most_stake_wei=None if most_stake is None else _wei(most_stake),
+        )
         try:
             command = joining.join(wish, _show_finding)
         except joining.CannotJoin as error:
