@@ -764,12 +764,16 @@ def set_up_publisher(
         str | None, typer.Option(help="deploy the contracts there, unless Prefect's server notes some")
     ] = None,
     chain_id: Annotated[int | None, typer.Option(min=1, help="refuse a node of another chain")] = None,
-    confirmations: Annotated[int, typer.Option(min=1, help="blocks that make a transaction final")] = 1,
+    confirmations: Annotated[
+        int | None, typer.Option(min=1, help="blocks that make a transaction final; default: as noted, or 1")
+    ] = None,
+    new_chain: Annotated[
+        bool, typer.Option("--new-chain", help="take another chain than the one pinned before")
+    ] = False,
 ) -> None:
     """Set up a publisher on servers that run already. Settings: the environment, or FOLDER/gateway.env. It can be repeated."""
     _take_settings(folder)
     from blocks.identity import create_home
-    from contracts.sending import Sending
     from infra import publisher_home
 
     home = home.resolve()
@@ -777,8 +781,8 @@ def set_up_publisher(
         home.mkdir(parents=True, exist_ok=True, mode=0o700)
         me = create_home(home)
         console.print(f"publisher {me.address}: needs money on the chain, for gas and rewards")
-        rules = Sending(chain_id=chain_id, confirmations=confirmations)
-        publisher_home.set_up(me, name, rpc, rules, os.environ, lambda line: console.print(line, soft_wrap=True))
+        wish = publisher_home.Wish(name, rpc, chain_id, confirmations, has_new_chain=new_chain)
+        publisher_home.set_up(me, wish, os.environ, lambda line: console.print(line, soft_wrap=True))
     console.print(f"\nits worker    {publisher_home.worker_command(home, name)}", soft_wrap=True)
 
 
