@@ -2,13 +2,13 @@
 
 from prefect import flow
 
-from contracts.messages import ZERO32
+from contracts.messages import ZERO32, TaskIdOrNone
 from contracts.task_spec import TaskSpec
 from tasks.dispatch import ask, ask_each, conclude, conduct, give_up_after, reachable, run_name, task_states
 
 
 @flow(name="run-task", flow_run_name=run_name, persist_result=False)
-def run_task(spec: TaskSpec, publisher: str = "publisher", task_id: str = "", follow_on: bool = False) -> str:
+def run_task(spec: TaskSpec, publisher: str = "publisher", task_id: TaskIdOrNone = "", follow_on: bool = False) -> str:
     """M1..M7. Returns where the task's money ended: PAID, REFUNDED or REFUNDABLE.
 
     Args:

@@ -14,7 +14,7 @@ from contracts import bindings
 from contracts.messages import Address, Bytes32
 from contracts.sending import Sending
 
-__all__ = ["ChainInUse", "Checked", "deploy", "note", "noted", "open_home", "verify"]
+__all__ = ["ChainInUse", "Checked", "deploy", "note", "noted", "open_home", "verify", "whereabouts"]
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,11 @@ def noted(rpc: str | None = None) -> Chain:
             "Prefect has no block `chain` here: deploy first (healchain chain deploy), or name its server or --out"
         ) from error
     return chain if rpc is None else chain.model_copy(update={"rpc": rpc})
+
+
+def whereabouts(chain: Chain) -> str:
+    """Which chain and which contracts, whatever the node: what an actor must not be moved away from unasked."""
+    return f"chain {chain.chain_id} with {', '.join(chain.deployment.addresses)}"
 
 
 def verify(chain: Chain) -> list[Checked]:

@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from decimal import Decimal, InvalidOperation
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -670,6 +671,17 @@ def _name_and_path(pair: str) -> tuple[str, Path]:
     return name, Path(path)
 
 
+def _wei(ether: str) -> int:
+    """An amount of ether, as it is typed, in wei."""
+    try:
+        wei = Decimal(ether).scaleb(18)
+        if not 0 < wei < 2**88 or wei % 1:
+            raise InvalidOperation
+    except InvalidOperation:
+        raise ValueError(f"--most-stake {ether}: expected an amount of ether above 0, for example 0.2") from None
+    return int(wei)
+
+
 def _name_and_share(pair: str) -> tuple[str, float]:
     name, _, share = pair.partition("=")
     try:
@@ -749,12 +761,16 @@ def set_up_publisher(
         str | None, typer.Option(help="deploy the contracts there, unless Prefect's server notes some")
     ] = None,
     chain_id: Annotated[int | None, typer.Option(min=1, help="refuse a node of another chain")] = None,
-    confirmations: Annotated[int, typer.Option(min=1, help="blocks that make a transaction final")] = 1,
+    confirmations: Annotated[
+        int | None, typer.Option(min=1, help="blocks that make a transaction final; default: as noted, or 1")
+    ] = None,
+    new_chain: Annotated[
+        bool, typer.Option("--new-chain", help="take another chain than the one pinned before")
+    ] = False,
 ) -> None:
     """Set up a publisher on servers that run already. Settings: the environment, or FOLDER/gateway.env. It can be repeated."""
     _take_settings(folder)
     from blocks.identity import create_home
-    from contracts.sending import Sending
     from infra import publisher_home
 
     home = home.resolve()
@@ -762,8 +778,8 @@ def set_up_publisher(
         home.mkdir(parents=True, exist_ok=True, mode=0o700)
         me = create_home(home)
         console.print(f"publisher {me.address}: needs money on the chain, for gas and rewards")
-        rules = Sending(chain_id=chain_id, confirmations=confirmations)
-        publisher_home.set_up(me, name, rpc, rules, os.environ, lambda line: console.print(line, soft_wrap=True))
+        wish = publisher_home.Wish(name, rpc, chain_id, confirmations, has_new_chain=new_chain)
+        publisher_home.set_up(me, wish, os.environ, lambda line: console.print(line, soft_wrap=True))
     console.print(f"\nits worker    {publisher_home.worker_command(home, name)}", soft_wrap=True)
 
 
@@ -800,6 +816,13 @@ def join(
     new_chain: Annotated[
         bool, typer.Option("--new-chain", help="take another chain than the one pinned before")
     ] = False,
+    new_publishers: Annotated[
+        bool, typer.Option("--new-publishers", help="take part in tasks of others than those pinned before")
+    ] = False,
+    most_stake: Annotated[
+        str | None,
+        typer.Option(metavar="ETHER", help="largest stake of one task, a fifth of all; default: as pinned, or 0.2"),
+    ] = None,
 ) -> None:
     """Make this host a miner of a consortium; say what is wrong and how to mend it. Called again it completes or refreshes."""
     if not invitation:
@@ -815,7 +838,16 @@ def join(
         invited = Invitation.read(invitation)
         if name not in (None, invited.name):
             raise ValueError(f"--name {name}: the invitation is for {invited.name}; ask for one to {name}")
-        wish = joining.Wish(server, invited, home, store=store, rpc=rpc, has_new_chain=new_chain)
+        wish = joining.Wish(
+            server,
+            invited,
+            home,
+            store=store,
+            rpc=rpc,
+            has_new_chain=new_chain,
+            has_new_publishers=new_publishers,
+            most_stake_wei=None if most_stake is None else _wei(most_stake),
+        )
         try:
             command = joining.join(wish, _show_finding)
         except joining.CannotJoin as error:

@@ -17,6 +17,7 @@ import pytest
 from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State, StateType
+from prefect.exceptions import ParameterTypeError
 from prefect.flow_engine import FlowRunEngine
 from prefect.server.api.server import SubprocessASGIServer
 from prefect.settings import PREFECT_API_URL, temporary_settings
@@ -28,6 +29,7 @@ from infra.at_work import actor_of, mark_of, process_name
 from infra.step_process import ENTRYPOINTS, flow_of, run_step, why_not
 from infra.worker import HealChainWorker, HomeInUse, homes_here
 from tasks.dispatch import STEPS
+from tests.protocol.world import task_file
 
 
 @pytest.fixture
@@ -97,6 +99,21 @@ def test_names_lead_to_flows_of_this_package_alone():
     for name in ENTRYPOINTS:
         assert flow_of(name).name == name
         assert flow_of(name).fn.__module__.startswith("flows.")
+
+
+@pytest.mark.parametrize("name", ENTRYPOINTS)
+@pytest.mark.parametrize("task_id", ["../../x", "a/../../x", "/etc/x", "task-1\n", "..", ".ab", "Task", "a" * 65])
+def test_a_task_id_that_is_none_reaches_no_path(name, task_id):
+    """Ids become names of folders in homes and of records in the store."""
+    parameters = {"task_id": task_id, "round_number": 1, "actor": "miner-1"}
+    spec = task_file().spec().model_dump(mode="json")
+    if name == "publish":
+        parameters |= {"spec": spec}
+    elif name == "run-task":
+        parameters = {"task_id": task_id, "spec": spec, "publisher": "miner-1"}
+    assert flow_of(name).validate_parameters({**parameters, "task_id": "task-1"})
+    with pytest.raises(ParameterTypeError, match=r"task_id: String should match pattern"):
+        flow_of(name).validate_parameters(parameters)
 
 
 def test_a_whole_task_is_its_publishers():
