@@ -146,14 +146,6 @@ def test_a_task_that_was_never_locked_holds_nobody_up(world_after):
     assert begun(world, a_run(Running()), "series-2") == ("series-2", "")
 
 
-def test_a_task_that_two_runs_were_started_for_has_one_conductor(world_after):
-    me = world_after("publish").station("publisher").me
-    first = a_run(Running())
-    assert hold(me, TASK_ID, first) == ""
-    assert first in hold(me, TASK_ID, a_run(Running()))
-    assert hold(me, TASK_ID, first) == ""
-
-
 @pytest.fixture
 def on_pools() -> Callable[[World], None]:
     """Give the publisher hosts to ask, of which there are none."""
@@ -164,6 +156,16 @@ def on_pools() -> Callable[[World], None]:
         connections_of(me).model_copy(update={"uses_pools": True}).pin(me)
 
     return connect
+
+
+def test_a_task_that_two_runs_were_started_for_has_one_conductor(world_after, on_pools):
+    world = world_after("publish")
+    on_pools(world)
+    me = world.station("publisher").me
+    first = a_run(Running())
+    assert hold(me, TASK_ID, first) == ""
+    assert run_task(world.file.spec(), task_id=TASK_ID) == "SKIPPED"
+    assert hold(me, TASK_ID, first) == ""
 
 
 def test_a_locked_reward_that_nothing_can_come_of_goes_back_and_the_series_goes_on(world_after, on_pools, monkeypatch):
@@ -183,7 +185,10 @@ def test_a_locked_reward_that_nothing_can_come_of_goes_back_and_the_series_goes_
     locked = world.contracts.escrow.get_task(TASK_ID)
     assert (before_wei, locked.status) == (0, Status.LOCKED)
     st.chain.wait_until(locked.terms.deadline_s + 1, "the deadline")
-    assert run_task(world.file.spec(), follow_on=True) == "REFUNDED"
+    ended = run_task(world.file.spec(), follow_on=True, return_state=True)
+    assert ended.result() == "REFUNDED"
+    with get_client(sync_client=True) as client:
+        assert client.read_flow_run(ended.state_details.flow_run_id).name == TASK_ID
     assert begun(world, a_run(Running()), "series-2") == ("series-2", "")
 
 
