@@ -48,7 +48,9 @@ POLL_S = 0.3
 OVERDUE_POLL_S = 20.0  # how often a long wait asks the chain whether the task can still end well
 SOON_S = 30.0  # a run that begins later than this is waited for by coming back, not by standing by
 IN_VAIN = frozenset({StateType.FAILED, StateType.CRASHED, StateType.CANCELLED})
-ATTEMPTS = 5  # new runs of one step, for ended ones that an earlier conductor left behind
+# Runs of one step that ended in vain, under this conductor, retried, or earlier ones. Each of them begins one more: a step
+# that failed whenever it was retried can still be asked for when its cause is mended.
+ATTEMPTS = 200
 
 
 class TaskAborted(RuntimeError):

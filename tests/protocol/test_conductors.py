@@ -9,7 +9,7 @@ from uuid import UUID, uuid4
 import pytest
 from prefect import flow
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.objects import State
+from prefect.client.schemas.objects import State, StateType
 from prefect.states import Cancelled, Completed, Crashed, Failed, Paused, Pending, Running, Scheduled
 
 from blocks import pools
@@ -19,6 +19,7 @@ from contracts.bindings import Status
 from deployments import register
 from flows.protocol import run_task
 from infra import publishing
+from infra.step_process import RETRIES
 from tasks import conductors, dispatch, publish
 from tasks.conductors import hold, next_in_series, who_conducts
 from tasks.dispatch import Conductor, NotSettled, conclude, conduct
@@ -241,3 +242,20 @@ def test_a_task_that_is_over_is_not_resumed(world_after):
     world.do("refund", "publisher")
     with pytest.raises(ValueError, match="is REFUNDED: nothing of it is left to do"):
         publishing.resume(world.stack.homes["publisher"], TASK_ID)
+
+
+def test_a_step_that_failed_at_every_retry_is_asked_for_again_when_its_task_is_resumed(world_after, monkeypatch):
+    world = world_after("publish")
+    begun_keys: list[str] = []
+
+    def start(*_, key, **__):
+        """A server on which the first runs of the step have failed, one for each retry of two conductors."""
+        begun_keys.append(key)
+        kind = StateType.FAILED if len(begun_keys) <= 2 * (RETRIES + 1) else StateType.SCHEDULED
+        return pools.StepRun(uuid4(), kind, kind.value, "", 0)
+
+    monkeypatch.setattr(pools, "start", start)
+    me = Conductor("publisher", world.station("publisher"), world.registry, True)
+    asked = dispatch.Asked(world.registry.find_actor("miner-1"), "collect", TASK_ID, 1, {})
+    assert dispatch._started(me, asked, dispatch.IN_VAIN).kind is StateType.SCHEDULED
+    assert len(set(begun_keys)) == len(begun_keys)
