@@ -70,7 +70,7 @@ def test_of_two_late_runs_one_begins_a_task_and_the_other_names_it(world_after, 
     @flow
     def late(world: World) -> None:
         chosen.append(conduct("publisher", "", world.file.spec(), follow_on=True)[0])
-        both_decided.wait(30)
+        both_decided.wait(250)
 
     monkeypatch.setattr(conductors, "follow_chain", meeting)
     world = world_after(None)
@@ -78,7 +78,7 @@ def test_of_two_late_runs_one_begins_a_task_and_the_other_names_it(world_after, 
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(280)
     assert sorted(map(bool, chosen)) == [False, True]
 
 
