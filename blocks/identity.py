@@ -12,10 +12,12 @@ The keys do not leave this module: it signs, agrees on shared secrets and opens 
 Errors: WrongPassphrase, InvalidHome.
 """
 
+import fcntl
 import json
 import os
 import secrets
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal, cast
@@ -132,6 +134,13 @@ class Identity(Block):
         finally:
             draft.unlink(missing_ok=True)
         return path.read_bytes()
+
+    @contextmanager
+    def exclusively(self) -> Iterator[None]:
+        """Nobody else, thread or process, decides in this home meanwhile. Not to be nested."""
+        with (Path(self.home) / "deciding.lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # given back when the file is closed, also by a kill
+            yield
 
 
 def create_home(home: Path) -> Identity:

@@ -15,17 +15,17 @@ def run_task(spec: TaskSpec, publisher: str = "publisher", task_id: TaskIdOrNone
         spec: the public terms. The required accuracy is not among them: it is in the publisher's home (healchain approve).
         publisher: the name of the publisher whose home the task's worker serves.
         task_id: leave it empty for a new task; the id of one to go on with it.
-        follow_on: start from the last published model of the tasks of this name, one of them at a time; SKIPPED while
-            another is under way.
+        follow_on: start from the last published model of the tasks of this name, one of them at a time: SKIPPED while
+            another is under way, and one that its run has left unfinished is ended first.
     """
     task_id, spec = conduct(publisher, task_id, spec, follow_on=follow_on)
     if not task_id:
         return "SKIPPED"
     limit, vote_limit = spec.rounds.contribution_timeout_s, spec.rounds.attestation_timeout_s
-    ask(publisher, "publish", task_id=task_id, spec=spec)  # M1
 
     miners, aggregator = (), None
     with task_states(task_id):
+        ask(publisher, "publish", task_id=task_id, spec=spec)  # M1
         applicants = ask_each(reachable("miner"), "register", task_id=task_id, timeout_s=limit)  # M2
         ask(publisher, "challenge", task_id=task_id)
         ask_each([one.miner for one in applicants], "prove-dataset", task_id=task_id, timeout_s=limit)

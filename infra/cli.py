@@ -26,6 +26,8 @@ from contracts.messages import ZERO_ADDRESS
 from contracts.task_spec import InvalidTask, TaskFile, load_task_file
 
 if TYPE_CHECKING:
+    from uuid import UUID
+
     from contracts.bindings import Deployment
     from infra.chain_deployment import Checked
     from infra.devstack import Stack
@@ -172,15 +174,37 @@ def submit(
     file = _load(task, {} if seed is None else {"seed": seed})
     use_prefect_of_home(home)
     from infra import publishing
-    from infra.watching import Watcher
 
     with _failures():
         task_id, run_id = publishing.submit(home, file)
-        console.print(f"task [bold]{task_id}[/bold], run {run_id}")
-        if detach:
-            return
-        with Watcher(console) as watcher:
-            status, reason = publishing.follow(home, task_id, run_id, watcher)
+    _follow(home, task_id, run_id, detach)
+
+
+@app.command()
+def resume(
+    task_id: Annotated[str, typer.Argument(metavar="TASK_ID", help="as submit printed it, and as its run is called")],
+    home: PublishersHome = HOME,
+    detach: Annotated[bool, typer.Option("--detach", help="do not wait for its end")] = False,
+) -> None:
+    """Go on with a task whose run failed, was cancelled or was deleted: to its payment, or to the refund."""
+    use_prefect_of_home(home)
+    from infra import publishing
+
+    with _failures():
+        run_id = publishing.resume(home, task_id)
+    _follow(home, task_id, run_id, detach)
+
+
+def _follow(home: Path, task_id: str, run_id: "UUID", detach: bool) -> None:
+    """Name the run; unless detached, show its steps and exit by how the task ended."""
+    from infra import publishing
+    from infra.watching import Watcher
+
+    console.print(f"task [bold]{task_id}[/bold], run {run_id}")
+    if detach:
+        return
+    with _failures(), Watcher(console) as watcher:
+        status, reason = publishing.follow(home, task_id, run_id, watcher)
     console.print(f"{status}  {escape(reason)}")
     sys.exit(0 if status in ("PAID", "REFUNDED", "WAITING") else 1)
 

@@ -27,6 +27,7 @@ from prefect.flow_engine import run_flow
 from prefect.flows import Flow
 from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 from prefect.states import Failed
+from requests import RequestException
 
 import flows.aggregator
 import flows.miner
@@ -37,12 +38,14 @@ from blocks.chain import NotYet
 from blocks.connections import connections_of
 from blocks.identity import Identity, residents
 from infra.at_work import actor_of, alone_at
-from tasks.dispatch import STEPS
+from tasks.dispatch import MENDED_BY_WAITING, STEPS
 from tasks.records import station
 
 ENTRYPOINTS = {name: step.entrypoint for name, step in STEPS.items()} | {"run-task": "flows.protocol.run_task"}
 SOONEST_S = 5.0
 BEAT_S = 10.0
+RETRIES = 10  # of a task's run after faults in a row: with their pauses an hour and a half
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 15.0, 1200.0
 
 
 def run_step(run_id: str, homes: dict[str, str], mark: str = "") -> None:
@@ -99,7 +102,7 @@ def why_not(flow_name: str, parameters: dict[str, Any], homes: dict[str, str]) -
 
 
 def patient(flow: Flow[..., Any], flow_run: FlowRun, actor: str) -> Flow[..., Any]:
-    """The flow, which for a moment of chain time that is far ahead goes away and begins again then."""
+    """The flow, which for a moment of chain time that is far ahead, or after a fault, goes away and begins again then."""
     run_id, deployment_id = flow_run.id, flow_run.deployment_id
 
     def waiting(body: Callable[..., Any]) -> Callable[..., Any]:
@@ -115,11 +118,30 @@ def patient(flow: Flow[..., Any], flow_run: FlowRun, actor: str) -> Flow[..., An
                 ahead_s = wait.moment_s - station(actor).chain.now_s()
                 pools.come_back(run_id, max(SOONEST_S, float(ahead_s)), str(wait))
                 raise Abort(str(wait)) from None
+            except MENDED_BY_WAITING as fault:
+                retry_later(flow, run_id, fault)
+                raise
 
         return run
 
     flow.fn = waiting(flow.fn)
     return flow
+
+
+def retry_later(flow: Flow[..., Any], run_id: UUID, fault: Exception) -> None:
+    """Put a task's run off after a fault that may pass; raises Abort then. After RETRIES in a row it returns.
+
+    A step alone is not put off: its conductor asks for it again.
+    """
+    tried = pools.retries(run_id) if flow.name not in STEPS else RETRIES
+    if tried >= RETRIES:
+        return
+    # The text of an HTTP client's error may hold the whole address, and with it a key of the node's provider.
+    text = "no answer" if isinstance(fault, RequestException) else " ".join(str(fault).split())[:300]
+    said = f"{type(fault).__name__}: {text}"
+    reason = f"attempt {tried + 1} of {RETRIES + 1}: {said}"
+    pools.come_back(run_id, min(FIRST_PAUSE_S * 2.0**tried, LONGEST_PAUSE_S), reason, pools.RETRYING)
+    raise Abort(reason) from None
 
 
 @contextmanager
