@@ -3,7 +3,8 @@
     rpc   "local:<path>"   the stored chain in this process (blocks.local_chain)
           "http://..."     a node
 
-Errors: NotYet (a moment that lies further ahead than the caller may wait), those of contracts.sending.
+Errors: NotYet (a moment that lies further ahead than the caller may wait), NodeUnreachable once a node that is away was
+waited for, those of contracts.sending.
 """
 
 import time
@@ -16,16 +17,18 @@ from eth_account.signers.local import LocalAccount
 from eth_utils.address import to_checksum_address
 from prefect.blocks.core import Block
 from pydantic import Field
-from web3 import HTTPProvider, Web3
+from web3 import Web3
 
 from blocks.identity import Identity
 from blocks.local_chain import LocalChainProvider
 from contracts import bindings
 from contracts.journal import Journal
 from contracts.messages import ZERO_ADDRESS, Domain
+from contracts.node import Node
 from contracts.sending import Sender, Sending
 
 POLL_S = 1.0
+HURRIED_S = 3.0
 Event = TypeVar("Event")
 
 
@@ -45,7 +48,9 @@ class Chain(Block):
     _description = "RPC address of the chain, the contracts' addresses and the rules for sending."
 
     rpc: str = Field(
-        pattern="^(local:|https?://)", description="local:<path of its file> or the http(s) address of a node"
+        pattern="^(local:|https?://)",
+        description="local:<path of its file> or the http(s) address of a node; every host that joins is told it",
+        repr=False,
     )
     sending: Sending = Field(default_factory=Sending, description="confirmations, fees and waits of transactions")
     patience_s: float = Field(default=30, ge=0, description="longest wait for a moment of chain time inside one step")
@@ -58,7 +63,11 @@ class Chain(Block):
 
     @property
     def web3(self) -> Web3:
-        return Web3(_provider(self.rpc))
+        return Web3(self._provider)
+
+    def hurried(self) -> "Chain":
+        """This chain for somebody who sits and waits: that its node is away is told soon."""
+        return self.model_copy(update={"sending": self.sending.model_copy(update={"timeout_s": HURRIED_S})})
 
     @property
     def deployment(self) -> bindings.Deployment:
@@ -109,8 +118,7 @@ class Chain(Block):
 
     def _pause(self) -> None:
         """Wait for the next block. A local chain mines it."""
-        provider = _provider(self.rpc)
-        if isinstance(provider, LocalChainProvider):
+        if isinstance(provider := self._provider, LocalChainProvider):
             provider.mine()
         time.sleep(self.sending.poll_s)
 
@@ -147,8 +155,7 @@ class Chain(Block):
 
         Raises NotYet when the moment is more than `patience_s` away.
         """
-        provider = _provider(self.rpc)
-        if isinstance(provider, LocalChainProvider):
+        if isinstance(provider := self._provider, LocalChainProvider):
             provider.advance_to(moment_s)
         if moment_s - self.now_s() > self.patience_s:
             raise NotYet(what, moment_s)
@@ -157,7 +164,7 @@ class Chain(Block):
 
     def wait_for_block(self, number: int) -> None:
         """Return when block `number` is mined. A local chain mines it."""
-        provider = _provider(self.rpc)
+        provider = self._provider
         while self.web3.eth.block_number < number:
             if isinstance(provider, LocalChainProvider):
                 provider.mine()
@@ -166,14 +173,22 @@ class Chain(Block):
 
     def close(self) -> None:
         """Let go of a local chain's file."""
-        provider = _provider(self.rpc)
-        if isinstance(provider, LocalChainProvider):
+        if isinstance(provider := self._provider, LocalChainProvider):
             provider.close()
-            _provider.cache_clear()
+            _local.cache_clear()
+
+    @property
+    def _provider(self) -> LocalChainProvider | Node:
+        if self.rpc.startswith("local:"):
+            return _local(self.rpc)
+        return _node(self.rpc, self.sending.timeout_s)
 
 
 @lru_cache(maxsize=8)
-def _provider(rpc: str) -> LocalChainProvider | HTTPProvider:
-    if rpc.startswith("local:"):
-        return LocalChainProvider(Path(rpc.removeprefix("local:")))
-    return HTTPProvider(rpc)
+def _local(rpc: str) -> LocalChainProvider:
+    return LocalChainProvider(Path(rpc.removeprefix("local:")))
+
+
+@lru_cache(maxsize=8)
+def _node(rpc: str, patience_s: float) -> Node:
+    return Node(rpc, patience_s=patience_s)

@@ -1,8 +1,9 @@
-"""What an actor's host believes in: its name, its chain with the contracts, its store. Pinned in its home.
+"""What an actor's host believes in: its name, its chain with the contracts, its store, its publishers. Pinned in its home.
 
 ``HOME/connections.json`` (mode 0600: it may hold a store's key, a database's password and a node's address with a key in it)
 is written once, when a home is set up, and read by every step. Nothing of it comes from the scheduler: whoever rules over
-Prefect's database cannot send a host to another chain, other contracts or another store.
+Prefect's database cannot send a host to another chain, other contracts or another store, nor have it stake in a stranger's
+task: anybody can lock a reward in the contracts and ask.
 
 Errors: NotConnected.
 """
@@ -11,12 +12,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, SecretStr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
 from blocks.artifacts import ArtifactStore
 from blocks.chain import Chain
 from blocks.identity import Identity, write_secret
 from blocks.registry import Registry
+from contracts.messages import Address
 
 
 class NotConnected(ValueError):
@@ -36,6 +38,12 @@ class Connections(BaseModel):
     """The publisher's index; miners have none."""
     uses_pools: bool = False
     """Whether other actors are asked through Prefect's work pools, or take turns in this process."""
+    publishers: tuple[Address, ...] = ()
+    """In whose tasks this host takes part; in nobody's when there is none, as in homes from before this field."""
+    most_stake_wei: int = Field(default=0, ge=0)
+    """The largest stake that it puts behind one task."""
+    most_deposit_wei: int = Field(default=0, ge=0)
+    """The largest stake that it has in the contract, for all tasks together: nothing deposits beyond it."""
 
     def pin(self, me: Identity) -> None:
         """Write them into the home, in place of earlier ones."""
@@ -45,6 +53,9 @@ class Connections(BaseModel):
             "store": _settings(self.store),
             "registry": None if self.registry is None else _settings(self.registry),
             "uses_pools": self.uses_pools,
+            "publishers": self.publishers,
+            "most_stake_wei": self.most_stake_wei,
+            "most_deposit_wei": self.most_deposit_wei,
         }
         write_secret(_path(me), json.dumps(fields, indent=1))
 

@@ -8,15 +8,18 @@
     workload-limits.json                             the most that a task's WebAssembly module may use here (tasks.workload)
     compiled/                                        its machine code
     private/<task>/...                               what must survive a restart: residual, salts, prepared updates
+    runs/<run id>                                    which process is at work on a run (infra.at_work)
 
 The keys do not leave this module: it signs, agrees on shared secrets and opens what was sealed to the actor.
 Errors: WrongPassphrase, InvalidHome.
 """
 
+import fcntl
 import json
 import os
 import secrets
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal, cast
@@ -133,6 +136,13 @@ class Identity(Block):
         finally:
             draft.unlink(missing_ok=True)
         return path.read_bytes()
+
+    @contextmanager
+    def exclusively(self) -> Iterator[None]:
+        """Nobody else, thread or process, decides in this home meanwhile. Not to be nested."""
+        with (Path(self.home) / "deciding.lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # given back when the file is closed, also by a kill
+            yield
 
 
 def create_home(home: Path) -> Identity:

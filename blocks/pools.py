@@ -29,6 +29,7 @@ from pydantic import SecretStr
 PATIENCE_S = 900.0
 """A server that is away longer than this ends the run that waits for it; a later one takes up its work."""
 CLOCK_S = 60
+WAITING, RETRYING = "Waiting", "AwaitingRetry"  # states of a run that begins again: at its moment; after a fault
 PAGE = 200  # most runs that the server returns at once
 T = TypeVar("T")
 
@@ -128,15 +129,29 @@ def take_back(run: StepRun, reason: str) -> None:
     _patiently(cancel, "take a run back")
 
 
-def come_back(run_id: UUID, in_s: float, reason: str) -> None:
-    """Have the run begin again after so many seconds; until then no process waits for it."""
+def come_back(run_id: UUID, in_s: float, reason: str, name: str = WAITING) -> None:
+    """Have the run begin again after so many seconds; until then no process waits for it. name: of its state."""
 
     def schedule() -> None:
         state: State[Any] = Scheduled(scheduled_time=server_now() + timedelta(seconds=in_s), message=reason)
-        state.name = "Waiting"
+        state.name = name
         _client().set_flow_run_state(run_id, state, force=True)
 
     _patiently(schedule, "schedule the run again")
+
+
+def retries(run_id: UUID) -> int:
+    """How often in a row a run was to be begun again: since it last waited for a moment, or ended."""
+
+    def count() -> int:
+        found = 0
+        for state in sorted(_client().read_flow_run_states(run_id), key=lambda one: one.timestamp, reverse=True):
+            if state.name == WAITING or state.is_final():
+                break
+            found += state.name == RETRYING
+        return found
+
+    return _patiently(count, "read how often a run was retried")
 
 
 def queues(pool: str) -> list[Queue]:

@@ -31,7 +31,9 @@ Bytes = Annotated[str, StringConstraints(pattern=r"^0x([0-9a-f]{2})*$")]
 PublicKey = Annotated[str, StringConstraints(pattern=r"^0x0[23][0-9a-f]{64}$")]
 Salt = Annotated[str, StringConstraints(pattern=r"^0x[0-9a-f]{32}$")]
 Address = Annotated[str, StringConstraints(pattern=r"^0x[0-9a-fA-F]{40}$"), AfterValidator(_checksummed)]
-TaskId = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{2,63}$")]
+_TASK_ID = "[a-z0-9][a-z0-9-]{2,63}"  # names folders of homes and of the store as well
+TaskId = Annotated[str, StringConstraints(pattern=f"^{_TASK_ID}$")]
+TaskIdOrNone = Annotated[str, StringConstraints(pattern=f"^({_TASK_ID})?$")]  # empty: there is none yet
 ActorName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,31}$")]
 Uint32 = Annotated[int, Field(ge=0, lt=2**32, strict=True)]
 Uint64 = Annotated[int, Field(ge=0, lt=2**64, strict=True)]

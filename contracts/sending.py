@@ -17,19 +17,17 @@ journal and waits for it instead of sending another:
 
 A wish with a purpose is fulfilled once for good: later calls return the same receipt. One without is over when its receipt
 is returned; whoever repeats it after that means it, so look at the chain first (after `finish`).
-Amounts are wei. Errors: Reverted, InsufficientFunds, WrongChain, FeesTooHigh, NonceTaken, Replaced, Unconfirmed,
-NodeUnreachable.
+Amounts are wei. Errors: Reverted, InsufficientFunds, WrongChain, FeesTooHigh, NonceTaken, Replaced, Unconfirmed, and
+those of the web3 provider: contracts.node waits for a node that is away.
 """
 
 import ast
 import json
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from functools import partial
-from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from typing import Any
 
 from eth_abi.abi import decode
 from eth_abi.exceptions import DecodingError
@@ -38,17 +36,15 @@ from eth_typing import HexStr
 from eth_utils.address import to_checksum_address
 from eth_utils.crypto import keccak
 from pydantic import BaseModel, ConfigDict, Field
-from requests import RequestException
 from web3 import EthereumTesterProvider, Web3
 from web3.exceptions import BlockNotFound, ContractLogicError, TransactionNotFound
 
 from contracts.journal import Fees, Intent, Journal, State, Version, new_version
 from contracts.messages import Address
+from contracts.node import NodeUnreachable
 
 Receipt = Mapping[str, Any]
-Result = TypeVar("Result")
 
-LONGEST_PAUSE_S = 5.0
 # A nonce that is taken without a receipt of ours is believed after this many looks: a node may know the account's new
 # nonce before it can find the receipt.
 LOOKS = 3
@@ -113,10 +109,6 @@ class Unconfirmed(TimeoutError):
     """Not mined, or not deep enough, within the time. It stays in the journal; the same call waits for it again."""
 
 
-class NodeUnreachable(ConnectionError):
-    """The node did not answer within the time."""
-
-
 class Sending(BaseModel):
     """The rules for sending on one chain."""
 
@@ -128,7 +120,7 @@ class Sending(BaseModel):
     tip_wei: int | None = Field(default=None, ge=0, description="tip for one unit of gas; None: what the node suggests")
     stuck_s: float = Field(default=60, gt=0, description="not mined for so long, it is sent again with higher fees")
     poll_s: float = Field(default=0.5, gt=0, description="pause between two looks")
-    timeout_s: float = Field(default=300, gt=0, description="longest wait of one call")
+    timeout_s: float = Field(default=300, gt=0, description="longest wait of one call, and for a node that is away")
 
 
 # The error that a contract's own revert data says, or None when it is none of that contract's.
@@ -176,7 +168,7 @@ class Sender:
         """
         deadline = self._deadline()
         wish = {"from": self.account.address, "value": value_wei, "data": "0x" + data.hex(), "to": to}
-        intent = self._patiently(deadline, partial(self._enter, wish, purpose, nonce, explain))
+        intent = self._enter(wish, purpose, nonce, explain)
         return self._settle(intent, deadline)
 
     def finish(self) -> None:
@@ -184,23 +176,19 @@ class Sender:
         if not self.journal.has_unfinished():
             return
         deadline = self._deadline()
-        for intent in self.journal.unfinished(self._patiently(deadline, self._owner)):
+        for intent in self.journal.unfinished(self._owner()):
             with suppress(Reverted, Replaced):  # over, too: whoever wanted it looks at the chain
                 self._settle(intent, deadline)
 
     def claim_nonce(self, name: str) -> int:
         """The free nonce that the first call with this name found: a plan over several transactions starts there."""
-
-        def claim() -> str:
-            owner = self._owner()
-            with self.journal.hold():
-                return self.journal.claim(owner, name, str(self._free_nonce(owner)))
-
-        return int(self._patiently(self._deadline(), claim))
+        owner = self._owner()
+        with self.journal.hold():
+            return int(self.journal.claim(owner, name, str(self._free_nonce(owner))))
 
     def forget_nonce(self, name: str) -> None:
         """Give a plan up; the next claim of its name starts another."""
-        self.journal.forget(self._patiently(self._deadline(), self._owner), name)
+        self.journal.forget(self._owner(), name)
 
     # Until it is in the journal
 
@@ -258,9 +246,9 @@ class Sender:
     # From the journal to the final receipt
 
     def _settle(self, intent: Intent, deadline: float) -> Receipt:
-        while (receipt := self._patiently(deadline, partial(self._final_receipt, intent.id))) is None:
+        while (receipt := self._final_receipt(intent.id)) is None:
             if time.monotonic() > deadline:
-                raise Unconfirmed(self._patiently(deadline, partial(self._explain_delay, intent.id)))
+                raise Unconfirmed(self._explain_delay(intent.id))
             self._pause()
         succeeded = receipt["status"] == 1
         self.journal.close(intent.id, State.DONE if succeeded else State.FAILED)
@@ -322,7 +310,7 @@ class Sender:
             return ""
         try:
             self.web3.eth.send_raw_transaction(version.raw)
-        except (RequestException, ConnectionError):
+        except NodeUnreachable:
             raise
         except Exception as error:
             # Each node refuses in its own words ("already known", "nonce too low"); what counts is the receipt.
@@ -423,32 +411,6 @@ class Sender:
 
     def _deadline(self) -> float:
         return time.monotonic() + self.rules.timeout_s
-
-    def _patiently(self, deadline: float, step: Callable[[], Result]) -> Result:
-        """Do a step that may be repeated, again while the node does not answer. Raises NodeUnreachable."""
-        for pause_s in self._pauses():
-            try:
-                return step()
-            except (RequestException, ConnectionError) as error:
-                if time.monotonic() + pause_s > deadline:
-                    # The exception's own text may hold the whole address, and with it a key of the node's provider.
-                    raise NodeUnreachable(self._name_unreachable(error)) from None
-            time.sleep(pause_s)
-        raise AssertionError("pauses never end")
-
-    def _pauses(self) -> Iterator[float]:
-        pause_s = self.rules.poll_s
-        while True:
-            yield pause_s
-            pause_s = max(pause_s, min(2 * pause_s, LONGEST_PAUSE_S))
-
-    def _name_unreachable(self, error: Exception) -> str:
-        uri = urlsplit(str(getattr(self.web3.provider, "endpoint_uri", "")))
-        status = getattr(getattr(error, "response", None), "status_code", "")
-        return (
-            f"the node at {uri.scheme}://{uri.hostname}:{uri.port} did not answer for {self.rules.timeout_s:g} s "
-            f"({type(error).__name__}{status and f' {status}'}): is it running, and is rpc right?"
-        )
 
 
 def _an_eighth_more(fee_wei: int) -> int:

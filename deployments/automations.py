@@ -4,7 +4,7 @@ silent     a run at work on a host, of which nothing is heard for SILENCE_S, is 
            together with its worker, or its host is gone or cut off. The server pauses only what is at work, so that a run
            that has ended stays as it is, should its last event be lost or late
 returned   a silent run goes back to its queue at once: a live worker takes it, and finds what was done
-failed     a task's run that failed, crashed, was cancelled or finds no worker is reported
+failed     a task's run that failed, crashed, was cancelled or finds no worker is reported, with the command that goes on
 stuck      a task's run that works for longer than its limit is reported; waiting for chain time is not work
 
 A report is a POST of a JSON object to an address of the operator's own, kept in the block `healchain-reports`: loopback or the
@@ -38,8 +38,11 @@ PUT_OFF = ("Scheduled", "Waiting", "AwaitingRetry", "Late", "Paused", "Silent", 
 WEBHOOK = "healchain-reports"
 REPORT = (
     '{"rule": {{ automation.name | tojson }}, "task": {{ flow_run.name | tojson }}, "run": "{{ flow_run.id }}", '
-    '"state": {{ flow_run.state.name | tojson }}, "message": {{ (flow_run.state.message or "") | tojson }}}'
+    '"state": {{ flow_run.state.name | tojson }}, "message": {{ (flow_run.state.message or "") | tojson }}, '
+    '"remedy": {{ ("healchain resume " ~ flow_run.name if flow_run.state.name in ["Failed", "Crashed", "Cancelled"] '
+    'else "") | tojson }}}'
 )
+"""Runs of tasks are called by their tasks. A late run is still to begin: what it lacks is a worker."""
 
 
 def register_automations(report_to: SecretStr | None = None, *, limit_s: float = LIMIT_S) -> list[str]:

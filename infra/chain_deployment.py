@@ -14,7 +14,7 @@ from contracts import bindings
 from contracts.messages import Address, Bytes32
 from contracts.sending import Sending
 
-__all__ = ["ChainInUse", "Checked", "deploy", "note", "noted", "open_home", "verify"]
+__all__ = ["ChainInUse", "Checked", "deploy", "note", "noted", "open_home", "verify", "whereabouts"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ def deploy(rpc: str, me: Identity, rules: Sending, withdrawal_delay_s: int) -> C
     Raises the errors of contracts.sending and bindings.InvalidDeployment.
     """
     if not rpc.startswith(("local:", "http://", "https://")):
-        raise ValueError(f"rpc = {rpc}: expected local:FILE, or the http:// or https:// address of a node")
+        # Not repeated here: it may hold a key of the node's provider.
+        raise ValueError("rpc: expected local:FILE, or the http:// or https:// address of a node")
     chain = Chain(rpc=rpc, sending=rules)
     if rpc.startswith("local:"):
         from infra.devstack import fund
@@ -63,9 +64,14 @@ def noted(rpc: str | None = None) -> Chain:
     return chain if rpc is None else chain.model_copy(update={"rpc": rpc})
 
 
+def whereabouts(chain: Chain) -> str:
+    """Which chain and which contracts, whatever the node: what an actor must not be moved away from unasked."""
+    return f"chain {chain.chain_id} with {', '.join(chain.deployment.addresses)}"
+
+
 def verify(chain: Chain) -> list[Checked]:
     """What is at the addresses of this chain. Raises bindings.InvalidDeployment when anything is not as it should be."""
-    web3 = chain.web3
+    web3 = chain.hurried().web3
     bindings.check_deployment(web3, chain.deployment)
     return [
         Checked(name, address, "0x" + keccak(bytes(web3.eth.get_code(to_checksum_address(address)))).hex())

@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from decimal import Decimal, InvalidOperation
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,6 +27,8 @@ from contracts.task_spec import InvalidTask, TaskFile, load_task_file
 from infra import edge_cli
 
 if TYPE_CHECKING:
+    from uuid import UUID
+
     from contracts.bindings import Deployment
     from infra.chain_deployment import Checked
     from infra.devstack import Stack
@@ -178,17 +181,39 @@ def submit(
     file = _load(task, {} if seed is None else {"seed": seed})
     use_prefect_of_home(home)
     from infra import publishing
-    from infra.watching import Watcher
 
     module = _workload_of(task, file)
     with _failures():
         publishing.provide(home, module)
         task_id, run_id = publishing.submit(home, file)
-        console.print(f"task [bold]{task_id}[/bold], run {run_id}")
-        if detach:
-            return
-        with Watcher(console) as watcher:
-            status, reason = publishing.follow(home, task_id, run_id, watcher)
+    _follow(home, task_id, run_id, detach)
+
+
+@app.command()
+def resume(
+    task_id: Annotated[str, typer.Argument(metavar="TASK_ID", help="as submit printed it, and as its run is called")],
+    home: PublishersHome = HOME,
+    detach: Annotated[bool, typer.Option("--detach", help="do not wait for its end")] = False,
+) -> None:
+    """Go on with a task whose run failed, was cancelled or was deleted: to its payment, or to the refund."""
+    use_prefect_of_home(home)
+    from infra import publishing
+
+    with _failures():
+        run_id = publishing.resume(home, task_id)
+    _follow(home, task_id, run_id, detach)
+
+
+def _follow(home: Path, task_id: str, run_id: "UUID", detach: bool) -> None:
+    """Name the run; unless detached, show its steps and exit by how the task ended."""
+    from infra import publishing
+    from infra.watching import Watcher
+
+    console.print(f"task [bold]{task_id}[/bold], run {run_id}")
+    if detach:
+        return
+    with _failures(), Watcher(console) as watcher:
+        status, reason = publishing.follow(home, task_id, run_id, watcher)
     console.print(f"{status}  {escape(reason)}")
     sys.exit(0 if status in ("PAID", "REFUNDED", "WAITING") else 1)
 
@@ -482,8 +507,6 @@ def _show_contracts(deployment: "Deployment", checked: "list[Checked]") -> None:
 @contextmanager
 def _failures() -> Iterator[None]:
     """What can go wrong between this host and a chain, as one line and exit code 2."""
-    from requests import RequestException
-
     from blocks.pools import PoolsUnavailable
     from contracts.sending import FeesTooHigh, InsufficientFunds, Replaced, Reverted
     from infra.chain_deployment import ChainInUse
@@ -501,8 +524,7 @@ def _failures() -> Iterator[None]:
         Reverted,
         OSError,
     ) as error:
-        # The text of a connection's error may hold the whole address, and with it a key of the node's provider.
-        _fail("the node does not answer: is it running?" if isinstance(error, RequestException) else str(error))
+        _fail(str(error))
 
 
 def use_prefect_of_home(home: Path) -> None:
@@ -702,6 +724,17 @@ def _name_and_path(pair: str) -> tuple[str, Path]:
     return name, Path(path)
 
 
+def _wei(ether: str) -> int:
+    """An amount of ether, as it is typed, in wei."""
+    try:
+        wei = Decimal(ether).scaleb(18)
+        if not 0 < wei < 2**88 or wei % 1:
+            raise InvalidOperation
+    except InvalidOperation:
+        raise ValueError(f"--most-stake {ether}: expected an amount of ether above 0, for example 0.2") from None
+    return int(wei)
+
+
 def _name_and_share(pair: str) -> tuple[str, float]:
     name, _, share = pair.partition("=")
     try:
@@ -781,12 +814,16 @@ def set_up_publisher(
         str | None, typer.Option(help="deploy the contracts there, unless Prefect's server notes some")
     ] = None,
     chain_id: Annotated[int | None, typer.Option(min=1, help="refuse a node of another chain")] = None,
-    confirmations: Annotated[int, typer.Option(min=1, help="blocks that make a transaction final")] = 1,
+    confirmations: Annotated[
+        int | None, typer.Option(min=1, help="blocks that make a transaction final; default: as noted, or 1")
+    ] = None,
+    new_chain: Annotated[
+        bool, typer.Option("--new-chain", help="take another chain than the one pinned before")
+    ] = False,
 ) -> None:
     """Set up a publisher on servers that run already. Settings: the environment, or FOLDER/gateway.env. It can be repeated."""
     _take_settings(folder)
     from blocks.identity import create_home
-    from contracts.sending import Sending
     from infra import publisher_home
 
     home = home.resolve()
@@ -794,8 +831,8 @@ def set_up_publisher(
         home.mkdir(parents=True, exist_ok=True, mode=0o700)
         me = create_home(home)
         console.print(f"publisher {me.address}: needs money on the chain, for gas and rewards")
-        rules = Sending(chain_id=chain_id, confirmations=confirmations)
-        publisher_home.set_up(me, name, rpc, rules, os.environ, lambda line: console.print(line, soft_wrap=True))
+        wish = publisher_home.Wish(name, rpc, chain_id, confirmations, has_new_chain=new_chain)
+        publisher_home.set_up(me, wish, os.environ, lambda line: console.print(line, soft_wrap=True))
     console.print(f"\nits worker    {publisher_home.worker_command(home, name)}", soft_wrap=True)
 
 
@@ -832,6 +869,13 @@ def join(
     new_chain: Annotated[
         bool, typer.Option("--new-chain", help="take another chain than the one pinned before")
     ] = False,
+    new_publishers: Annotated[
+        bool, typer.Option("--new-publishers", help="take part in tasks of others than those pinned before")
+    ] = False,
+    most_stake: Annotated[
+        str | None,
+        typer.Option(metavar="ETHER", help="largest stake of one task, a fifth of all; default: as pinned, or 0.2"),
+    ] = None,
 ) -> None:
     """Make this host a miner of a consortium; say what is wrong and how to mend it. Called again it completes or refreshes."""
     if not invitation:
@@ -847,7 +891,16 @@ def join(
         invited = Invitation.read(invitation)
         if name not in (None, invited.name):
             raise ValueError(f"--name {name}: the invitation is for {invited.name}; ask for one to {name}")
-        wish = joining.Wish(server, invited, home, store=store, rpc=rpc, has_new_chain=new_chain)
+        wish = joining.Wish(
+            server,
+            invited,
+            home,
+            store=store,
+            rpc=rpc,
+            has_new_chain=new_chain,
+            has_new_publishers=new_publishers,
+            most_stake_wei=None if most_stake is None else _wei(most_stake),
+        )
         try:
             command = joining.join(wish, _show_finding)
         except joining.CannotJoin as error:

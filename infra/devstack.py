@@ -36,6 +36,7 @@ FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's pack
 VALIDATION_SHARE = 0.3
 LABEL_SKEW_ALPHA = 0.5
 ALLOWANCE_WEI = 10**19
+MOST_WEI = 2**88 - 1  # all that a task can ask for: coins of a development chain are worth nothing
 
 
 @dataclass(frozen=True)
@@ -72,10 +73,19 @@ def set_up(folder: Path, requirement: DatasetRequirement, miners: int, seed: int
     fund(chain, [identity.address for identity in identities.values()], folder / "faucet.sqlite")
     store = ArtifactStore(root=str(folder / "store"))
     registry = Registry(url=SecretStr(f"sqlite:///{folder / 'registry.sqlite'}"))
+    publishers = (identities["publisher"].address,)
     for name, identity in identities.items():
         is_publisher = name == "publisher"
         registry.record_actor(name, identity.address, "publisher" if is_publisher else "miner")
-        Connections(name=name, chain=chain, store=store, registry=registry if is_publisher else None).pin(identity)
+        Connections(
+            name=name,
+            chain=chain,
+            store=store,
+            registry=registry if is_publisher else None,
+            publishers=publishers,
+            most_stake_wei=MOST_WEI,
+            most_deposit_wei=MOST_WEI,
+        ).pin(identity)
     residents.update(identities)
     return Stack(folder, chain, store, registry, homes)
 

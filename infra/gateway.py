@@ -33,7 +33,7 @@ import uvicorn
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse
 from minio.error import MinioException
-from pydantic import SecretStr, ValidationError
+from pydantic import SecretStr, TypeAdapter, ValidationError
 from urllib3.exceptions import HTTPError
 
 from blocks.artifacts import ArtifactStore
@@ -59,12 +59,14 @@ from infra.membership import (
 )
 from tasks.crypto import ecies
 
+PUBLISHERS = "HEALCHAIN_PUBLISHERS"
 SETTINGS = {
     "PREFECT_API_URL": "Prefect's API, as the gateway reaches it",
     "PREFECT_API_AUTH_STRING": "USER:PASSWORD of that API; empty when it asks for none",
     "HEALCHAIN_STORE_URL": "http(s)://HOST:PORT/BUCKET of the store, as the gateway reaches it",
     "HEALCHAIN_STORE_ACCESS_KEY": "of the store's administrator",
     "HEALCHAIN_STORE_SECRET_KEY": "of the store's administrator",
+    PUBLISHERS: "addresses in whose tasks members take part, a comma between them",
     "HEALCHAIN_MEMBERS_API_URL": "Prefect's API as members reach it; default: PREFECT_API_URL",
     "HEALCHAIN_MEMBERS_STORE_URL": "the store as members reach it; default: HEALCHAIN_STORE_URL",
 }
@@ -113,6 +115,7 @@ class Settings:
     api_url: str
     api_auth: str = field(repr=False)
     store_url: str
+    publishers: tuple[Address, ...]
 
 
 def read_settings(environment: Mapping[str, str]) -> Settings:
@@ -133,7 +136,17 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
         api_url=environment.get("HEALCHAIN_MEMBERS_API_URL") or environment["PREFECT_API_URL"],
         api_auth=environment.get("PREFECT_API_AUTH_STRING", ""),
         store_url=environment.get("HEALCHAIN_MEMBERS_STORE_URL") or store.root,
+        publishers=_read_addresses(environment[PUBLISHERS]),
     )
+
+
+def _read_addresses(text: str) -> tuple[Address, ...]:
+    try:
+        return TypeAdapter(tuple[Address, ...]).validate_python([one.strip() for one in text.split(",")])
+    except ValidationError:
+        raise ValueError(
+            f"{PUBLISHERS} = {text}: expected addresses, 0x and 40 hex digits, a comma between them"
+        ) from None
 
 
 def _check_address(name: str, value: str) -> None:
@@ -234,7 +247,12 @@ class Gateway:
         return Identity(home=str(self.folder))
 
     def offer(self) -> Offer:
-        return Offer(chain=chain_settings(self.chain), versions=versions_here(), time_ms=_now_ms())
+        return Offer(
+            chain=chain_settings(self.chain),
+            publishers=self.settings.publishers,
+            versions=versions_here(),
+            time_ms=_now_ms(),
+        )
 
     def admit(self, sealed: bytes) -> bytes:
         """The sealed welcome to the application in `sealed`. The same host may ask again, later. Raises Refused."""
@@ -251,6 +269,7 @@ class Gateway:
             access_key=access_key,
             secret_key=secret_key,
             chain=chain_settings(self.chain),
+            publishers=self.settings.publishers,
         )
         key = bytes.fromhex(membership.encryption_key[2:])
         return seal(welcome, key, welcome_context(secret, membership))

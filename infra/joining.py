@@ -24,6 +24,7 @@ import httpx
 from minio import Minio
 from pydantic import SecretStr, ValidationError
 from requests import RequestException
+from web3 import Web3
 from web3.exceptions import Web3Exception
 
 from blocks.artifacts import ArtifactStore
@@ -32,8 +33,9 @@ from blocks.connections import Connections, NotConnected, connections_of
 from blocks.identity import Identity, InvalidHome, create_home
 from blocks.object_store import Bucket, parse_url
 from contracts import bindings
-from contracts.messages import Membership
+from contracts.messages import Address, Membership
 from infra import doctor
+from infra.chain_deployment import whereabouts
 from infra.doctor import Finding
 from infra.membership import (
     APPLICATION,
@@ -60,6 +62,9 @@ SKEW_TOLD_S, SKEW_MAX_S = 30.0, 720.0
 # A public chain has a block every few seconds; a development chain may stand still, or be ahead.
 CHAIN_BEHIND_S, CHAIN_AHEAD_S = 900.0, 30.0
 
+MOST_STAKE_WEI = 2 * 10**17  # twice what the ready tasks ask for
+TASKS_AT_ONCE = 5  # so many such stakes may be in the contract: it holds one until its task's latest end
+
 
 class CannotJoin(RuntimeError):
     """Something that a member needs is not in order; what it is was told."""
@@ -69,7 +74,8 @@ class CannotJoin(RuntimeError):
 class Wish:
     """How a host wants to join. store, rpc: its own way to the store and to a node of the chain, else those it is offered.
 
-    has_new_chain: take another chain or other contracts than those that the home has pinned.
+    has_new_chain, has_new_publishers: take another chain or other contracts, or other publishers, than those that the home
+    has pinned. most_stake_wei: the largest stake of one task; else what the home has pinned, else MOST_STAKE_WEI.
     """
 
     server: str
@@ -78,6 +84,8 @@ class Wish:
     store: str | None = None
     rpc: str | None = None
     has_new_chain: bool = False
+    has_new_publishers: bool = False
+    most_stake_wei: int | None = None
 
 
 @dataclass
@@ -111,7 +119,15 @@ def join(wish: Wish, tell: Callable[[Finding], None]) -> str:
     for finding in (store_access(store, me), api_access(welcome, wish.invitation.name, me), *own_resources(me)):
         findings.note(finding)
     findings.end_stage()
-    Connections(name=wish.invitation.name, chain=chain, store=store).pin(me)
+    most_stake_wei, most_deposit_wei = limits(wish, me)
+    Connections(
+        name=wish.invitation.name,
+        chain=chain,
+        store=store,
+        publishers=welcome.publishers,
+        most_stake_wei=most_stake_wei,
+        most_deposit_wei=most_deposit_wei,
+    ).pin(me)
     write_profile(wish.home, welcome.api_url, welcome.api_auth)
     return worker_command(wish.home, wish.invitation.name)
 
@@ -124,7 +140,8 @@ def _look_first(wish: Wish, me: Identity, gateway: httpx.Client, findings: Findi
     chain = _asked(findings, "chain", lambda: chain_of(wish, offer))
     for finding in chain_findings(chain, me, offer.time_ms / 1000):
         findings.note(finding)
-    for finding in pinned_before(me, wish, chain):
+    findings.note(agreement(offer.publishers, *limits(wish, me)))
+    for finding in pinned_before(me, wish, chain, offer.publishers):
         findings.note(finding)
     findings.end_stage()
     return offer, chain
@@ -170,9 +187,10 @@ def apply(wish: Wish, me: Identity, chain: Chain, offer: Offer, gateway: httpx.C
             f"the answer of {gateway.base_url} is not from the gateway of this invitation: somebody between may have "
             "changed it; ask its operator"
         ) from None
-    if welcome.chain != offer.chain:
+    if (welcome.chain, welcome.publishers) != (offer.chain, offer.publishers):
         raise ValueError(
-            "the chain offered before was changed on the way: ask the gateway's operator, use another network"
+            "the chain or the publishers offered before were changed on the way: ask the gateway's operator, use another "
+            "network"
         )
     return welcome
 
@@ -242,6 +260,7 @@ def chain_of(wish: Wish, offer: Offer) -> Chain:
 
 def chain_findings(chain: Chain, me: Identity, server_s: float) -> list[Finding]:
     """The contracts, the chain's clock, the money. server_s: the gateway's clock, unix."""
+    chain = chain.hurried()
     try:
         bindings.check_deployment(chain.web3, chain.deployment)
         now_s, wei = chain.now_s(), chain.balance_of(me.address)
@@ -271,27 +290,48 @@ def wallet(me: Identity, wei: int) -> Finding:
     return Finding("wallet", f"{me.address} has 0 wei: send it the stake and some for gas", False, needed=False)
 
 
-def pinned_before(me: Identity, wish: Wish, chain: Chain) -> list[Finding]:
+def limits(wish: Wish, me: Identity) -> tuple[int, int]:
+    """The largest stake in wei of one task, and of all tasks together: as wished, else as pinned, else the defaults."""
+    if wish.most_stake_wei is None:
+        with suppress(NotConnected):
+            pinned = connections_of(me)
+            if pinned.publishers:  # else a home from before there were limits
+                return pinned.most_stake_wei, pinned.most_deposit_wei
+    most_stake_wei = MOST_STAKE_WEI if wish.most_stake_wei is None else wish.most_stake_wei
+    return most_stake_wei, TASKS_AT_ONCE * most_stake_wei
+
+
+def agreement(publishers: Sequence[Address], most_stake_wei: int, most_deposit_wei: int) -> Finding:
+    """In whose tasks this host is going to stake, and how much."""
+    most = f"at most {_ether(most_stake_wei)} ether in one and {_ether(most_deposit_wei)} in all"
+    return Finding("publishers", f"stakes in tasks of {', '.join(publishers)}, {most}; --most-stake changes it", True)
+
+
+def _ether(wei: int) -> str:
+    return f"{Web3.from_wei(wei, 'ether'):f}"
+
+
+def pinned_before(me: Identity, wish: Wish, chain: Chain, publishers: Sequence[Address]) -> list[Finding]:
     """What an earlier joining has written into the home, where it is not the same."""
     try:
         pinned = connections_of(me)
     except NotConnected as error:
-        broken = f"{error}. The chain above is taken: compare it with what the publisher told you"
+        broken = f"{error}. Chain and publishers above are taken: compare them with what the publisher told you"
         is_there = (Path(me.home) / "connections.json").exists()
         return [Finding("pinned", broken, False, needed=False)] if is_there else []
     found = []
     if pinned.name != wish.invitation.name:
         remedy = "give --home another folder, or use an invitation to the old name"
         found.append(Finding("name", f"this home is {pinned.name}, invited is {wish.invitation.name}: {remedy}", False))
-    if _whereabouts(pinned.chain) != _whereabouts(chain):
-        both = f"pinned is {_whereabouts(pinned.chain)}, offered is {_whereabouts(chain)}"
+    if whereabouts(pinned.chain) != whereabouts(chain):
+        both = f"pinned is {whereabouts(pinned.chain)}, offered is {whereabouts(chain)}"
         remedy = "if the publisher has announced this, give --new-chain"
         found.append(Finding("pinned chain", both if wish.has_new_chain else f"{both}: {remedy}", wish.has_new_chain))
+    if pinned.publishers and set(pinned.publishers) != set(publishers):
+        both = f"pinned: {', '.join(pinned.publishers)}; offered: {', '.join(publishers)}"
+        told = both if wish.has_new_publishers else f"{both}: if the first have announced this, give --new-publishers"
+        found.append(Finding("pinned publishers", told, wish.has_new_publishers))
     return found
-
-
-def _whereabouts(chain: Chain) -> str:
-    return f"chain {chain.chain_id} with {', '.join(chain.deployment.addresses)}"
 
 
 def store_of(wish: Wish, welcome: Welcome) -> ArtifactStore:

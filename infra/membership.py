@@ -1,7 +1,7 @@
 """What a joining host and the gateway of a consortium say to each other.
 
     invitation    base64url(secret, 32 bytes || the gateway's public key, 33 bytes) "." name
-    Offer         GET /offer, in the clear: the chain, the versions, the gateway's clock
+    Offer         GET /offer, in the clear: the chain, the publishers, the versions, the gateway's clock
     Application   POST /members, sealed to the key in the invitation
     Welcome       its answer, sealed to the host's own key; the context holds the invitation's secret, so that only who was
                   shown the secret, which is the gateway, can have made it
@@ -22,7 +22,7 @@ from typing import Any, Self
 from pydantic import Field
 
 from blocks.chain import Chain
-from contracts.messages import Bytes, Bytes32, Frozen, Membership, struct_hash
+from contracts.messages import Address, Bytes, Bytes32, Frozen, Membership, struct_hash
 from tasks.crypto import ecies
 
 POOLS = ("miners", "aggregators")
@@ -76,9 +76,13 @@ def versions_here() -> Versions:
 
 
 class Offer(Frozen):
-    """What everybody may know. chain: the settings of `blocks.chain.Chain`; time_ms: the gateway's clock, unix."""
+    """What everybody may know. chain: the settings of `blocks.chain.Chain`; time_ms: the gateway's clock, unix.
+
+    publishers: in whose tasks members take part.
+    """
 
     chain: dict[str, Any]
+    publishers: tuple[Address, ...] = Field(min_length=1)
     versions: Versions
     time_ms: int
 
@@ -94,7 +98,7 @@ class Application(Frozen):
 class Welcome(Frozen):
     """What a member needs and nobody else may know. Sealed to it.
 
-    api_auth: USER:PASSWORD of Prefect's API, or empty; chain: as in the offer, which was not sealed.
+    api_auth: USER:PASSWORD of Prefect's API, or empty; chain, publishers: as in the offer, which was not sealed.
     """
 
     api_url: str
@@ -103,6 +107,7 @@ class Welcome(Frozen):
     access_key: str
     secret_key: str = Field(repr=False)
     chain: dict[str, Any]
+    publishers: tuple[Address, ...]
 
 
 def welcome_context(secret: bytes, membership: Membership) -> bytes:

@@ -1,6 +1,6 @@
-"""The publisher's side of a stack: submit a task, have one begin on a schedule, follow it on a terminal.
+"""The publisher's side of a stack: submit a task, resume one, have one begin on a schedule, follow it on a terminal.
 
-Errors: ValueError, PoolsUnavailable.
+Errors: ValueError, LookupError, PoolsUnavailable.
 """
 
 import secrets
@@ -16,10 +16,12 @@ from blocks.chain import Chain
 from blocks.connections import connections_of
 from blocks.identity import Identity
 from blocks.registry import Registry
-from contracts.task_spec import TaskFile
+from contracts.task_spec import TaskFile, TaskSpec
 from deployments.register import register_schedule
 from infra.watching import Watcher
+from tasks.conductors import terms_of, who_conducts
 from tasks.dispatch import StepEvent
+from tasks.index import ENDED, catch_up
 from tasks.publish import TASKS_APPROVED, approve, check_runnable, decide, largest_score
 
 POLL_S = 1.0
@@ -59,16 +61,34 @@ def submit(home: Path, file: TaskFile) -> tuple[str, UUID]:
     largest_score(file)
     task_id = f"{file.name}-{secrets.token_hex(6)}"
     decide(publisher.me, task_id, file)
-    parameters = {"spec": file.spec().model_dump(mode="json"), "publisher": publisher.name, "task_id": task_id}
+    return task_id, _start(publisher, task_id, file.spec(), key=f"{publisher.me.address}/{task_id}")
+
+
+def resume(home: Path, task_id: str) -> UUID:
+    """Start another run for a task whose own has ended before the task; the run's id.
+
+    Raises ValueError for a task that is over, or that a run conducts, LookupError for one that is not of this home.
+    """
+    publisher = publisher_of(home)
+    spec = terms_of(publisher.me, publisher.registry, task_id)
+    status = catch_up(publisher.registry, publisher.chain, publisher.store, task_id)
+    if status in ENDED:
+        raise ValueError(f"task {task_id} is {status}: nothing of it is left to do")
+    if reason := who_conducts(publisher.me, task_id):
+        raise ValueError(f"{reason}: leave it, or cancel that run first")
+    return _start(publisher, task_id, spec, key=f"{publisher.me.address}/{task_id}/{secrets.token_hex(6)}")
+
+
+def _start(publisher: Publisher, task_id: str, spec: TaskSpec, key: str) -> UUID:
     run = pools.start(
         "run-task/publisher",
         publisher.name,
-        parameters,
-        key=f"{publisher.me.address}/{task_id}",
+        {"spec": spec.model_dump(mode="json"), "publisher": publisher.name, "task_id": task_id},
+        key=key,
         name=task_id,
         tags=[f"task:{task_id}", f"actor:{publisher.name}"],
     )
-    return task_id, run.id
+    return run.id
 
 
 def schedule(

@@ -24,7 +24,7 @@ from contracts.task_spec import TaskFile, load_task_file
 from deployments import register
 from deployments.automations import register_automations
 from infra import chain_deployment, chain_node, object_store, postgres, supervision
-from infra.devstack import give_allowances, give_data
+from infra.devstack import MOST_WEI, give_allowances, give_data
 from infra.profiles import write_profile
 from infra.stack_plan import DATABASES, HOST, STORE_USER, Plan, check_ports, programs
 from tasks.publish import approve_once
@@ -118,6 +118,7 @@ def homes(plan: Plan) -> str:
 def connections(plan: Plan) -> str:
     """What each home believes in, how its processes find Prefect, and data of its own."""
     chain, registry = deployed_chain(plan), Registry(url=SecretStr(plan.database_url("healchain", "psycopg")))
+    publisher = Identity(home=str(plan.home("publisher"))).address
     for actor in plan.actors:
         me = Identity(home=str(plan.home(actor)))
         access_key, secret_key = object_store.account_of(administered_store(plan), me)
@@ -129,9 +130,12 @@ def connections(plan: Plan) -> str:
             store=store,
             registry=registry if is_publisher else None,
             uses_pools=is_publisher,
+            publishers=(publisher,),
+            most_stake_wei=MOST_WEI,
+            most_deposit_wei=MOST_WEI,
         ).pin(me)
         write_profile(plan.home(actor), plan.api_url, plan.prefect_login)
-    registry.record_actor("publisher", Identity(home=str(plan.home("publisher"))).address, "publisher")
+    registry.record_actor("publisher", publisher, "publisher")
     task = ready_task(plan.task)
     give_data({actor: plan.home(actor) for actor in plan.actors}, task.dataset, task.seed, {})
     approve_once(Identity(home=str(plan.home("publisher"))), task)
@@ -160,7 +164,7 @@ def reports_of(plan: Plan) -> SecretStr | None:
 
 def gateway(plan: Plan) -> str:
     """What `healchain gateway` needs to let other hosts join. What the operator has added to its settings stays."""
-    from infra.gateway import pin_chain
+    from infra.gateway import PUBLISHERS, pin_chain
 
     folder = plan.folder / "gateway"
     folder.mkdir(mode=0o700, exist_ok=True)
@@ -173,6 +177,8 @@ def gateway(plan: Plan) -> str:
         "HEALCHAIN_STORE_SECRET_KEY": plan.store_password,
     }
     there = path.read_text().splitlines() if path.exists() else []
+    if PUBLISHERS not in {line.partition("=")[0].strip() for line in there}:  # the operator may add others to it
+        settings[PUBLISHERS] = Identity(home=str(plan.home("publisher"))).address
     added = [line for line in there if line.partition("=")[0].strip() not in settings]
     lines = [*(f"{name}={value}" for name, value in settings.items()), *added]
     supervision.write_private(path, "\n".join(lines) + "\n")

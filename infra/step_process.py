@@ -10,9 +10,10 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import wraps
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -26,6 +27,7 @@ from prefect.flow_engine import run_flow
 from prefect.flows import Flow
 from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 from prefect.states import Failed
+from requests import RequestException
 
 import flows.aggregator
 import flows.edge
@@ -36,7 +38,8 @@ from blocks import pools
 from blocks.chain import NotYet
 from blocks.connections import connections_of, edge_connections_of, is_edge
 from blocks.identity import Identity, residents
-from tasks.dispatch import STEPS
+from infra.at_work import actor_of, alone_at
+from tasks.dispatch import MENDED_BY_WAITING, STEPS
 from tasks.records import station
 
 ORDERING = {
@@ -48,14 +51,21 @@ ORDERING = {
 ENTRYPOINTS = {name: step.entrypoint for name, step in STEPS.items()} | ORDERING
 SOONEST_S = 5.0
 BEAT_S = 10.0
+RETRIES = 10  # of a task's run after faults in a row: with their pauses an hour and a half
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 15.0, 1200.0
 
 
-def run_step(run_id: str, homes: dict[str, str]) -> None:
-    """Run one flow run for an actor of this host; exit with 0 when the server knows how it ended."""
+def run_step(run_id: str, homes: dict[str, str], mark: str = "") -> None:
+    """Run one flow run for an actor of this host; exit with 0 when the server knows how it ended.
+
+    mark: what the process at work on the run holds (infra.at_work); empty for a run of somebody else, which is refused.
+    """
     residents.update({name: Identity(home=home) for name, home in homes.items()})
-    with handle_engine_signals(UUID(run_id)):
+    with alone_at(Path(mark)) if mark else nullcontext(), handle_engine_signals(UUID(run_id)):
         with get_client(sync_client=True) as client:
             flow_run = client.read_flow_run(UUID(run_id))
+            if flow_run.state is not None and (flow_run.state.is_final() or flow_run.state.is_scheduled()):
+                return  # ended, or put off, by the process that was at work before this one
             flow_name = client.read_flow(flow_run.flow_id).name
             refusal = why_not(flow_name, flow_run.parameters, homes)
             if refusal:
@@ -65,6 +75,8 @@ def run_step(run_id: str, homes: dict[str, str]) -> None:
         if flow_name in STEPS:
             # Prefect opens a channel of its own, to hear of a suspension, for every run of a deployment: half a second.
             flow_run.deployment_id = None
+        # Prefect's own handler, which is in place from here to the body's begin, would call the run crashed, for good.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):  # `beating` is in their place
             run_flow(body, flow_run=flow_run)
 
@@ -87,11 +99,6 @@ def flow_of(name: str) -> Flow[..., Any]:
     return found
 
 
-def actor_of(parameters: dict[str, Any]) -> str:
-    """Whose step it is: of the whole protocol, its publisher's."""
-    return str(parameters.get("actor") or parameters.get("publisher") or "publisher")
-
-
 def why_not(flow_name: str, parameters: dict[str, Any], homes: dict[str, str]) -> str:
     """Why this host does not run it, or an empty string."""
     if flow_name not in ENTRYPOINTS:
@@ -102,15 +109,15 @@ def why_not(flow_name: str, parameters: dict[str, Any], homes: dict[str, str]) -
 
 
 def patient(flow: Flow[..., Any], flow_run: FlowRun, actor: str) -> Flow[..., Any]:
-    """The flow, which for a moment of chain time that is far ahead goes away and begins again then."""
+    """The flow, which for a moment of chain time that is far ahead, or after a fault, goes away and begins again then."""
     run_id, deployment_id = flow_run.id, flow_run.deployment_id
 
     def waiting(body: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(body)
         def run(*args: Any, **options: Any) -> Any:
-            # A host that is stopped ends its steps like a power cut, and its next worker gives them back. Prefect's own
-            # handler would call them crashed, for good.
+            # A host that is stopped ends its steps like a power cut, and its next worker gives them back.
             signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
             try:
                 with beating(deployment_id):
                     return body(*args, **options)
@@ -118,11 +125,30 @@ def patient(flow: Flow[..., Any], flow_run: FlowRun, actor: str) -> Flow[..., An
                 ahead_s = wait.moment_s - station(actor).chain.now_s()
                 pools.come_back(run_id, max(SOONEST_S, float(ahead_s)), str(wait))
                 raise Abort(str(wait)) from None
+            except MENDED_BY_WAITING as fault:
+                retry_later(flow, run_id, fault)
+                raise
 
         return run
 
     flow.fn = waiting(flow.fn)
     return flow
+
+
+def retry_later(flow: Flow[..., Any], run_id: UUID, fault: Exception) -> None:
+    """Put a task's run off after a fault that may pass; raises Abort then. After RETRIES in a row it returns.
+
+    A step alone is not put off: its conductor asks for it again.
+    """
+    tried = pools.retries(run_id) if flow.name not in STEPS else RETRIES
+    if tried >= RETRIES:
+        return
+    # The text of an HTTP client's error may hold the whole address, and with it a key of the node's provider.
+    text = "no answer" if isinstance(fault, RequestException) else " ".join(str(fault).split())[:300]
+    said = f"{type(fault).__name__}: {text}"
+    reason = f"attempt {tried + 1} of {RETRIES + 1}: {said}"
+    pools.come_back(run_id, min(FIRST_PAUSE_S * 2.0**tried, LONGEST_PAUSE_S), reason, pools.RETRYING)
+    raise Abort(reason) from None
 
 
 @contextmanager

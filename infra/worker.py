@@ -5,7 +5,8 @@ worker runs whatever command, environment and code the server names for a run; w
 hospital's host. Of what the server says, this one uses the id of a run, its flow's name and its parameters.
 
 Steps run in children forked from a process that has imported everything: a step begins in a tenth of a second. A run whose
-process is gone (killed with its worker, or with the host) is given back to its queue, at the start and from then on.
+process is gone (killed, or ended with the host) is given back to its queue, at the start and from then on. A child outlives
+a worker that is killed: the next one leaves it at work (infra.at_work).
 """
 
 import fcntl
@@ -41,9 +42,12 @@ from prefect.settings import PREFECT_HOME
 from prefect.states import Scheduled
 from prefect.workers.base import BaseJobConfiguration, BaseWorker, BaseWorkerResult
 
+from infra import at_work
+
 SERVED_TOGETHER = {"miners": ("miners", "aggregators")}
 """A miner that is drawn does the aggregator's steps as well: its worker serves its queue in both pools."""
 RESTARTS = 10
+GIVEN_BACK = "given back by"
 LONGEST_PAUSE_S = 60.0
 TERMINATED = -15
 
@@ -53,7 +57,7 @@ class HomeInUse(RuntimeError):
 
 
 class StepProcess(BaseWorkerResult):
-    """How the process of a step ended. identifier: see `process_name`."""
+    """How the process of a step ended. identifier: see `at_work.process_name`."""
 
 
 def homes_here() -> dict[str, Path]:
@@ -78,22 +82,6 @@ def _name_of(home: Path) -> str:
         return str(json.loads(path.read_text())["name"])
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path} is not what was written: run healchain join again, or restore it") from None
-
-
-def process_name(pid: int) -> str:
-    """A process of this host that no later one is taken for: the boot, the process id, the tick in which it started."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    started = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    return f"{boot}:{pid}:{started}"
-
-
-def is_alive(name: str) -> bool:
-    """Whether the process of this name runs."""
-    pid = name.split(":")[1] if name.count(":") == 2 else ""
-    try:
-        return pid.isdigit() and process_name(int(pid)) == name
-    except OSError:
-        return False
 
 
 class HealChainWorker(BaseWorker[BaseJobConfiguration, Any, StepProcess]):
@@ -122,6 +110,7 @@ class HealChainWorker(BaseWorker[BaseJobConfiguration, Any, StepProcess]):
     async def setup(self) -> None:
         for name in sorted(self._work_queues):
             self._locks.append(_lock(self._homes[name], name))
+            at_work.forget_ended(self._homes[name])
         # Nothing of the server's own code loading is inherited: the first child would wait for these imports.
         await run_sync(self._warm_up)
         await super().setup()
@@ -198,12 +187,13 @@ class HealChainWorker(BaseWorker[BaseJobConfiguration, Any, StepProcess]):
     ) -> StepProcess:
         """Fork a child for the run, wait for its end."""
         homes = {name: str(home) for name, home in self._homes.items() if name in self._work_queues}
-        child = self._forkserver.Process(target=_run_step, args=(str(flow_run.id), homes), name=f"step {flow_run.name}")
+        given = (str(flow_run.id), homes, str(self._mark_of(flow_run) or ""))
+        child = self._forkserver.Process(target=_run_step, args=given, name=f"step {flow_run.name}")
         if (before := self._children.pop(flow_run.id, None)) is not None and before.is_alive():
             before.kill()  # the server lost sight of it and gave the run out again; what it did is done, and done once
         await run_sync(child.start)
         self._children[flow_run.id] = child
-        name = process_name(child.pid or 0)
+        name = at_work.process_name(child.pid or 0)
         if task_status is not None:
             task_status.started(name)
         try:
@@ -235,8 +225,18 @@ class HealChainWorker(BaseWorker[BaseJobConfiguration, Any, StepProcess]):
         )
         for flow_run in found:
             is_ours = flow_run.id in self._children or flow_run.id in self._submitting_flow_run_ids
-            if not is_ours and not is_alive(flow_run.infrastructure_pid or ""):
+            if not is_ours and not self._is_at_work(flow_run):
                 await self._try_to_give_back(flow_run, "its process is gone")
+
+    def _is_at_work(self, flow_run: FlowRun) -> bool:
+        """Whether a child of an earlier worker goes on: as it says itself, or, where its disk is full, as the server knows."""
+        mark = self._mark_of(flow_run)
+        return (mark is not None and at_work.is_at_work(mark)) or at_work.is_alive(flow_run.infrastructure_pid or "")
+
+    def _mark_of(self, flow_run: FlowRun) -> Path | None:
+        """What the process at work on a run holds; None for a run of an actor who does not live here."""
+        home = self._homes.get(at_work.actor_of(flow_run.parameters))
+        return None if home is None else at_work.mark_of(home, flow_run.id)
 
     async def _try_to_give_back(self, flow_run: FlowRun, reason: str) -> None:
         """A run that was deleted meanwhile is nobody's; a server that is away is asked again at the next look."""
@@ -248,26 +248,36 @@ class HealChainWorker(BaseWorker[BaseJobConfiguration, Any, StepProcess]):
             self._logger.warning("Run %s is not given back yet: %s", flow_run.name, type(error).__name__)
 
     async def _give_back(self, flow_run: FlowRun, reason: str) -> None:
-        """Have the run begin again, a little later each time; after RESTARTS times it is left as crashed."""
+        """Have the run begin again, a little later each time; after RESTARTS times in a row it is left as crashed."""
+        from blocks import pools
+
         seen = await self.client.read_flow_run(flow_run.id)
         if seen.state is None or seen.state.is_final() or seen.state.is_scheduled():
             return
-        if seen.run_count > RESTARTS:
-            await self._propose_crashed_state(seen, f"{reason}, {seen.run_count} times")
+        deaths = 1 + _times_given_back(await self.client.read_flow_run_states(seen.id), pools.WAITING)
+        if deaths > RESTARTS:
+            remedy = "see this host's journal, then Retry"
+            await self._propose_crashed_state(seen, f"died {deaths} times in a row, at last: {reason}; {remedy}")
             return
-        from blocks import pools
-
-        pause_s = 0.0 if seen.run_count <= 1 else min(2.0**seen.run_count, LONGEST_PAUSE_S)
+        pause_s = 0.0 if deaths == 1 else min(2.0**deaths, LONGEST_PAUSE_S)
         due = await run_sync(pools.server_now) + timedelta(seconds=pause_s)
-        state: State[Any] = Scheduled(scheduled_time=due, message=f"given back by {self.name}: {reason}")
+        state: State[Any] = Scheduled(scheduled_time=due, message=f"{GIVEN_BACK} {self.name}: {reason}")
         state.name = "AwaitingRetry"
         await self.client.set_flow_run_state(seen.id, state, force=True)
         self._logger.warning("Run %s is given back: %s", seen.name, reason)
 
 
-def _run_step(run_id: str, homes: dict[str, str]) -> None:
+def _times_given_back(states: list[State[Any]], waiting: str) -> int:
+    """How often a worker gave the run back since it last came as far as a wait or an end, after which it began anew."""
+    count = 0
+    for state in sorted(states, key=lambda one: one.timestamp):
+        count = 0 if state.name == waiting or state.is_final() else count + (state.message or "").startswith(GIVEN_BACK)
+    return count
+
+
+def _run_step(run_id: str, homes: dict[str, str], mark: str) -> None:
     """In a child: all of this is loaded there, and nothing of it in the worker."""
-    importlib.import_module("infra.step_process").run_step(run_id, homes)
+    importlib.import_module("infra.step_process").run_step(run_id, homes, mark)
 
 
 def _look_at(homes: dict[str, str], said: Connection) -> None:

@@ -12,6 +12,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from blocks.artifacts import MissingArtifact, TamperedArtifact
+from blocks.connections import connections_of
 from contracts import bindings
 from contracts.messages import (
     AbortReason,
@@ -29,7 +30,7 @@ from contracts.messages import (
     struct_hash,
 )
 from contracts.sending import Reverted
-from contracts.task_spec import TaskSpec
+from contracts.task_spec import PublishedTask, TaskSpec
 from tasks.crypto import ecies
 from tasks.delivery import deliver
 from tasks.global_model import start_parameters
@@ -52,6 +53,10 @@ MAX_PROOF_BYTES = 1 << 20
 MAX_LISTED = 500  # refusals in one record, of at most 300 characters each: below the size of a record
 STAKE_GONE = "it took its stake away while registration was being closed"
 FULL = "the cohort is full: miners with more stake come first"
+
+
+class TakesNoPart(ValueError):
+    """This host does not stake in a task; the message names what its owner has pinned, and how to change it."""
 
 
 @dataclass(frozen=True)
@@ -133,10 +138,11 @@ def apply_for_task(task_id: str, actor: str) -> dict[str, str]:
     """M2, a miner: check its own data, stake what the task asks for, register with the dataset proof.
 
     The signed registration is also the consent to be taken into the cohort: with it the publisher has the contract hold the
-    stake. So it is signed only for a task that the chain has, under terms that were read from it.
+    stake. So it is signed only for a task that the chain has, under terms that were read from it, of a publisher and with a
+    stake that the host's owner has agreed to. Raises TakesNoPart.
     """
     st = station(actor)
-    terms = published_task(st, task_id)
+    terms = agreed_task(st, task_id)
     spec = terms.spec
     # What cannot be read or run is noticed before anything is staked.
     if spec.model.start is not None:
@@ -160,8 +166,31 @@ def apply_for_task(task_id: str, actor: str) -> dict[str, str]:
     return st.post(registration)
 
 
+def agreed_task(st: Station, task_id: str) -> PublishedTask:
+    """The terms of a task in which this host takes part. Raises TakesNoPart, or BadRecord for terms that are not on chain.
+
+    Publisher and stake are those that the chain has: `published_task` compares the terms with it.
+    """
+    terms, mine = published_task(st, task_id), connections_of(st.me)
+    if terms.publisher not in mine.publishers:
+        known = ", ".join(mine.publishers) or "nobody"
+        raise TakesNoPart(
+            f"publisher {terms.publisher} is none of this host's ({known}). Where it is trusted: healchain join with an "
+            "invitation of its consortium, or add it to publishers in connections.json"
+        )
+    if (stake_wei := terms.spec.money.minimum_stake_wei) > mine.most_stake_wei:
+        raise TakesNoPart(
+            f"money.minimum_stake_wei = {stake_wei}: this host stakes at most {mine.most_stake_wei} wei in one task. To allow "
+            "more: healchain join --most-stake ETHER, or most_stake_wei in connections.json"
+        )
+    return terms
+
+
 def provide_stake(st: Station, task_id: str, needed_wei: int) -> None:
-    """Have as much stake available: what finished tasks still hold first, then a deposit of what is missing."""
+    """Have as much stake available: what finished tasks still hold first, then a deposit of what is missing.
+
+    Raises TakesNoPart when that would be more than the host's owner allows for all tasks together.
+    """
     stakes = st.chain.contracts(st.me).stakes
     for earlier in st.me.known_tasks():
         if stakes.available_stake(st.address) >= needed_wei or not stakes.get_hold(st.address).recorded_wei:
@@ -174,8 +203,15 @@ def provide_stake(st: Station, task_id: str, needed_wei: int) -> None:
             if refusal.error not in ("StakeHeld", "NotEntitled"):
                 raise
     missing_wei = needed_wei - stakes.available_stake(st.address)
-    if missing_wei > 0:
-        stakes.deposit_stake(amount_wei=missing_wei)
+    if missing_wei <= 0:
+        return
+    all_wei, most_wei = stakes.stake_of(st.address) + missing_wei, connections_of(st.me).most_deposit_wei
+    if all_wei > most_wei:
+        raise TakesNoPart(
+            f"with {missing_wei} wei more, {all_wei} wei are staked: this host deposits at most {most_wei} wei for all tasks. "
+            "Wait for the end of earlier ones, or raise most_deposit_wei in connections.json"
+        )
+    stakes.deposit_stake(amount_wei=missing_wei)
 
 
 @task(persist_result=False, cache_policy=NO_CACHE)
@@ -210,7 +246,7 @@ def challenge_applicants(task_id: str, actor: str) -> dict[str, str]:
 def answer_challenge(task_id: str, actor: str) -> dict[str, str]:
     """M2, a miner: open the challenged leaves; hash paths, not samples."""
     st = station(actor)
-    terms = published_task(st, task_id)
+    terms = agreed_task(st, task_id)
     challenge = st.need(Challenge, terms.publisher, task_id, about=st.address)
     dataset = load_samples(st.me, terms.spec.dataset, "train")
     paths = st.store.put(st.address, open_leaves(st.me, task_id, dataset, challenge.leaves))

@@ -11,7 +11,6 @@ BadRecord, and whatever stopped a step in this process.
 
 import contextvars
 import importlib
-import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence, Set
@@ -34,12 +33,14 @@ from blocks.chain import NotYet
 from blocks.connections import connections_of
 from blocks.pools import StepRun
 from blocks.registry import Registry
-from blocks.tables import ActorRow, TaskRow
+from blocks.tables import ActorRow
 from contracts import messages
 from contracts.bindings import Status
 from contracts.messages import Abort, AbortReason, Message, TaskId
-from contracts.task_spec import Start, TaskSpec
+from contracts.sending import FeesTooHigh
+from contracts.task_spec import TaskSpec
 from tasks import show
+from tasks.conductors import hold, next_in_series
 from tasks.index import ENDED, catch_up, declare_over, refuse, remember
 from tasks.records import RecordRef, Station, check_record, record_path, station
 
@@ -47,7 +48,9 @@ POLL_S = 0.3
 OVERDUE_POLL_S = 20.0  # how often a long wait asks the chain whether the task can still end well
 SOON_S = 30.0  # a run that begins later than this is waited for by coming back, not by standing by
 IN_VAIN = frozenset({StateType.FAILED, StateType.CRASHED, StateType.CANCELLED})
-ATTEMPTS = 5  # new runs of one step, for ended ones that an earlier conductor left behind
+# Runs of one step that ended in vain, under this conductor, retried, or earlier ones. Each of them begins one more: a step
+# that failed whenever it was retried can still be asked for when its cause is mended.
+ATTEMPTS = 200
 
 
 class TaskAborted(RuntimeError):
@@ -56,6 +59,14 @@ class TaskAborted(RuntimeError):
 
 class StepFailed(RuntimeError):
     """A step on another host ended without an answer; the message is what its host said of it."""
+
+
+class NotSettled(RuntimeError):
+    """All steps were asked, and the task's money is still locked: the publisher's own last step did not come through."""
+
+
+MENDED_BY_WAITING = (OSError, pools.PoolsUnavailable, StepFailed, NotSettled, FeesTooHigh)
+"""What a conductor is begun again for, a little later. OSError: node, store, registry and disk."""
 
 
 @dataclass(frozen=True)
@@ -193,40 +204,27 @@ _conductor: contextvars.ContextVar[Conductor] = contextvars.ContextVar("conducto
 def conduct(publisher: str, task_id: str, spec: TaskSpec, *, follow_on: bool = False) -> tuple[TaskId, TaskSpec]:
     """Ask from here on as this publisher; return the task's id and its terms. A run that was given no id makes one from its own.
 
-    follow_on: the terms start from the last published model of the tasks of this name; no id while one of them is under way.
+    follow_on: an unfinished task of this name whose conductor is gone, or the next one, from the last published model. No id
+    while another run conducts the task, or with follow_on one of its name.
     """
     st = station(publisher)
     pinned = connections_of(st.me)
     if pinned.registry is None:
         raise ValueError(f"{publisher} has no registry in its connections: only a publisher conducts a task")
     _conductor.set(Conductor(publisher, st, pinned.registry, pinned.uses_pools))
+    run_id, reason = str(flow_run.get_id()), ""
     task_id = task_id or _task_of_this_run(spec)
     if follow_on:
-        task_id, spec = _next_in_series(st, pinned.registry, task_id, spec)
-    if task_id:
-        show.tag_run(f"task:{task_id}", f"actor:{publisher}")
+        with st.me.exclusively():
+            task_id, spec, reason = next_in_series(st, pinned.registry, run_id, task_id, spec)
+    elif pinned.uses_pools:  # otherwise one process is all of the task
+        with st.me.exclusively():
+            reason = hold(st.me, task_id, run_id)
+    if reason:
+        get_run_logger().warning("skipped: %s", reason)
+        return "", spec
+    show.tag_run(task_id, f"task:{task_id}", f"actor:{publisher}")
     return task_id, spec
-
-
-def _next_in_series(st: Station, registry: Registry, task_id: TaskId, spec: TaskSpec) -> tuple[TaskId, TaskSpec]:
-    """The terms of the next task of this name: from the last published model. No id while another one is under way."""
-    series = [row for row in registry.tasks() if row.task_id != task_id and _name_of(row) == spec.name]
-    for row in series:
-        if row.status not in ENDED:
-            get_run_logger().warning("%s is %s: the next task named %s waits", row.task_id, row.status, spec.name)
-            return "", spec
-    last = [one for row in series for one in registry.versions(row.task_id) if one.is_published][-1:]
-    start = Start(uri=last[0].uri, sha256=last[0].sha256).model_dump_json() if last else ""
-    # Decided once: a conductor that takes over must come to the same terms.
-    decided = st.me.claim(f"{task_id}/start.json", start.encode())
-    if not decided:
-        return task_id, spec
-    model = spec.model.model_copy(update={"start": Start.model_validate_json(decided)})
-    return task_id, spec.model_copy(update={"model": model})
-
-
-def _name_of(row: TaskRow) -> str:
-    return str(json.loads(row.terms)["spec"]["name"]) if row.terms else ""
 
 
 def run_name() -> str:
@@ -501,9 +499,10 @@ def task_states(task_id: str) -> Iterator[None]:
 
 
 def _is_overdue(me: Conductor, task_id: str) -> bool:
-    """Whether the task's reward is still locked after its deadline."""
+    """Whether the task's reward is still locked after its deadline, and this publisher's."""
     on_chain = me.st.chain.contracts().escrow.get_task(task_id)
-    return on_chain.status is Status.LOCKED and me.st.chain.now_s() > on_chain.terms.deadline_s
+    is_locked = on_chain.status is Status.LOCKED and on_chain.publisher == me.st.address
+    return is_locked and me.st.chain.now_s() > on_chain.terms.deadline_s
 
 
 def give_up_after(task_id: str, rounds: int) -> None:
@@ -524,10 +523,17 @@ def reachable(role: str) -> list[str]:
 
 
 def conclude(task_id: str) -> str:
-    """Where the task stands by chain and signed records: PAID, REFUNDED, PUBLISHED or REFUNDABLE; FAILED when there is none."""
+    """Where the task stands by chain and signed records: PAID, REFUNDED, PUBLISHED or REFUNDABLE; FAILED when there is none.
+
+    Raises NotSettled, where actors have hosts of their own, for a task that is neither paid nor refunded.
+    """
     me = _conductor.get()
     status = catch_up(me.registry, me.st.chain, me.st.store, task_id) or "FAILED"
     show.tell(me.registry, "run-task", task_id, 0)
+    if me.uses_pools and status not in ENDED:
+        raise NotSettled(
+            f"task {task_id} is {status}, neither PAID nor REFUNDED: the refused steps of {me.name} say why"
+        )
     return status
 
 

@@ -21,6 +21,7 @@ from contracts.bindings import Status, TaskOnChain, Terms
 from contracts.messages import ZERO_ADDRESS, AbortReason, Announcement, Bytes32, Frozen, accuracy_commit
 from contracts.sending import InsufficientFunds, Reverted
 from contracts.task_spec import MAX_SCORE, PPM, PublishedTask, TaskFile, TaskSpec
+from tasks.conductors import keep_terms
 from tasks.crypto import ecies
 from tasks.crypto.ndd_fe import ORDER
 from tasks.global_model import start_parameters
@@ -206,6 +207,7 @@ def decide(me: Identity, task_id: str, file: TaskFile) -> None:
 
     Whoever starts the flow later passes the terms along; others than these are not paid for.
     """
+    keep_terms(me, task_id, file.spec())
     content_secret = secrets.randbelow(ORDER - 1) + 1
     fields = {
         "accuracy_ppm": file.required_accuracy_ppm,

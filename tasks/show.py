@@ -59,13 +59,15 @@ NOT_TAKEN = (httpx.HTTPError, PrefectHTTPStatusError, RuntimeError)  # RuntimeEr
 # The story
 
 
-def tag_run(*tags: str) -> None:
-    """Add tags to the run that conducts a task, whoever started it, and from where."""
+def tag_run(name: str, *tags: str) -> None:
+    """Call the run that conducts a task by it, and add tags, whoever started the run, and from where."""
     run, shared = FlowRunContext.get(), SyncClientContext.get()
-    if run is None or run.flow_run is None or shared is None or set(tags) <= set(run.flow_run.tags):
+    if run is None or run.flow_run is None or shared is None:
+        return
+    if run.flow_run.name == name and set(tags) <= set(run.flow_run.tags):
         return
     try:
-        shared.client.update_flow_run(run.flow_run.id, tags=sorted({*run.flow_run.tags, *tags}))
+        shared.client.update_flow_run(run.flow_run.id, name=name, tags=sorted({*run.flow_run.tags, *tags}))
     except NOT_TAKEN as error:
         get_run_logger().warning("the run is not tagged: %s", error)
 

@@ -17,16 +17,16 @@ import pytest
 from eth_account import Account
 from eth_account.signers.local import LocalAccount
 from eth_utils import keccak
-from web3 import HTTPProvider, Web3
+from web3 import Web3
 
 from blocks.chain import Chain
 from blocks.identity import Identity, create_home
 from blocks.local_chain import GENESIS_KEYS, LocalChainProvider
 from contracts.bindings import Contracts, Deployment, InvalidDeployment, check_deployment, connect, deploy
 from contracts.journal import Journal, State
+from contracts.node import Node
 from contracts.sending import (
     FeesTooHigh,
-    NodeUnreachable,
     Replaced,
     Reverted,
     Sender,
@@ -54,7 +54,7 @@ class Bench:
         self, rules: Sending = QUICK, journal: Path | None = None, account: LocalAccount | None = None
     ) -> Sender:
         return Sender(
-            Web3(HTTPProvider(self.anvil.rpc)),
+            Web3(Node(self.anvil.rpc, patience_s=rules.timeout_s)),
             account or self.alice,
             journal=Journal(journal or self.path),
             rules=rules,
@@ -426,16 +426,6 @@ def test_a_node_that_is_down_is_waited_for(bench: Bench) -> None:
     bench.anvil.start()
     assert done.result(20).event.amount_wei == 10
     assert (bench.stake, bench.nonce) == (10, 1)
-
-
-def test_a_node_that_stays_down_is_named_without_its_key(bench: Bench) -> None:
-    bench.anvil.stop()
-    web3 = Web3(HTTPProvider(f"{bench.anvil.rpc}/v3/secret-key"))
-    sender = Sender(web3, bench.alice, journal=Journal(bench.path), rules=HASTY)
-    with pytest.raises(NodeUnreachable, match=rf"the node at {bench.anvil.rpc} did not answer for 0.3 s") as missed:
-        sender.send(b"", to=bench.alice.address)
-    assert "secret-key" not in str(missed.value)
-    assert missed.value.__suppress_context__
 
 
 def test_a_node_that_lost_what_waited_gets_it_again(bench: Bench) -> None:

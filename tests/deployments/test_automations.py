@@ -9,10 +9,13 @@ from prefect.automations import Automation
 from prefect.blocks.webhook import Webhook
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.events.actions import CallWebhook, ChangeFlowRunState
+from prefect.server.utilities.user_templates import render_user_template_sync
+from prefect.states import Cancelled, Failed, Late
 from pydantic import SecretStr
 
-from deployments.automations import WEBHOOK, register_automations
+from deployments.automations import REPORT, WEBHOOK, register_automations
 
+LATE = Late()
 ADDRESS = SecretStr("http://127.0.0.1:4999/reports?key=4f1d")
 
 
@@ -53,6 +56,17 @@ def test_a_silent_run_is_put_back_and_a_failed_one_is_reported(client):
     assert not aside.force  # the server pauses no run that has ended
     assert isinstance(report, CallWebhook)
     assert str(report.block_document_id) == str(Webhook.load(WEBHOOK)._block_document_id)
+
+
+@pytest.mark.parametrize(
+    ("state", "remedy"), [(Failed(), "healchain resume task-1"), (Cancelled(), "healchain resume task-1"), (LATE, "")]
+)
+def test_a_report_of_a_run_that_is_over_names_the_command_that_goes_on(state, remedy):
+    run = {"id": "1", "name": "task-1", "state": state}
+    report = json.loads(
+        render_user_template_sync(REPORT, {"automation": {"name": "healchain: failed"}, "flow_run": run})
+    )
+    assert (report["task"], report["remedy"]) == ("task-1", remedy)
 
 
 def test_the_address_of_reports_is_kept_masked(client):

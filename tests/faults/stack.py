@@ -4,6 +4,7 @@ Every part is a process of its own under supervisord, as `make stack` starts the
 the chain, the store and the index, and is compared with the undisturbed task before it.
 """
 
+import importlib
 import json
 import os
 import re
@@ -17,9 +18,11 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+from minio import Minio
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL
@@ -36,6 +39,7 @@ from tasks.records import Station
 from tests.protocol.world import TERMS
 
 REWARD_WEI = 1_000_000_000_000_000_007
+TASKS = 100  # more than all tests publish
 MINERS = 5
 ROUNDS = 2
 SITE = Path(__file__).parent / "site"
@@ -65,6 +69,8 @@ class StackUnderTest:
         self.site = folder.with_name(f"{folder.name}-site")
         shutil.copytree(SITE, self.site, dirs_exist_ok=True)
         self.up()
+        funded = ("--folder", str(folder), "--wei", str(TASKS * REWARD_WEI))
+        self.healchain("stack", "fund", self.station("publisher").address, *funded)
 
     def up(self) -> None:
         flags = [part for name, port in self.ports.items() for part in (f"--{name}-port", str(port))]
@@ -105,6 +111,7 @@ class StackUnderTest:
     @contextmanager
     def fault(self, process: str, call: str, *, do: str, nth: int = 1, when: str = "before") -> Iterator[None]:
         """While it holds, the first step's process of this name that comes to this call is struck; once."""
+        attrgetter(call.partition(":")[2])(importlib.import_module(call.partition(":")[0]))  # there is such a call
         for name in ("struck", "go"):
             (self.site / name).unlink(missing_ok=True)
         fault = {"process": process, "call": call, "nth": nth, "when": when, "do": do}
@@ -220,17 +227,14 @@ class StackUnderTest:
         lists = b"".join(store.get(blobs[digest], digest) for digest in named if _is_list(store, blobs[digest], digest))
         return sorted(set(blobs) - named - {digest for digest in blobs if bytes.fromhex(digest[2:]) in lists})
 
-    def _keys(self) -> list[str]:
-        from minio import Minio
-
+    def objects(self) -> Minio:
+        """The store, as who administers it."""
         plan = json.loads((self.folder / "stack.json").read_text())
-        client = Minio(
-            f"127.0.0.1:{self.ports['store']}",
-            access_key="healchain",
-            secret_key=plan["store_password"],
-            secure=False,
-        )
-        keys = (found.object_name or "" for found in client.list_objects("healchain", recursive=True))
+        address = f"127.0.0.1:{self.ports['store']}"
+        return Minio(address, access_key="healchain", secret_key=plan["store_password"], secure=False)
+
+    def _keys(self) -> list[str]:
+        keys = (found.object_name or "" for found in self.objects().list_objects("healchain", recursive=True))
         return [key for key in keys if re.match(r"0x[0-9a-f]{40}/(blobs|records)/", key)]
 
     def index_differences(self) -> dict[str, tuple[int, int]]:

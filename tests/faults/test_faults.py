@@ -95,8 +95,8 @@ def test_and_change_nothing(stack, undisturbed, twice_struck):
         (
             "the publisher, with a task sent",
             "step faults-",
-            "contracts.sending:Sender._confirmed",
-            {"do": "kill-worker"},
+            "contracts.sending:Sender._offer",
+            {"do": "kill-worker", "when": "after"},
         ),
     ],
 )

@@ -27,6 +27,7 @@ from tests.blocks.object_server import ObjectServer
 from tests.contracts.anvil import Anvil
 
 ROOT = Path(__file__).parents[2]
+PUBLISHER = "0x" + "7" * 40
 STEPS = """
 deployments:
   - {name: miners, entrypoint: flows.miner.register, work_pool: {name: miners}}
@@ -153,6 +154,7 @@ class Consortium:
             "HEALCHAIN_STORE_URL": self.root.root,
             "HEALCHAIN_STORE_ACCESS_KEY": self.objects.access_key,
             "HEALCHAIN_STORE_SECRET_KEY": self.objects.secret_key,
+            "HEALCHAIN_PUBLISHERS": PUBLISHER,
         }
         lines = [f"{name}={value}" for name, value in settings.items()]
         write_secret(self.gateway_folder / "gateway.env", "\n".join(["# settings", "", *lines]))
@@ -161,7 +163,7 @@ class Consortium:
         return Process(self.folder / "gateway.log", command, surroundings())
 
     def settings(self) -> gateway.Settings:
-        return gateway.Settings(self.root, self.api_url, self.auth, self.root.root)
+        return gateway.Settings(self.root, self.api_url, self.auth, self.root.root, (PUBLISHER,))
 
     def invite(self, name: str, valid_hours: float = 1) -> Invitation:
         invitation = gateway.invite(self.gateway_folder, name, valid_hours)

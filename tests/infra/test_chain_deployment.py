@@ -97,11 +97,12 @@ def test_a_node_that_does_not_answer_is_named_without_its_key(tmp_path: Path) ->
     assert "secret-key" not in failed.output
 
 
-@pytest.mark.parametrize("rpc", ["ws://127.0.0.1:1", "127.0.0.1:8545"])
+@pytest.mark.parametrize("rpc", ["ws://127.0.0.1:1/secret-key", "127.0.0.1:8545"])
 def test_an_address_that_is_none_is_refused(tmp_path: Path, rpc: str) -> None:
     refused = chain("deploy", "--rpc", rpc, "--home", tmp_path / "home", "--out", tmp_path)
     assert refused.exit_code == 2
-    assert f"rpc = {rpc}: expected" in refused.output
+    assert "rpc: expected local:FILE, or the http:// or https:// address" in refused.output
+    assert rpc not in refused.output
 
 
 def test_the_chain_in_this_process_pays_the_deployer_itself(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def host(tmp_path: Path) -> Identity:
 
 def settings() -> gateway.Settings:
     store = ArtifactStore(root=f"{NOWHERE}/bucket", access_key="administrator", secret_key=SecretStr("a secret key"))
-    return gateway.Settings(store, f"{NOWHERE}/api", "operator:password", store.root)
+    return gateway.Settings(store, f"{NOWHERE}/api", "operator:password", store.root, ("0x" + "7" * 40,))
 
 
 def client(folder: Path, address: str = "10.0.0.1") -> TestClient:
@@ -219,6 +219,31 @@ def test_missing_settings_are_named() -> None:
             {"PREFECT_API_URL": NOWHERE, "HEALCHAIN_STORE_URL": "x", "HEALCHAIN_STORE_ACCESS_KEY": "y"}
         )
     assert "PREFECT_API_URL:" not in str(caught.value)
+    assert "HEALCHAIN_PUBLISHERS: addresses in whose tasks members take part" in str(caught.value)
+
+
+def test_the_publishers_that_are_offered_are_addresses() -> None:
+    given = {
+        "PREFECT_API_URL": f"{NOWHERE}/api",
+        "HEALCHAIN_STORE_URL": f"{NOWHERE}/bucket",
+        "HEALCHAIN_STORE_ACCESS_KEY": "a",
+        "HEALCHAIN_STORE_SECRET_KEY": "b",
+    }
+    mine = Account.create().address
+    found = gateway.read_settings({**given, "HEALCHAIN_PUBLISHERS": f"{mine.lower()}, 0x{'7' * 40}"})
+    assert found.publishers == (mine, "0x" + "7" * 40)
+    for wrong in ("publisher", f"{mine},", f"{mine} {mine}"):
+        with pytest.raises(ValueError, match=f"HEALCHAIN_PUBLISHERS = {wrong}: expected addresses"):
+            gateway.read_settings({**given, "HEALCHAIN_PUBLISHERS": wrong})
+
+
+@pytest.mark.parametrize("amount", ["0", "-1", "nan", "inf", "1e400", "1e-19", "1 ether", "0,2"])
+def test_an_amount_of_ether_that_is_none_is_refused(amount: str, folder: Path, tmp_path: Path) -> None:
+    arguments = ["--server", NOWHERE, "--invitation", str(gateway.invite(folder, "hospital-a", 1))]
+    arguments += ["--home", str(tmp_path / "home"), f"--most-stake={amount}"]
+    result = CliRunner().invoke(app, ["join", *arguments])
+    assert result.exit_code == 2
+    assert f"--most-stake {amount}: expected an amount of ether above 0" in " ".join(result.output.split())
 
 
 @pytest.mark.parametrize(

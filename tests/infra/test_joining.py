@@ -1,5 +1,6 @@
 """A host joins a consortium of real parts, and what it is told when something is not as it should be."""
 
+import json
 import os
 import re
 import shlex
@@ -25,7 +26,7 @@ from infra import gateway, joining
 from infra.joining import CannotJoin, Wish
 from infra.membership import Versions, Welcome, seal
 from tests.contracts.anvil import Anvil
-from tests.infra.consortium import Consortium, Process, Told, surroundings, wait_until
+from tests.infra.consortium import PUBLISHER, Consortium, Process, Told, surroundings, wait_until
 
 NOWHERE = "http://127.0.0.1:1"
 
@@ -65,7 +66,7 @@ def test_a_host_joins_with_two_commands_and_its_worker_takes_a_run(consortium: C
     invitation = consortium.invite("hospital-a")
     command = [sys.executable, "-m", "infra.cli", "join", "--server", consortium.url, "--home", str(home)]
     joined = subprocess.run(
-        [*command, "--store", f"http://127.0.0.1:{consortium.objects.port}"],
+        [*command, "--store", f"http://127.0.0.1:{consortium.objects.port}", "--most-stake", "0.3"],
         env=surroundings(HEALCHAIN_INVITATION=invitation),
         capture_output=True,
         text=True,
@@ -77,6 +78,9 @@ def test_a_host_joins_with_two_commands_and_its_worker_takes_a_run(consortium: C
     pinned = connections_of(Identity(home=str(home)))
     assert (pinned.name, pinned.registry, pinned.uses_pools) == ("hospital-a", None, False)
     assert pinned.chain.deployment == consortium.chain.deployment
+    assert pinned.publishers == (PUBLISHER,)
+    assert (pinned.most_stake_wei, pinned.most_deposit_wei) == (3 * 10**17, 15 * 10**17)
+    assert f"publishers     stakes in tasks of {PUBLISHER}, at most 0.3 ether in one and 1.5 in all" in joined.stdout
     consortium.secrets.append(secret_of(pinned.store))
     for name in ("connections.json", "prefect/profiles.toml"):
         assert stat.S_IMODE((home / name).stat().st_mode) == 0o600
@@ -184,7 +188,7 @@ def test_a_home_keeps_its_name_and_takes_up_what_has_changed(consortium: Consort
     (home / "connections.json").write_text("{}")
     told = Told()
     joining.join(consortium.wish(consortium.invite("refreshed"), home), told)
-    assert "compare it with what the publisher told you" in told["pinned"].found
+    assert "compare them with what the publisher told you" in told["pinned"].found
 
 
 def test_another_chain_than_the_pinned_one_is_taken_on_demand_only(consortium: Consortium, tmp_path: Path) -> None:
@@ -201,6 +205,32 @@ def test_another_chain_than_the_pinned_one_is_taken_on_demand_only(consortium: C
     assert "gateway" not in told.findings  # the invitation was shown to nobody
     joining.join(consortium.wish(invitation, home, has_new_chain=True), Told())
     assert connections_of(Identity(home=str(home))).chain.deployment == consortium.chain.deployment
+
+
+def test_other_publishers_than_the_pinned_ones_are_taken_on_demand_only(consortium: Consortium, tmp_path: Path) -> None:
+    home, stranger = tmp_path / "home", "0x" + "5" * 40
+    me = Identity(home=str(home))
+    joining.join(consortium.wish(consortium.invite("agreed"), home), Told())
+    pinned = connections_of(me)
+    assert (pinned.publishers, pinned.most_stake_wei) == ((PUBLISHER,), joining.MOST_STAKE_WEI)
+    pinned.model_copy(update={"publishers": (stranger,), "most_stake_wei": 5, "most_deposit_wei": 6}).pin(me)
+    invitation = consortium.invite("agreed")
+    told = refused(consortium.wish(invitation, home))
+    assert told.wrong == ["pinned publishers"]
+    for named in (f"pinned: {stranger}", f"offered: {PUBLISHER}", "--new-publishers"):
+        assert named in told["pinned publishers"].found
+    assert "gateway" not in told.findings  # the invitation was shown to nobody
+    joining.join(consortium.wish(invitation, home, has_new_publishers=True), Told())
+    again = connections_of(me)  # the owner's limits stay
+    assert (again.publishers, again.most_stake_wei, again.most_deposit_wei) == ((PUBLISHER,), 5, 6)
+    # A home from before there were publishers and limits takes up both.
+    old = json.loads((home / "connections.json").read_text())
+    for name in ("publishers", "most_stake_wei", "most_deposit_wei"):
+        del old[name]
+    (home / "connections.json").write_text(json.dumps(old))
+    assert connections_of(me).publishers == ()
+    joining.join(consortium.wish(invitation, home), Told())
+    assert connections_of(me).model_dump(exclude={"store"}) == pinned.model_dump(exclude={"store"})
 
 
 def test_what_is_away_or_wrong_is_named_with_its_remedy(
@@ -269,6 +299,7 @@ def test_services_that_do_not_keep_members_apart_are_seen(consortium: Consortium
         access_key="a",
         secret_key="b",
         chain={},
+        publishers=(PUBLISHER,),
     )
     told = joining.api_access(welcome, "nobody", me)
     assert "refuses the credentials (401)" in told.found
@@ -303,7 +334,12 @@ def test_a_listener_learns_nothing_and_can_put_nothing_in_place(consortium: Cons
         # Another chain in place of the one that the gateway offers.
         replayed = None
         forged = later.model_copy(update={"time_ms": offer.time_ms + 2000, "chain": {**offer.chain, "rpc": NOWHERE}})
-        with pytest.raises(ValueError, match="was changed on the way"):
+        with pytest.raises(ValueError, match="were changed on the way"):
+            joining.apply(wish, me, chain, forged, gateway_heard)
+        # A stranger beside the publisher that it offers.
+        both = (PUBLISHER, "0x" + "5" * 40)
+        forged = later.model_copy(update={"time_ms": offer.time_ms + 3000, "publishers": both})
+        with pytest.raises(ValueError, match="were changed on the way"):
             joining.apply(wish, me, chain, forged, gateway_heard)
     # Who only knows the host's key cannot make a welcome.
     own = seal(welcome, bytes.fromhex(me.encryption_key[2:]), b"HealChain welcome")

@@ -24,7 +24,7 @@ from urllib3.exceptions import HTTPError
 from web3 import Web3
 
 from blocks.connections import connections_of
-from blocks.identity import Identity
+from blocks.identity import Identity, create_home
 from infra import postgres, stack, stack_plan, supervision
 from infra.object_store import free_port
 from infra.stack_plan import Plan
@@ -180,6 +180,7 @@ def test_a_publisher_is_set_up_on_servers_that_run_already(plan: Plan, tmp_path:
         "HEALCHAIN_STORE_ACCESS_KEY": stack_plan.STORE_USER,
         "HEALCHAIN_STORE_SECRET_KEY": plan.store_password,
         "HEALCHAIN_REGISTRY_URL": plan.database_url("healchain", "psycopg"),
+        "HEALCHAIN_PUBLISHERS": create_home(home).address,
     }
     supervision.write_private(folder / "gateway.env", "".join(f"{name}={value}\n" for name, value in settings.items()))
     command = ["publisher", "--home", home, "--folder", folder, "--name", "clinic", "--rpc", plan.rpc]

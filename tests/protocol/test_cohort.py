@@ -15,6 +15,7 @@ from eth_utils import keccak
 from PIL import Image
 
 from blocks.artifacts import MissingArtifact, TamperedArtifact
+from blocks.connections import connections_of
 from blocks.identity import create_home
 from contracts.messages import (
     Abort,
@@ -30,7 +31,7 @@ from contracts.messages import (
     struct_hash,
 )
 from contracts.sending import Reverted
-from tasks.cohort import FULL, MAX_PROOF_BYTES, STAKE_GONE, draw, fixed_weights
+from tasks.cohort import FULL, MAX_PROOF_BYTES, STAKE_GONE, TakesNoPart, draw, fixed_weights
 from tasks.crypto import ecies
 from tasks.delivery import delivered_requirement, delivered_validation, delivery_context
 from tasks.learning.datasets import Dataset, InvalidDataset, decode_npz, encode_npz, load_ready
@@ -225,6 +226,63 @@ def test_registering_adds_the_stake_that_is_missing(world_after):
     world.do("register", CULPRIT)  # adds what is missing, and no more
     assert world.contracts.stakes.stake_of(world.address(CULPRIT)) == world.file.money.minimum_stake_wei
     assert reasons(world, form(world, after="publish")) == {}
+
+
+# What a host's owner has agreed to
+
+
+def pin(world: World, name: str, **changes: object) -> None:
+    """Write other limits into a host's home, as its owner may."""
+    me = world.stack.identity(name)
+    connections_of(me).model_copy(update=changes).pin(me)
+
+
+@pytest.mark.parametrize(
+    ("pinned", "says"),
+    [
+        ({"publishers": ("0x" + "1" * 40,)}, r"publisher 0x\w+ is none of this host's \(0x1+\)\. .* healchain join"),
+        ({"publishers": ()}, r"is none of this host's \(nobody\)\. .* publishers in connections.json"),
+        (
+            {"most_stake_wei": 999},
+            r"money.minimum_stake_wei = 1000: .* at most 999 wei in one task\. .*--most-stake ETHER",
+        ),
+        ({"most_deposit_wei": 999}, r"with 1000 wei more, 1000 wei are staked: .* at most 999 wei for all tasks\. "),
+    ],
+)
+def test_a_host_stakes_for_its_own_publishers_and_within_its_limits_only(world_after, pinned, says):
+    """Whoever runs its step: it spends nothing, signs nothing, and the task goes on without it."""
+    world = world_after("publish")
+    agreed = connections_of(world.stack.identity(CULPRIT))
+    pin(world, CULPRIT, **pinned)
+    before = world.balance_wei(CULPRIT)
+    with pytest.raises(TakesNoPart, match=says) as caught:
+        world.do("register", CULPRIT)
+    assert len(str(caught.value)) < 250  # what a scheduler's message keeps of it
+    assert world.balance_wei(CULPRIT) == before
+    assert world.find(Registration, CULPRIT, 0) is None
+    agreed.pin(world.stack.identity(CULPRIT))
+    assert world.do("register", CULPRIT).stake_wei == 1000
+
+
+def test_limits_that_a_task_reaches_exactly_are_kept(world_after):
+    world = world_after("publish")
+    pin(world, CULPRIT, most_stake_wei=1000, most_deposit_wei=1000)
+    world.do("register", CULPRIT)
+    world.contracts_as(CULPRIT).stakes.request_withdrawal(1)
+    world.forget(Registration, CULPRIT, 0)
+    world.do("register", CULPRIT)  # what leaves the stake makes room for as much
+    assert world.contracts.stakes.available_stake(world.address(CULPRIT)) == 1000
+    pin(world, CULPRIT, most_deposit_wei=0)
+    world.do("register", CULPRIT)  # nothing is deposited: what is there is enough
+
+
+def test_a_host_shows_no_data_in_a_strangers_task(world_after):
+    world = world_after("challenge")
+    pin(world, CULPRIT, publishers=(world.address("miner-1"),))
+    with pytest.raises(TakesNoPart, match="is none of this host's"):
+        world.do("prove-dataset", CULPRIT)
+    assert world.find(ChallengeAnswer, CULPRIT, 0) is None
+    assert set(reasons(world, form(world, silent=(CULPRIT,), after="challenge"))) == {CULPRIT}
 
 
 def test_stake_that_is_asked_back_after_registering_is_too_little_and_the_others_go_on(world_after):

@@ -60,7 +60,7 @@ def test_a_server_that_does_not_answer_holds_no_step_up(silent_server):
 
 def test_outside_a_run_nothing_is_made():
     show.show_progress(0.5, "training")
-    show.tag_run("task:x")
+    show.tag_run("x", "task:x")
 
 
 def test_amounts_are_read_in_their_unit():
