@@ -230,9 +230,10 @@ def compiled(module: bytes, limits: Limits | None = None, *, kept: Path) -> Path
         raise ModuleFailed("module", f"it has {len(module)} bytes, at most {MAX_MODULE_BYTES} are compiled")
     name = f"{hashlib.sha256(module).hexdigest()}-{version}"
     for path in kept.glob(f"{name}-*"):
-        if _is_own(path.lstat()) and _sha256(path) == path.name.rpartition("-")[2]:
-            return path
-        path.unlink()
+        with suppress(FileNotFoundError):  # another process has forgotten it meanwhile
+            if _is_own(path.lstat()) and _sha256(path) == path.name.rpartition("-")[2]:
+                return path
+            path.unlink()
     draft = kept / f".{secrets.token_hex(8)}"
     try:
         _compile_elsewhere(module, draft, limits or Limits())
@@ -255,11 +256,15 @@ def _sha256(path: Path) -> str:
 
 
 def _forget_old(kept: Path) -> None:
-    """Leave the newest files. Other processes may make or forget some at the same time."""
-    ages = []
+    """Leave the newest files, and drafts of today: other processes may make or forget some at the same time."""
+    ages, today = [], time.time() - 86_400
     for path in kept.iterdir():
         with suppress(FileNotFoundError):
-            ages.append((path.stat().st_mtime_ns, path))
+            written_s = path.stat().st_mtime
+            if not path.name.startswith("."):
+                ages.append((written_s, path))
+            elif written_s < today:  # left by a kill
+                path.unlink()
     for _, path in sorted(ages)[:-KEPT_FILES]:
         path.unlink(missing_ok=True)
 

@@ -276,6 +276,7 @@ def test_nobody_ends_or_inherits_the_session_of_another(site):
             await say("while it listens")
             async with asyncio.timeout(30):
                 heard.append(bytes((await anext(aiter(device.messages))).payload))
+        await strike()  # meanwhile the broker notices that the device has left
         await say("while it is away")
         await strike()
         async with site.client("a", clean_session=False) as device, asyncio.timeout(30):
