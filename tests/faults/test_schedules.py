@@ -13,7 +13,8 @@ pytestmark = [pytest.mark.timeout(1500)]
 
 def test_a_window_is_waited_for_by_a_scheduled_run_through_a_power_cut(stack: StackUnderTest, undisturbed):
     """A miner does not reveal its score: the others' rewards wait for the end of the window, and nobody stands by."""
-    begun = stack.begin(task(windows__score_reveal_s=180, rounds__attestation_timeout_s=60))  # who is away is asked for 60 s
+    # Who is away is asked for a minute; then two are left of its window.
+    begun = stack.begin(task(windows__score_reveal_s=180, rounds__attestation_timeout_s=60))
     with stack.fault("reveal.score.*miner-2", "tasks.settle:own_opening", do="wait"):
         stack.await_strike()
         stack.stop("worker-miner-2")
