@@ -45,6 +45,8 @@ def file_for(module: bytes, **limits: Any) -> TaskFile:
     fields = load_task_file(text).model_dump(mode="json")
     fields |= {"workload": "wasm:" + hashlib.sha256(module).hexdigest(), "required_accuracy": 0.7}
     fields["workload_limits"] |= limits
+    # One round is all of these tests; its model may be worse for a miner whose samples are nearly all of one class.
+    fields["voting"]["tolerance"] = 0.5
     return TaskFile.model_validate(fields)
 
 
