@@ -200,8 +200,8 @@ def test_a_full_disk_at_a_miner(stack, undisturbed):
         disk.free()
         result = stack.finish(begun)
     assert result.status == "PAID"
-    reason = next(reason for _, _, actor, reason in result.refused if actor == address)
-    assert "No space left" in reason
+    reasons = {step: reason for _, step, actor, reason in result.refused if actor == address}
+    assert "No space left" in reasons["contribute"]
     assert address in result.rewards_wei
     assert sum(result.rewards_wei.values()) == REWARD_WEI
 
