@@ -39,7 +39,7 @@ test: $(READY) contracts/node_modules/ready
 
 test-faults: $(READY) contracts/node_modules/ready
 	@command -v faketime >/dev/null || echo "faketime is missing, the case of wrong clocks is left out. On Debian: apt-get install -y faketime"
-	$(VENV)/bin/pytest -p no:xdist -o addopts="-v --strict-markers" --timeout=1500 tests/faults tests/edge -m "faults or main"
+	$(VENV)/bin/pytest -p no:xdist -o addopts="-v --strict-markers" --timeout=1500 tests/faults tests/edge tests/infra/test_bench_edge.py -m "faults or main"
 
 bench: $(READY)
 	$(VENV)/bin/healchain bench --out build/bench.json

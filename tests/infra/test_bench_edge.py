@@ -127,6 +127,7 @@ def test_a_peak_of_memory_is_seen_and_forgotten():
 # All of it
 
 
+@pytest.mark.faults
 def test_a_quick_benchmark_runs_on_a_real_server_and_leaves_nothing(tmp_path, monkeypatch):
     document = tmp_path / "figures.md"
     document.write_text(f"before\n{START}\n\nold\n\n{END}\nafter\n")
